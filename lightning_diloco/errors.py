@@ -1,0 +1,67 @@
+"""The error tree: whose fault, which value, which rule, what to do.
+
+Errors of the caller are ``ValueError``/``TypeError`` as well, so that ordinary handlers work. Errors at the wire say which
+side broke the rule: `LocalProtocolError` (this program did something that its own state forbids: a bug here) or
+`RemoteProtocolError` (the peer sent what the rules forbid: the peer is dropped, this process goes on). ``assert`` is kept
+for invariants of a single function.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigurationError",
+    "DiLoCoError",
+    "FencedError",
+    "JoinRefusedError",
+    "LearnerFailedError",
+    "LocalProtocolError",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "SyncerUnavailableError",
+]
+
+
+class DiLoCoError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigurationError(DiLoCoError, ValueError):
+    """A value given by the user breaks a rule; the sentence names the value, the rule and the remedy."""
+
+
+class ProtocolError(DiLoCoError):
+    """A message or a call broke a rule of the protocol."""
+
+
+class LocalProtocolError(ProtocolError):
+    """This program asked its own machine for something that the state forbids."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer broke a rule.
+
+    Args:
+        reason: a word of the closed list of refusals (`lightning_diloco.protocol.messages.Refusal`).
+        detail: one sentence with the value and the rule.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class JoinRefusedError(DiLoCoError):
+    """The syncer refused this learner; the sentence names the field that differs or the rule that was broken."""
+
+
+class FencedError(DiLoCoError):
+    """Another process has taken over this learner's id; this one must end and never rejoin."""
+
+
+class SyncerUnavailableError(DiLoCoError):
+    """No syncer answered before a stated deadline."""
+
+
+class LearnerFailedError(DiLoCoError):
+    """A learner process ended in a way that a restart cannot mend."""

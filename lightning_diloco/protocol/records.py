@@ -1,0 +1,272 @@
+"""Records: what the event tape holds, one JSON object a line (PROTOCOL.md section 11).
+
+Every figure of `summary.json` is a fold over these records, and a replay executes the merges that they name. The runtime adds `seq` (line
+number from 0) and `t_s` (monotonic seconds since the syncer's start) around each; `event` is the tag. Accounts are in integers and
+per fragment: tokens = merged + pending + discarded for every learner and fragment.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import msgspec
+
+from lightning_diloco.protocol.identity import DiscardReason, FragmentInfo, LeaveReason, Refusal, Version
+
+__all__ = [
+    "ContributionRecord",
+    "CountersRecord",
+    "DiscardRecord",
+    "EndRecord",
+    "JobRecord",
+    "JoinRecord",
+    "LeaveRecord",
+    "Member",
+    "MergeRecord",
+    "Outcome",
+    "ProgressRecord",
+    "PublishRecord",
+    "Record",
+    "RestartRecord",
+    "RoundCancelRecord",
+    "RoundOpenRecord",
+    "RunRecord",
+    "TapeLine",
+    "decode_line",
+    "encode_line",
+]
+
+Outcome = Literal["folded", "carried", "duplicate", "refused"]
+"""What became of a contribution when it arrived: into the open round, held for the next one, known already, or refused."""
+
+
+class _Base(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
+    pass
+
+
+class JobRecord(_Base, tag="job"):
+    """The job is founded. `founded_n`: version numbers that it starts from. `num_slots`: configured learners (None: open)."""
+
+    job_id: str
+    lineage: str
+    epoch: int
+    config: dict[str, Any]
+    fingerprint: str
+    fragments: tuple[FragmentInfo, ...]
+    founded_n: tuple[int, ...]
+    founder_id: int
+    founding_bytes: int
+    num_slots: int | None = None
+    versions: dict[str, str] = {}
+
+
+class JoinRecord(_Base, tag="join"):
+    """An incarnation became a member. The first one of a tape is T0."""
+
+    learner_id: int
+    incarnation: int
+    role: str
+    device: str = ""
+    batch_size: int = 0
+    tokens_per_step: int = 0
+    job_step: int = 0
+
+
+class ProgressRecord(_Base, tag="progress"):
+    """One report of an incarnation: totals since its start, and each step since the previous report."""
+
+    learner_id: int
+    incarnation: int
+    inner_steps: int
+    tokens: int
+    step_gaps_s: tuple[float, ...] = ()
+    paused_s: tuple[float, ...] = ()
+    stalls_s: tuple[float, ...] = ()
+    last_step_age_s: float = 0.0
+    is_paused: bool = False
+    batch_size: int = 0
+
+
+class CountersRecord(_Base, tag="counters"):
+    """Totals of an incarnation that could not report them itself, read from its memory-mapped file."""
+
+    learner_id: int
+    incarnation: int
+    inner_steps: int
+    tokens: int
+
+
+class LeaveRecord(_Base, tag="leave"):
+    """An incarnation ended."""
+
+    learner_id: int
+    incarnation: int
+    reason: LeaveReason
+
+
+class RoundOpenRecord(_Base, tag="round_open"):
+    """A round opened: who is active, who was pulled, whose contribution was carried into it."""
+
+    fragment_id: int
+    round_id: int
+    quorum: int
+    active: tuple[int, ...]
+    pulled: tuple[int, ...]
+    carried: tuple[int, ...]
+
+
+class RoundCancelRecord(_Base, tag="round_cancel"):
+    """A round ended without a merge; what was folded stays held."""
+
+    fragment_id: int
+    round_id: int
+    contributions: int
+    quorum: int
+
+
+class ContributionRecord(_Base, tag="contribution"):
+    """A contribution was decided on arrival."""
+
+    learner_id: int
+    incarnation: int
+    fragment_id: int
+    seq: int
+    base: Version
+    steps: int
+    tokens: int
+    weight: float
+    norm: float
+    payload_bytes: int
+    outcome: Outcome
+    reason: Refusal | None = None
+    is_final: bool = False
+
+
+class DiscardRecord(_Base, tag="discard"):
+    """Tokens of one learner and fragment will never be merged (an increment, not a total)."""
+
+    learner_id: int
+    fragment_id: int
+    reason: DiscardReason
+    tokens: int
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """One contribution inside a merge."""
+
+    learner_id: int
+    incarnation: int
+    seq: int
+    steps: int
+    tokens: int
+    weight: float
+
+
+class MergeRecord(_Base, tag="merge"):
+    """One merge: members in fold order, and everything a replay needs but the payloads.
+
+    `eligible`: learners that were joined, not paused and had work when it closed. `norms`: per member, per tensor; `scales`: per tensor.
+    """
+
+    fragment_id: int
+    round_id: int
+    version: Version
+    members: tuple[Member, ...]
+    eligible: tuple[int, ...]
+    quorum: int
+    quorum_s: float
+    grace_window_s: float
+    grace_used_s: float
+    merge_s: float
+    outer_lr: float
+    outer_momentum: float
+    crc: int
+    norms: tuple[tuple[float, ...], ...] = ()
+    scales: tuple[float, ...] = ()
+
+
+class PublishRecord(_Base, tag="publish"):
+    """A version was handed to the transport for these learners (`is_full`: the float32 shadow instead of a difference)."""
+
+    fragment_id: int
+    version: Version
+    is_full: bool
+    learners: tuple[int, ...]
+    payload_bytes: int
+
+
+class RestartRecord(_Base, tag="restart"):
+    """A syncer goes on with the job after a restart, from these versions (recovery: a later issue)."""
+
+    epoch: int
+    versions: tuple[Version, ...]
+
+
+class EndRecord(_Base, tag="end"):
+    """The drain is over: T1. `versions`: n per fragment."""
+
+    status: Literal["finished", "stopped", "failed"]
+    versions: tuple[int, ...]
+    global_sha256: str | None
+
+
+class RunRecord(_Base, tag="run"):
+    """What only the supervisor knows, appended after the end: start-up time, restarts, validation of the global model."""
+
+    status: Literal["finished", "stopped", "failed"]
+    startup_s: float
+    restarts: dict[str, int]
+    val: dict[str, float] | None
+
+
+Record = (
+    JobRecord
+    | JoinRecord
+    | ProgressRecord
+    | CountersRecord
+    | LeaveRecord
+    | RoundOpenRecord
+    | RoundCancelRecord
+    | ContributionRecord
+    | DiscardRecord
+    | MergeRecord
+    | PublishRecord
+    | RestartRecord
+    | EndRecord
+    | RunRecord
+)
+
+
+class TapeLine(msgspec.Struct, frozen=True):
+    """A record with its place and time on the tape."""
+
+    seq: int
+    t_s: float
+    record: Record
+
+
+_DECODER: Final = msgspec.json.Decoder(Record)
+
+
+class _Stamp(msgspec.Struct, frozen=True):
+    seq: int
+    t_s: float
+
+
+_STAMP: Final = msgspec.json.Decoder(_Stamp)
+
+
+def encode_line(line: TapeLine) -> bytes:
+    """One line of the tape, newline included: `{"seq", "t_s", "event", ...}`."""
+    body = msgspec.json.encode(line.record)
+    return b'{"seq":%d,"t_s":%.6f,' % (line.seq, line.t_s) + body[1:] + b"\n"
+
+
+def decode_line(data: bytes) -> TapeLine:
+    """Read one line of a tape.
+
+    Raises:
+        ValueError: the line is no record (a half-written last line, for one).
+    """
+    stamp = _STAMP.decode(data)
+    return TapeLine(stamp.seq, stamp.t_s, _DECODER.decode(data))

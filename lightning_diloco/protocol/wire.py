@@ -1,0 +1,75 @@
+"""Bytes to messages and back: msgpack of (envelope, message), closed per direction and channel.
+
+A syncer only ever decodes what a learner may say on that channel, and the other way round, so a reflected or misdirected message is
+refused by its tag. No pickle, no code, no references: msgspec builds frozen structs or raises.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from lightning_diloco.errors import RemoteProtocolError
+from lightning_diloco.protocol.messages import Envelope, FromLearner, FromSyncer, LearnerHeader, Message, SyncerHeader
+
+__all__ = ["decode_from_learner", "decode_from_syncer", "decode_learner_header", "decode_syncer_header", "encode"]
+
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_FROM_LEARNER: Final = msgspec.msgpack.Decoder(tuple[Envelope, FromLearner])
+_FROM_SYNCER: Final = msgspec.msgpack.Decoder(tuple[Envelope, FromSyncer])
+_LEARNER_HEADER: Final = msgspec.msgpack.Decoder(tuple[Envelope, LearnerHeader])
+_SYNCER_HEADER: Final = msgspec.msgpack.Decoder(tuple[Envelope, SyncerHeader])
+
+
+def encode(envelope: Envelope, message: Message) -> bytes:
+    """The wire form of one message of any kind."""
+    return _ENCODER.encode((envelope, message))
+
+
+def decode_from_learner(data: bytes) -> tuple[Envelope, FromLearner]:
+    """A learner's control message.
+
+    Raises:
+        RemoteProtocolError: the bytes are no such message.
+    """
+    try:
+        return _FROM_LEARNER.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise RemoteProtocolError("wrong_layout", f"not a learner's message: {error}") from error
+
+
+def decode_from_syncer(data: bytes) -> tuple[Envelope, FromSyncer]:
+    """A syncer's control message.
+
+    Raises:
+        RemoteProtocolError: the bytes are no such message.
+    """
+    try:
+        return _FROM_SYNCER.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise RemoteProtocolError("wrong_layout", f"not a syncer's message: {error}") from error
+
+
+def decode_learner_header(data: bytes) -> tuple[Envelope, LearnerHeader]:
+    """The header of a payload that a learner sends.
+
+    Raises:
+        RemoteProtocolError: the bytes are no such header.
+    """
+    try:
+        return _LEARNER_HEADER.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise RemoteProtocolError("wrong_layout", f"not a learner's payload header: {error}") from error
+
+
+def decode_syncer_header(data: bytes) -> tuple[Envelope, SyncerHeader]:
+    """The header of a payload that the syncer sends.
+
+    Raises:
+        RemoteProtocolError: the bytes are no such header.
+    """
+    try:
+        return _SYNCER_HEADER.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise RemoteProtocolError("wrong_layout", f"not a syncer's payload header: {error}") from error
