@@ -1,0 +1,59 @@
+"""Numerics of the outer loop: fragments, pseudo-gradients, merge, outer optimizer, codecs, adoption.
+
+Pure functions and small objects on flat float32 fragments. Nothing here knows that a learner exists: no identities, sockets,
+clocks or threads. Every result is the same on every machine, except for reductions (norms), which can be recorded and given back.
+"""
+
+from __future__ import annotations
+
+from lightning_diloco.outer.adopt import rebase_delta, reference
+from lightning_diloco.outer.checksum import buffer_of, crc32, sha256_of
+from lightning_diloco.outer.codec import (
+    decode,
+    decode_full,
+    decode_publication,
+    encode,
+    encode_full,
+    encode_publication,
+    payload_bytes,
+)
+from lightning_diloco.outer.layout import balanced_fragments, plan_layout
+from lightning_diloco.outer.merge import FoldRecord, MergeAccumulator, MergeRecord
+from lightning_diloco.outer.optimizer import FragmentState, momentum_at, outer_step
+from lightning_diloco.outer.pseudo_gradient import contribution_norm, pseudo_gradient
+from lightning_diloco.outer.spec import Fragment, Layout, TensorSlice, TensorSpec
+from lightning_diloco.outer.static import load_static, pack_static, static_bytes
+from lightning_diloco.outer.views import FragmentView
+
+__all__ = [
+    "FoldRecord",
+    "Fragment",
+    "FragmentState",
+    "FragmentView",
+    "Layout",
+    "MergeAccumulator",
+    "MergeRecord",
+    "TensorSlice",
+    "TensorSpec",
+    "balanced_fragments",
+    "buffer_of",
+    "contribution_norm",
+    "crc32",
+    "decode",
+    "decode_full",
+    "decode_publication",
+    "encode",
+    "encode_full",
+    "encode_publication",
+    "load_static",
+    "momentum_at",
+    "outer_step",
+    "pack_static",
+    "payload_bytes",
+    "plan_layout",
+    "pseudo_gradient",
+    "rebase_delta",
+    "reference",
+    "sha256_of",
+    "static_bytes",
+]

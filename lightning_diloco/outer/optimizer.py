@@ -1,0 +1,116 @@
+"""The outer optimizer: SGD with Nesterov momentum as a pure function on one fragment's state.
+
+With mu the momentum of this merge, g the merged pseudo-gradient, b the momentum buffer:
+
+    b'     = mu b + g
+    step   = g + mu b'
+    theta' = theta - lr step
+
+These are the three lines of ``torch.optim.SGD(nesterov=True)`` with g as ``.grad`` (torch starts its buffer as g, which is
+mu 0 + g). Each product and each sum is its own kernel: fused multiply-add rounds differently on different CPUs, and a replay has to
+reproduce every bit. A function never changes the state that it is given, so a state can be written to disk while the next one is
+computed.
+
+References:
+    Decoupled DiLoCo, arXiv 2604.21428: Nesterov SGD on the syncer, state per fragment. Learning rate, momentum and the warm-up of the
+    momentum are not published there: our choice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_diloco.errors import ConfigurationError, LocalProtocolError
+from lightning_diloco.outer._checks import require_flat
+
+__all__ = ["FragmentState", "momentum_at", "outer_step"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FragmentState:
+    """All that the syncer keeps of one fragment's numerics; one object that can be written alone.
+
+    Its tensors are never changed in place: a new state has new tensors, or shares those that did not change.
+
+    Raises:
+        LocalProtocolError: the three are not flat float32 of one size, or the index is negative.
+    """
+
+    theta: Tensor
+    """Theta: the global parameters, flat float32 [N]."""
+    momentum: Tensor
+    """The outer momentum buffer, flat float32 [N]."""
+    shadow: Tensor
+    """What every learner holds as its base after the last publication, flat float32 [N]."""
+    merge_index: int = 0
+    """Merges done so far."""
+
+    def __post_init__(self) -> None:
+        """Check sizes and index."""
+        require_flat(self.theta, None, "theta")
+        require_flat(self.momentum, self.theta.numel(), "momentum")
+        require_flat(self.shadow, self.theta.numel(), "shadow")
+        if self.merge_index < 0:
+            raise LocalProtocolError(f"merge_index={self.merge_index}: the number of merges done, so at least 0.")
+
+    @classmethod
+    def founded(cls, theta: Tensor) -> FragmentState:
+        """The state at founding: no momentum, and learners hold exactly theta.
+
+        Args:
+            theta: flat float32 [N]; must not be changed afterwards.
+        """
+        return cls(theta=theta, momentum=torch.zeros_like(theta), shadow=theta)
+
+
+def momentum_at(merge_index_from_1: int, outer_momentum: float, warmup: int) -> float:
+    """The momentum of a fragment's v-th merge: min(outer_momentum, v / (v + warmup)).
+
+    Args:
+        merge_index_from_1: v, from 1.
+        outer_momentum: the momentum after the warm-up, in [0, 1).
+        warmup: merges after which v / (v + warmup) is one half; 0 means constant.
+
+    Raises:
+        LocalProtocolError: v is below 1.
+    """
+    if merge_index_from_1 < 1:
+        raise LocalProtocolError(f"merge_index_from_1={merge_index_from_1}: the first merge of a fragment is number 1.")
+    if warmup == 0:
+        return outer_momentum
+    return min(outer_momentum, merge_index_from_1 / (merge_index_from_1 + warmup))
+
+
+def outer_step(state: FragmentState, pseudo_gradient: Tensor, *, lr: float, momentum: float) -> FragmentState:
+    """One step of the outer optimizer.
+
+    With momentum 0 it is plain SGD, and with lr 1 beside it exactly theta - g, bit for bit.
+
+    Args:
+        state: the fragment's state; stays as it is.
+        pseudo_gradient: the merged g, flat float32 [N].
+        lr: outer learning rate, above 0.
+        momentum: mu of this merge, in [0, 1); see `momentum_at`.
+
+    Returns:
+        The new state: theta and momentum new, shadow shared (publishing moves it), merge_index one more.
+
+    Raises:
+        ConfigurationError: lr or momentum is outside its range.
+        LocalProtocolError: the pseudo-gradient is not flat float32 of the fragment's size.
+    """
+    if not (0.0 < lr < math.inf and 0.0 <= momentum < 1.0):
+        raise ConfigurationError(f"lr={lr!r}, momentum={momentum!r}: lr must be finite and above 0, momentum in [0, 1).")
+    require_flat(pseudo_gradient, state.theta.numel(), "pseudo_gradient")
+    if momentum == 0.0:
+        # 0 * b + g would turn -0.0 into 0.0: without momentum the direction is g itself.
+        buffer = pseudo_gradient.clone()
+        step = torch.mul(pseudo_gradient, lr)
+    else:
+        buffer = torch.mul(state.momentum, momentum).add_(pseudo_gradient)
+        step = torch.mul(buffer, momentum).add_(pseudo_gradient).mul_(lr)
+    return FragmentState(theta=torch.sub(state.theta, step), momentum=buffer, shadow=state.shadow, merge_index=state.merge_index + 1)
