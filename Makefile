@@ -1,0 +1,48 @@
+# Needs python3.11 (or newer), make, and pip's default index. Everything that is installed lies in .venv.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+READY := $(VENV)/.installed
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all check clean
+
+help:
+	@echo "make train     train gpt_text on two learners; ARGS='key=value ...' changes the recipe"
+	@echo "make test      the tests, without the slow ones"
+	@echo "make test-all  all tests"
+	@echo "make check     format, lint, types, layers"
+	@echo "make clean     remove .venv, caches and build files (outputs/ stays)"
+	@echo "PYTHON=...     the interpreter to set .venv up with (now: $(PYTHON))"
+
+train: $(READY)
+	@$(BIN)/python recipes/train.py recipe=gpt_text $(ARGS)
+
+test: $(READY)
+	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-all: $(READY)
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(READY)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_layering.py
+
+clean:
+	@rm -rf $(VENV) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and by itself: the largest download fails early, and a retry goes on from there.
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "There is no '$(PYTHON)'. Install Python 3.11, or name one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, and $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.11 ..." % v[:2])'
+	@echo "Setting up $(VENV): an environment, PyTorch, and what else pyproject.toml names (minutes the first time) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -q -c constraints.txt torch
+	@$(PIP) install -q -c constraints.txt -e '.[test]'
+	@touch $@

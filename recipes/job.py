@@ -1,0 +1,100 @@
+"""One job of a recipe: from the configuration to the trained module and its report."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig, OmegaConf
+
+from recipes.quiet import quiet
+from recipes.report import report, report_single
+
+__all__ = ["build_trainer", "run"]
+
+
+def run(cfg: DictConfig) -> None:
+    """Train a recipe's module, then print what happened, what the model can do, and where the files are.
+
+    Args:
+        cfg: the composed configuration.
+
+    Raises:
+        ConfigurationError: a value is wrong.
+    """
+    quiet()
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    recipe = importlib.import_module(f"recipes.{cfg.name}")
+    module, data = recipe.build(cfg)
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    trainer = build_trainer(cfg, run_dir)
+    trainer.fit(module, datamodule=data)
+    if is_single(cfg):
+        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+        report_single(trainer)
+    else:
+        report(trainer.strategy.summary)  # type: ignore[attr-defined]
+    print(f"\n{_show(recipe, module, cfg)}\n\nRun directory: {_shortest(run_dir)}")
+
+
+def build_trainer(cfg: DictConfig, run_dir: Path) -> Trainer:
+    """The Trainer of a job: `cfg.trainer` are its arguments, `cfg.strategy` those of the strategy.
+
+    Args:
+        cfg: the composed configuration.
+        run_dir: where the job's files go; metrics go to its ``logs/metrics.csv``.
+    """
+    options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
+    if is_single(cfg):
+        options["devices"] = 1
+    return Trainer(
+        **options,
+        strategy="auto" if is_single(cfg) else _strategy(cfg, run_dir),
+        logger=CSVLogger(save_dir=run_dir, name="", version="logs"),
+        callbacks=_progress(),
+        # A terminal gets Lightning's bar; what is read later, as a file or in a job's log, gets lines.
+        enable_progress_bar=sys.stdout.isatty(),
+        # The strategy writes checkpoints/last.ckpt from the global weights after the drain.
+        enable_checkpointing=False,
+        default_root_dir=run_dir,
+    )
+
+
+def is_single(cfg: DictConfig) -> bool:
+    """Whether the job is an ordinary run in this process."""
+    return bool(cfg.strategy.name == "single")
+
+
+def _strategy(cfg: DictConfig, run_dir: Path) -> Any:
+    from lightning_diloco import DecoupledDiLoCoStrategy
+    from lightning_diloco.errors import ConfigurationError
+
+    if cfg.strategy.name != "decoupled_diloco":
+        raise ConfigurationError(f"strategy.name={cfg.strategy.name!r}: must be 'decoupled_diloco' or 'single'.")
+    options: dict[str, Any] = OmegaConf.to_container(cfg.strategy, resolve=True)  # type: ignore[assignment]
+    del options["name"]
+    return DecoupledDiLoCoStrategy(run_dir=run_dir, **options)
+
+
+def _progress() -> list[Callback]:
+    if sys.stdout.isatty():
+        return []
+    from lightning_diloco import LineProgress
+
+    return [LineProgress()]
+
+
+def _show(recipe: Any, module: LightningModule, cfg: DictConfig) -> str:
+    """The recipe's own showpiece, from the module of this process, which holds the global weights after `fit`."""
+    shown: str = recipe.show(module, cfg)
+    return shown
+
+
+def _shortest(path: Path) -> Path:
+    """Relative to the working directory where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

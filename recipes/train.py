@@ -1,0 +1,67 @@
+"""Train a recipe: ``python recipes/train.py recipe=NAME key=value ...`` (``--help`` lists both).
+
+Hydra composes the configuration and makes the run directory ``outputs/DATE_TIME``; its own copy of the configuration goes to
+``logs/hydra`` there, the rest of the directory belongs to the strategy. Exit code 2, with a sentence, means a wrong value or option.
+
+Everything heavy is imported after the command line was understood, because the number of threads of a process has to be
+settled before torch is imported, and because ``--help`` should not take four seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+# Run as a script, so the folder above is not on the path; learners get this process's path.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lightning_diloco.errors import ConfigurationError  # noqa: E402
+
+__all__ = ["main"]
+
+_understood = False
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def _job(cfg: DictConfig) -> None:
+    """Run one job; a wrong value ends the process with a sentence."""
+    global _understood
+    _understood = True
+    share_cores(cfg.trainer.devices)
+    from recipes.job import run
+
+    try:
+        run(cfg)
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def share_cores(num_learners: object) -> None:
+    """Give each learner its share of the cores, unless the caller's environment says how many threads a process has.
+
+    Torch would use every core in every learner. With two learners on two cores that is four threads in lock step, and a step takes
+    several times as long.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // num_learners if isinstance(num_learners, int) and num_learners > 0 else 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
+
+def main() -> None:
+    """Understand the command line and run the job."""
+    try:
+        _job()
+    except SystemExit as end:
+        # Hydra ends with 1 whether the job failed or an option was unknown; the latter is wrong use.
+        if end.code == 1 and not _understood:
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    main()
