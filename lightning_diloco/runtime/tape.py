@@ -1,0 +1,237 @@
+"""The tape on disk: append-only lines, one writer, any number of readers.
+
+**Writing.** Lines are buffered and handed to the kernel at most every `FLUSH_PERIOD_S`, when the caller's loop asks (`flush_if_due`), and
+on `flush` and `close`. Each flush is one write at the end of the file, so a crash leaves at most one half-written last line; a later
+writer cuts it off before it goes on. Lines since the last flush are lost with a killed process (SIGTERM: the caller closes).
+
+**Disk errors never end a run.** The first one is kept as `TapeWriter.error`, for the caller to log loudly once. Lines that could not be
+written are kept and tried again at the next flush, from the byte where the disk stopped, so a disk that recovers leaves no hole. When more
+than `MAX_PENDING_BYTES` wait, the writer gives up: the tape ends there and stays readable.
+
+**Reading.** A last line without its newline is not there yet. Any other line that is no record, or out of order, is an error with its
+number: a tape is evidence and is not guessed at.
+
+A writer belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from lightning_diloco.errors import DiLoCoError
+from lightning_diloco.protocol.records import Record, RunRecord, TapeLine, decode_line, encode_line
+
+__all__ = ["FLUSH_PERIOD_S", "MAX_PENDING_BYTES", "TAPE_NAME", "TapeError", "TapeTail", "TapeWriter", "append_run_record", "read_tape"]
+
+TAPE_NAME: Final = "tape.jsonl"
+"""Name of the tape inside a run directory."""
+FLUSH_PERIOD_S: Final = 0.5
+"""Longest time that a written record stays in memory while the loop turns."""
+MAX_PENDING_BYTES: Final = 16 << 20
+"""Bytes that wait for a disk that fails, before the tape is given up."""
+_END_BLOCK_BYTES: Final = 1 << 16
+
+
+class TapeError(DiLoCoError):
+    """A file is not a readable tape."""
+
+
+class TapeWriter:
+    """Appends records to a tape; a tape that exists is continued.
+
+    Args:
+        path: the file; its folder must exist.
+        now: monotonic clock in seconds.
+        t0_s: the clock's value at the tape's second 0 (None: so that the tape goes on from its last line, or starts at 0 now).
+
+    Raises:
+        OSError: the file cannot be opened.
+        TapeError: the file exists and its last line is no record.
+    """
+
+    def __init__(self, path: Path, now: Callable[[], float] = time.monotonic, t0_s: float | None = None) -> None:
+        self.path = path
+        self.error: OSError | None = None
+        """The first disk error, or None."""
+        self._now = now
+        self._pending = bytearray()
+        self._is_given_up = False
+        # Unbuffered, so that a failed flush tells how many bytes reached the file.
+        self._fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            last = _cut_half_line(self._fd, path)
+        except TapeError:
+            self._discard_fd()
+            raise
+        self._next_seq = last.seq + 1 if last else 0
+        present_s = now()
+        self._flushed_s = present_s
+        self._t0_s = present_s - (last.t_s if last else 0.0) if t0_s is None else t0_s
+
+    @property
+    def num_lines(self) -> int:
+        """Lines written so far, those of an earlier writer included."""
+        return self._next_seq
+
+    def write(self, record: Record) -> TapeLine:
+        """Stamp a record and buffer it; never blocks on the disk and never raises for it.
+
+        Returns:
+            The line, for whoever folds it at once.
+        """
+        # Microseconds, as in the file, so that a fold over these lines equals one over the file's.
+        line = TapeLine(self._next_seq, max(round(self._now() - self._t0_s, 6), 0.0), record)
+        self._next_seq += 1
+        if self._fd is not None and not self._is_given_up:
+            self._pending += encode_line(line)
+        return line
+
+    def flush_if_due(self, now_s: float) -> None:
+        """Flush if the last flush is `FLUSH_PERIOD_S` ago (`now_s` of the same clock)."""
+        if now_s - self._flushed_s >= FLUSH_PERIOD_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand what is buffered to the kernel; a disk error is kept as `error`."""
+        self._flushed_s = self._now()
+        if self._fd is None:
+            return
+        try:
+            while self._pending:
+                written = os.write(self._fd, self._pending)
+                del self._pending[:written]
+        except OSError as error:
+            self.error = self.error or error
+            if len(self._pending) > MAX_PENDING_BYTES:
+                self._is_given_up = True
+                self._pending.clear()
+
+    def close(self) -> None:
+        """Flush, make the tape durable and close it; idempotent, never raises for the disk."""
+        if self._fd is None:
+            return
+        self.flush()
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            self.error = self.error or error
+        self._discard_fd()
+
+    def _discard_fd(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+class TapeTail:
+    """Reads a tape that may still grow, from the beginning, in portions.
+
+    Args:
+        path: the file; it need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+        self._next_seq = 0
+
+    def read_new(self) -> list[TapeLine]:
+        """The complete lines that came since the last call.
+
+        Raises:
+            TapeError: a complete line is no record, or not the next one.
+            OSError: the file exists and cannot be read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        lines: list[TapeLine] = []
+        for raw in data.split(b"\n")[:-1]:
+            try:
+                lines.append(self._decode(raw))
+            except TapeError:
+                if lines:
+                    break  # what is good is handed over first; the next call raises
+                raise
+            self._offset += len(raw) + 1
+            self._next_seq += 1
+        return lines
+
+    def _decode(self, raw: bytes) -> TapeLine:
+        place = f"{self.path}, line {self._next_seq + 1}"
+        try:
+            line = decode_line(raw)
+        except ValueError as error:
+            raise TapeError(f"{place}: not a record ({error}). Was the file edited or the disk full?") from error
+        if line.seq != self._next_seq:
+            raise TapeError(f"{place}: seq is {line.seq} and should be {self._next_seq}. Lines are missing or were moved.")
+        return line
+
+
+def read_tape(path: Path) -> list[TapeLine]:
+    """All complete lines of a tape; a half-written last line is left out.
+
+    Raises:
+        TapeError: the file is missing, or a line is no record or not in order.
+    """
+    if not path.exists():
+        raise TapeError(f"{path}: no tape here. Give the path of a run directory's {TAPE_NAME}.")
+    tail = TapeTail(path)
+    lines = tail.read_new()
+    tail.read_new()  # raises if it stopped at a damaged line
+    return lines
+
+
+def append_run_record(path: Path, record: RunRecord) -> TapeLine:
+    """Append the supervisor's last word to the tape of a syncer that has exited, and make it durable.
+
+    Its time is that of the last line: the supervisor does not know the syncer's clock. JSON has no NaN, so a validation metric that is
+    not finite is left out of the record (the caller logs it).
+
+    Returns:
+        The line as written.
+
+    Raises:
+        TapeError: the last line is no record.
+        OSError: the disk failed.
+    """
+    if record.val is not None:
+        finite = {name: value for name, value in record.val.items() if math.isfinite(value)}
+        record = msgspec.structs.replace(record, val=finite)
+    writer = TapeWriter(path, now=lambda: 0.0)
+    line = writer.write(record)
+    writer.close()
+    if writer.error is not None:
+        raise writer.error
+    return line
+
+
+def _cut_half_line(fd: int, path: Path) -> TapeLine | None:
+    """Cut what a crash left behind the last newline; return the last complete line (None: empty)."""
+    size = os.fstat(fd).st_size
+    start, tail = size, b""
+    # Backwards in blocks: a tape can be long and only its last line matters.
+    while start and tail.count(b"\n") < 2:
+        block = min(_END_BLOCK_BYTES, start)
+        start -= block
+        tail = os.pread(fd, block, start) + tail
+    end = tail.rfind(b"\n") + 1
+    if end < len(tail):
+        os.ftruncate(fd, start + end)
+    if not end:
+        return None
+    last = tail[tail.rfind(b"\n", 0, end - 1) + 1 : end]
+    try:
+        return decode_line(last)
+    except ValueError as error:
+        raise TapeError(f"{path}: the last line is not a record ({error}). Use a new run directory.") from error
