@@ -36,7 +36,16 @@ STATIC_FRAGMENT = -1
 """Stands for the static state (frozen parameters and buffers) where a fragment id is written on the tape."""
 
 Refusal = Literal[
-    "wrong_layout", "bad_checksum", "oversized", "stale_incarnation", "stale_epoch", "overlap", "conflict", "nonfinite", "norm", "unknown_session"
+    "wrong_layout",
+    "bad_checksum",
+    "oversized",
+    "stale_incarnation",
+    "stale_epoch",
+    "overlap",
+    "conflict",
+    "nonfinite",
+    "norm",
+    "unknown_session",
 ]
 """Why a contribution or a message was refused. `wrong_layout`, `bad_checksum` and `oversized` also close the session."""
 

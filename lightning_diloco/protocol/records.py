@@ -44,7 +44,7 @@ class _Base(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
     pass
 
 
-class JobRecord(_Base, tag="job"):
+class JobRecord(_Base, frozen=True, kw_only=True, tag="job"):
     """The job is founded. `founded_n`: version numbers that it starts from. `num_slots`: configured learners (None: open)."""
 
     job_id: str
@@ -60,7 +60,7 @@ class JobRecord(_Base, tag="job"):
     versions: dict[str, str] = {}
 
 
-class JoinRecord(_Base, tag="join"):
+class JoinRecord(_Base, frozen=True, kw_only=True, tag="join"):
     """An incarnation became a member. The first one of a tape is T0."""
 
     learner_id: int
@@ -72,7 +72,7 @@ class JoinRecord(_Base, tag="join"):
     job_step: int = 0
 
 
-class ProgressRecord(_Base, tag="progress"):
+class ProgressRecord(_Base, frozen=True, kw_only=True, tag="progress"):
     """One report of an incarnation: totals since its start, and each step since the previous report."""
 
     learner_id: int
@@ -87,7 +87,7 @@ class ProgressRecord(_Base, tag="progress"):
     batch_size: int = 0
 
 
-class CountersRecord(_Base, tag="counters"):
+class CountersRecord(_Base, frozen=True, kw_only=True, tag="counters"):
     """Totals of an incarnation that could not report them itself, read from its memory-mapped file."""
 
     learner_id: int
@@ -96,7 +96,7 @@ class CountersRecord(_Base, tag="counters"):
     tokens: int
 
 
-class LeaveRecord(_Base, tag="leave"):
+class LeaveRecord(_Base, frozen=True, kw_only=True, tag="leave"):
     """An incarnation ended."""
 
     learner_id: int
@@ -104,7 +104,7 @@ class LeaveRecord(_Base, tag="leave"):
     reason: LeaveReason
 
 
-class RoundOpenRecord(_Base, tag="round_open"):
+class RoundOpenRecord(_Base, frozen=True, kw_only=True, tag="round_open"):
     """A round opened: who is active, who was pulled, whose contribution was carried into it."""
 
     fragment_id: int
@@ -115,7 +115,7 @@ class RoundOpenRecord(_Base, tag="round_open"):
     carried: tuple[int, ...]
 
 
-class RoundCancelRecord(_Base, tag="round_cancel"):
+class RoundCancelRecord(_Base, frozen=True, kw_only=True, tag="round_cancel"):
     """A round ended without a merge; what was folded stays held."""
 
     fragment_id: int
@@ -124,7 +124,7 @@ class RoundCancelRecord(_Base, tag="round_cancel"):
     quorum: int
 
 
-class ContributionRecord(_Base, tag="contribution"):
+class ContributionRecord(_Base, frozen=True, kw_only=True, tag="contribution"):
     """A contribution was decided on arrival."""
 
     learner_id: int
@@ -142,7 +142,7 @@ class ContributionRecord(_Base, tag="contribution"):
     is_final: bool = False
 
 
-class DiscardRecord(_Base, tag="discard"):
+class DiscardRecord(_Base, frozen=True, kw_only=True, tag="discard"):
     """Tokens of one learner and fragment will never be merged (an increment, not a total)."""
 
     learner_id: int
@@ -162,7 +162,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     weight: float
 
 
-class MergeRecord(_Base, tag="merge"):
+class MergeRecord(_Base, frozen=True, kw_only=True, tag="merge"):
     """One merge: members in fold order, and everything a replay needs but the payloads.
 
     `eligible`: learners that were joined, not paused and had work when it closed. `norms`: per member, per tensor; `scales`: per tensor.
@@ -185,7 +185,7 @@ class MergeRecord(_Base, tag="merge"):
     scales: tuple[float, ...] = ()
 
 
-class PublishRecord(_Base, tag="publish"):
+class PublishRecord(_Base, frozen=True, kw_only=True, tag="publish"):
     """A version was handed to the transport for these learners (`is_full`: the float32 shadow instead of a difference)."""
 
     fragment_id: int
@@ -195,14 +195,14 @@ class PublishRecord(_Base, tag="publish"):
     payload_bytes: int
 
 
-class RestartRecord(_Base, tag="restart"):
+class RestartRecord(_Base, frozen=True, kw_only=True, tag="restart"):
     """A syncer goes on with the job after a restart, from these versions (recovery: a later issue)."""
 
     epoch: int
     versions: tuple[Version, ...]
 
 
-class EndRecord(_Base, tag="end"):
+class EndRecord(_Base, frozen=True, kw_only=True, tag="end"):
     """The drain is over: T1. `versions`: n per fragment."""
 
     status: Literal["finished", "stopped", "failed"]
@@ -210,7 +210,7 @@ class EndRecord(_Base, tag="end"):
     global_sha256: str | None
 
 
-class RunRecord(_Base, tag="run"):
+class RunRecord(_Base, frozen=True, kw_only=True, tag="run"):
     """What only the supervisor knows, appended after the end: start-up time, restarts, validation of the global model."""
 
     status: Literal["finished", "stopped", "failed"]

@@ -1,0 +1,250 @@
+"""Actions: everything that a machine asks its runtime to do, in this order.
+
+The runtime performs them with sockets and tensors, the simulator as durations, a replay from the tape. A machine never learns how.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from lightning_diloco.protocol.identity import ContributionKey, MergedThrough, Refusal, Version
+from lightning_diloco.protocol.messages import Contribution, FromLearner, FromSyncer
+from lightning_diloco.protocol.records import Record
+
+__all__ = [
+    "Adopt",
+    "BeginFounding",
+    "Close",
+    "CloseSession",
+    "Decode",
+    "DropPayload",
+    "Ended",
+    "Fence",
+    "Fold",
+    "Forget",
+    "Heal",
+    "Joined",
+    "LearnerAction",
+    "LeftDone",
+    "RefuseJoin",
+    "Reply",
+    "Send",
+    "SendContribution",
+    "SendFounding",
+    "SendLeave",
+    "Snapshot",
+    "StopTraining",
+    "SyncerAction",
+    "Tape",
+    "Transmit",
+    "TransmitStatic",
+]
+
+
+class _Action(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+# ---- of a syncer ------------------------------------------------------------------------------------------------------------
+
+
+class Reply(_Action, frozen=True, kw_only=True):
+    """Send a control message to a session."""
+
+    session: str
+    message: FromSyncer
+    incarnation: int = 0
+
+
+class BeginFounding(_Action, frozen=True, kw_only=True):
+    """Prepare the store for the founder's payloads."""
+
+    session: str
+
+
+class Fold(_Action, frozen=True, kw_only=True):
+    """Fold the waiting decoded contribution into its fragment's accumulator with this weight; its payload is then released."""
+
+    key: ContributionKey
+    weight: float
+
+
+class DropPayload(_Action, frozen=True, kw_only=True):
+    """Release the waiting decoded contribution without using it."""
+
+    key: ContributionKey
+
+
+class Close(_Action, frozen=True, kw_only=True):
+    """Merge what was folded, take the outer step, produce the shadow of `version`; answer with `Merged`.
+
+    `merge_index` counts the fragment's merges from 1: the momentum's warm-up needs it. Contributions folded after this action belong to
+    the fragment's next merge.
+    """
+
+    fragment_id: int
+    version: Version
+    merge_index: int
+
+
+class Transmit(_Action, frozen=True, kw_only=True):
+    """Send the fragment's current version to a session, as the difference to `parent` or (None) as the full shadow."""
+
+    session: str
+    fragment_id: int
+    version: Version
+    parent: Version | None
+    crc: int
+    merged_through: dict[int, MergedThrough]
+
+
+class TransmitStatic(_Action, frozen=True, kw_only=True):
+    """Send the static state to a session."""
+
+    session: str
+
+
+class CloseSession(_Action, frozen=True, kw_only=True):
+    """Forget everything of a session at the transport."""
+
+    session: str
+
+
+class Tape(_Action, frozen=True, kw_only=True):
+    """Write one record."""
+
+    record: Record
+
+
+class Ended(_Action, frozen=True, kw_only=True):
+    """The job is over: write the global state and stop."""
+
+    status: Literal["finished", "stopped", "failed"]
+    versions: tuple[int, ...]
+
+
+SyncerAction = Reply | BeginFounding | Fold | DropPayload | Close | Transmit | TransmitStatic | CloseSession | Tape | Ended
+
+# ---- of a learner -----------------------------------------------------------------------------------------------------------
+
+
+class Send(_Action, frozen=True, kw_only=True):
+    """Send a control message to the syncer."""
+
+    message: FromLearner
+
+
+class SendFounding(_Action, frozen=True, kw_only=True):
+    """Send `Found` and the founding payloads."""
+
+
+class Decode(_Action, frozen=True, kw_only=True):
+    """Decode the waiting publication into the published copy and prepare its adoption; answer with `Decoded`.
+
+    `with_contribution`: the seq of the unresolved contribution that is in it (0: none): the reference is base minus its decoded value.
+    `is_joining`: nothing local exists yet; the published copy becomes the base at once.
+    """
+
+    fragment_id: int
+    version: Version
+    is_full: bool
+    with_contribution: int = 0
+    is_joining: bool = False
+
+
+class Adopt(_Action, frozen=True, kw_only=True):
+    """Training thread: put the prepared version into the parameters; the base becomes it."""
+
+    fragment_id: int
+    version: Version
+    mode: Literal["rebase", "overwrite"]
+
+
+class Heal(_Action, frozen=True, kw_only=True):
+    """Training thread: parameters of the fragment become the base; non-finite inner moments are re-initialized."""
+
+    fragment_id: int
+    reason: Literal["nonfinite", "norm"]
+
+
+class Snapshot(_Action, frozen=True, kw_only=True):
+    """Training thread: copy the fragment aside; the background encodes it and answers with `Encoded`.
+
+    `after_unresolved`: relative to base minus the unresolved contribution (a final one).
+    """
+
+    fragment_id: int
+    seq: int
+    after_unresolved: bool = False
+
+
+class SendContribution(_Action, frozen=True, kw_only=True):
+    """Send the encoded payload under this header."""
+
+    header: Contribution
+
+
+class SendLeave(_Action, frozen=True, kw_only=True):
+    """Send `Leave` with a last report."""
+
+    reason: Literal["limit", "signal", "stopped"]
+
+
+class Forget(_Action, frozen=True, kw_only=True):
+    """The decoded value of this contribution is not needed any more."""
+
+    fragment_id: int
+    seq: int
+    reason: Refusal | None = None
+
+
+class Joined(_Action, frozen=True, kw_only=True):
+    """The join is complete."""
+
+    learner_id: int
+    incarnation: int
+    role: str
+    job_step: int
+
+
+class RefuseJoin(_Action, frozen=True, kw_only=True):
+    """The join failed for good."""
+
+    reason: str
+    detail: str
+
+
+class Fence(_Action, frozen=True, kw_only=True):
+    """Another process has this id."""
+
+    detail: str
+
+
+class StopTraining(_Action, frozen=True, kw_only=True):
+    """The job ends for all."""
+
+    reason: str
+
+
+class LeftDone(_Action, frozen=True, kw_only=True):
+    """The leave is complete."""
+
+
+LearnerAction = (
+    Send
+    | SendFounding
+    | Decode
+    | Adopt
+    | Heal
+    | Snapshot
+    | SendContribution
+    | SendLeave
+    | Forget
+    | Joined
+    | RefuseJoin
+    | Fence
+    | StopTraining
+    | LeftDone
+)

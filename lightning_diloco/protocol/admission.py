@@ -1,0 +1,278 @@
+"""Joining, founding, leaving, fencing (PROTOCOL.md sections 1, 5, 6).
+
+Emptiness belongs to the job, not to a process: a syncer founds once, from one appointed founder. A freshly initialized learner that
+meets a founded job receives; one that shows another lineage is refused loudly. The configuration of the job is the founder's; a joiner
+with another one is refused with the field's name. A live learner's id is refused to another process unless it shows the takeover token.
+"""
+
+from __future__ import annotations
+
+import json
+
+from lightning_diloco.config import SyncConfig
+from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.protocol.actions import BeginFounding, CloseSession, Reply, SyncerAction, Tape, TransmitStatic
+from lightning_diloco.protocol.events import FoundingArrived
+from lightning_diloco.protocol.identity import LeaveReason, Version
+from lightning_diloco.protocol.job import Job
+from lightning_diloco.protocol.members import Member
+from lightning_diloco.protocol.messages import (
+    PROTOCOL_VERSION,
+    Envelope,
+    Fenced,
+    Found,
+    Hello,
+    JoinRefused,
+    Ready,
+    Resolved,
+    Stop,
+    Welcome,
+)
+from lightning_diloco.protocol.publisher import Current
+from lightning_diloco.protocol.records import DiscardRecord, JobRecord, JoinRecord, LeaveRecord
+from lightning_diloco.protocol.rounds import Rounds
+
+__all__ = ["Admission"]
+
+
+class Admission:
+    """The door of a job."""
+
+    def __init__(self, job: Job, rounds: Rounds) -> None:
+        self._job = job
+        self._rounds = rounds
+        self._hellos: dict[str, Hello] = {}
+        self._found: Found | None = None
+        self._founding_config = SyncConfig()
+
+    def hello(self, session: str, envelope: Envelope, hello: Hello, now_s: float) -> list[SyncerAction]:
+        """A process wants in, or is back."""
+        job = self._job
+        if job.members.is_fenced(session):
+            return [Reply(session=session, message=Fenced(detail="Another process has taken over this learner's id."))]
+        refusal = self._refusal(envelope, hello)
+        if refusal is not None:
+            return [Reply(session=session, message=JoinRefused(reason=refusal[0], detail=refusal[1])), CloseSession(session=session)]
+        member = job.members.of(session)
+        if member is not None:
+            return self._resume(member, hello, now_s)
+        learner_id = job.members.free_id() if hello.learner_id is None else hello.learner_id
+        actions, refusal = self._take_id(learner_id, hello, now_s)
+        if refusal is not None:
+            return [Reply(session=session, message=JoinRefused(reason=refusal[0], detail=refusal[1])), CloseSession(session=session)]
+        self._hellos[session] = hello
+        member = job.members.add(learner_id, session, "waiting")
+        member.device, member.batch_size, member.tokens_per_step = hello.device, hello.batch_size, hello.tokens_per_step
+        member.last_heard_s = now_s
+        return actions + self._place(member, now_s)
+
+    def _refusal(self, envelope: Envelope, hello: Hello) -> tuple[str, str] | None:
+        job = self._job
+        if hello.protocol_version != PROTOCOL_VERSION:
+            return (
+                "protocol_version",
+                f"protocol_version={hello.protocol_version}: this syncer speaks {PROTOCOL_VERSION}. Install the same release.",
+            )
+        if job.options.token and hello.token != job.options.token:
+            return "token", "The token is not this job's. Two jobs must not share a syncer: start one syncer for each."
+        if envelope.job_id and envelope.job_id != job.options.job_id:
+            return "job_id", f"job_id={envelope.job_id!r}: this syncer runs job {job.options.job_id!r}. Start one syncer for each job."
+        if hello.lineage and hello.lineage != job.options.lineage:
+            return "lineage", "The learner holds the parameters of another history; a job is never founded twice. Start a fresh learner."
+        if job.is_ended or job.finish_status is not None:
+            return "ended", "This job has ended. Start a new syncer for a new job."
+        if not job.is_founded:
+            return None
+        return self._difference(hello)
+
+    def _difference(self, hello: Hello) -> tuple[str, str] | None:
+        try:
+            config = SyncConfig.from_options(json.loads(hello.config))
+        except (ConfigurationError, TypeError, ValueError) as error:
+            return "config", f"The configuration cannot be read: {error}"[:1000]
+        field = self._job.config.first_difference(config)
+        if field is not None:
+            ours, theirs = getattr(self._job.config, field), getattr(config, field)
+            return (
+                "config",
+                f"{field}={theirs!r} differs from the job's {ours!r}. The founder's configuration is the job's: use the same value.",
+            )
+        if hello.fingerprint != self._job.fingerprint:
+            return (
+                "wrong_layout",
+                "The layout (names, order, shapes, dtypes, ties) differs from the founder's. Use the same model and version.",
+            )
+        return None
+
+    def _take_id(self, learner_id: int, hello: Hello, now_s: float) -> tuple[list[SyncerAction], tuple[str, str] | None]:
+        options = self._job.options
+        if options.num_slots is not None and learner_id >= options.num_slots:
+            return [], (
+                "learner_id",
+                f"learner_id={learner_id}: this job has {options.num_slots} learners, ids 0 to {options.num_slots - 1}.",
+            )
+        before = self._job.members.by_id(learner_id)
+        if before is None:
+            return [], None
+        if not options.takeover_token or hello.takeover_token != options.takeover_token:
+            return [], ("learner_id", f"learner_id={learner_id} is in use by a live process. Use another id, or none to be given one.")
+        fenced = Reply(session=before.session, message=Fenced(detail="Another process has taken over this learner's id."))
+        return [fenced, *self.end(before, "fenced", now_s)], None
+
+    def _place(self, member: Member, now_s: float) -> list[SyncerAction]:
+        """Founder, in line behind the founder, or joiner."""
+        job = self._job
+        if job.is_founded:
+            return self._receive(member, now_s)
+        if member.learner_id == job.options.founder_id:
+            member.stage = "founding"
+            return [self._welcome(member, "founder", now_s), BeginFounding(session=member.session)]
+        return [self._welcome(member, "waiting", now_s)]
+
+    def _receive(self, member: Member, now_s: float) -> list[SyncerAction]:
+        job = self._job
+        member.stage = "receiving"
+        difference = self._difference(self._hellos[member.session])
+        if difference is not None:
+            job.members.remove(member, fenced=False)
+            refused = JoinRefused(reason=difference[0], detail=difference[1])
+            return [Reply(session=member.session, message=refused), CloseSession(session=member.session)]
+        job.publisher.start(member.session, {})
+        actions: list[SyncerAction] = [self._welcome(member, "joiner", now_s)]
+        if job.static_bytes:
+            actions.append(TransmitStatic(session=member.session))
+        for fragment_id, current in enumerate(job.currents):
+            actions += job.publisher.offer(member, fragment_id, current)
+        return actions
+
+    def _resume(self, member: Member, hello: Hello, now_s: float) -> list[SyncerAction]:
+        """The same process is back: same incarnation, missing versions, an answer for every unresolved contribution."""
+        job = self._job
+        member.last_heard_s = now_s
+        if not job.is_founded or member.stage == "receiving":
+            return self._place(member, now_s) if member.stage != "founding" else []
+        actions: list[SyncerAction] = [self._welcome(member, "resumed", now_s)]
+        for item in hello.unresolved:
+            known = job.decisions.get((member.learner_id, item.fragment_id), {}).get(item.seq)
+            outcome = "unknown" if known is None else known.outcome
+            reason = known.reason if known is not None else None
+            answer = Resolved(fragment_id=item.fragment_id, seq=item.seq, outcome=outcome, reason=reason)  # type: ignore[arg-type]
+            actions.append(Reply(session=member.session, message=answer, incarnation=member.incarnation))
+        held = {i: v for i, v in enumerate(hello.versions[: job.num_fragments]) if v.epoch == job.epoch}
+        job.publisher.start(member.session, held)
+        for fragment_id, current in enumerate(job.currents):
+            actions += job.publisher.offer(member, fragment_id, current)
+        return actions
+
+    def found(self, session: str, message: Found) -> list[SyncerAction]:
+        """The appointed founder described the job; its payloads follow."""
+        member = self._job.members.of(session)
+        if member is None or member.stage != "founding" or self._job.is_founded:
+            return []
+        try:
+            self._founding_config = SyncConfig.from_options(json.loads(self._hellos[session].config))
+        except (ConfigurationError, TypeError, ValueError) as error:
+            self._job.members.remove(member, fenced=False)
+            return [Reply(session=session, message=JoinRefused(reason="config", detail=str(error)[:1000])), CloseSession(session=session)]
+        self._found = message
+        return []
+
+    def founded(self, event: FoundingArrived, now_s: float) -> list[SyncerAction]:
+        """Everything of the founder is stored: the history begins, and those in line are let in."""
+        job, found = self._job, self._found
+        member = job.members.of(event.session)
+        if member is None or found is None or job.is_founded or member.stage != "founding":
+            return []
+        numbers = found.versions or (0,) * len(found.fragments)
+        per_element = {"fp32": 4, "bf16": 2}[self._founding_config.wire_dtype]
+        currents = [
+            Current(
+                version=Version(job.epoch, n),
+                parent=None,
+                crc=crc,
+                merged_through={},
+                difference_bytes=per_element * f.num_params,
+                full_bytes=4 * f.num_params,
+            )
+            for f, n, crc in zip(found.fragments, numbers, event.crcs, strict=True)
+        ]
+        hello = self._hellos[event.session]
+        job.found(config=self._founding_config, fingerprint=hello.fingerprint, fragments=found.fragments, currents=currents)
+        job.static_crc, job.static_bytes = found.static_crc, found.static_bytes
+        self._rounds.start()
+        actions: list[SyncerAction] = [Tape(record=self._job_record(numbers, event, member.learner_id))]
+        job.publisher.start(member.session, {i: c.version for i, c in enumerate(currents)})
+        member.stage = "receiving"
+        actions.append(self._welcome(member, "member", now_s))
+        for other in job.members.present():
+            if other.stage == "waiting":
+                actions += self._receive(other, now_s)
+        return actions
+
+    def _job_record(self, numbers: tuple[int, ...], event: FoundingArrived, founder_id: int) -> JobRecord:
+        job = self._job
+        return JobRecord(
+            job_id=job.options.job_id,
+            lineage=job.options.lineage,
+            epoch=job.epoch,
+            config=job.config.as_dict(),
+            fingerprint=job.fingerprint,
+            fragments=job.fragments,
+            founded_n=numbers,
+            founder_id=founder_id,
+            founding_bytes=event.payload_bytes,
+            num_slots=job.options.num_slots,
+            versions=job.options.versions,
+        )
+
+    def ready(self, session: str, message: Ready, now_s: float) -> list[SyncerAction]:
+        """All fragments are held: a member from here on."""
+        job = self._job
+        member = job.members.of(session)
+        if member is None or member.stage != "receiving" or not job.publisher.holds_all(session, job.num_fragments):
+            return []
+        member.stage, member.last_advance_s, member.last_heard_s = "joined", now_s, now_s
+        record = JoinRecord(
+            learner_id=member.learner_id,
+            incarnation=member.incarnation,
+            role="founder" if member.learner_id == job.options.founder_id and member.incarnation == 0 else "joiner",
+            device=member.device,
+            batch_size=member.batch_size,
+            tokens_per_step=member.tokens_per_step,
+            job_step=job.members.job_step(now_s),
+        )
+        actions: list[SyncerAction] = [Tape(record=record)]
+        if job.stop_reason is not None:
+            actions.append(Reply(session=session, message=Stop(reason=job.stop_reason), incarnation=member.incarnation))
+        return actions
+
+    def end(self, member: Member, reason: LeaveReason, now_s: float) -> list[SyncerAction]:
+        """End an incarnation: its pulls end, and what it had not handed over is discarded with the reason."""
+        job = self._job
+        was_joined = member.stage == "joined"
+        job.members.remove(member, fenced=reason == "fenced")
+        job.publisher.stop(member.session)
+        self._hellos.pop(member.session, None)
+        actions: list[SyncerAction] = [CloseSession(session=member.session)] if reason == "died" else []
+        if not was_joined:
+            return actions
+        actions.append(Tape(record=LeaveRecord(learner_id=member.learner_id, incarnation=member.incarnation, reason=reason)))
+        lost = "fenced" if reason == "fenced" else "died" if reason == "died" else "drain"
+        for fragment_id, tokens in job.ledger.end_incarnation(member.learner_id):
+            record = DiscardRecord(learner_id=member.learner_id, fragment_id=fragment_id, reason=lost, tokens=tokens)  # type: ignore[arg-type]
+            actions.append(Tape(record=record))
+        return actions + self._rounds.drop_learner(member.learner_id, now_s)
+
+    def _welcome(self, member: Member, role: str, now_s: float) -> Reply:
+        job = self._job
+        message = Welcome(
+            role=role,  # type: ignore[arg-type]
+            learner_id=member.learner_id,
+            incarnation=member.incarnation,
+            shards=job.options.shards,
+            job_step=job.members.job_step(now_s),
+            next_seq=job.next_seq(member.learner_id),
+            static_crc=job.static_crc,
+            static_bytes=job.static_bytes,
+        )
+        return Reply(session=member.session, message=message, incarnation=member.incarnation)

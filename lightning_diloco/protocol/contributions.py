@@ -1,0 +1,159 @@
+"""What becomes of a contribution: folded, carried, acknowledged again, or refused (PROTOCOL.md sections 4, 6, 7).
+
+The checks in their order: whose life (`stale_incarnation`), which history (`stale_epoch`), which bytes (`bad_checksum`), a copy of a known
+seq (the same answer again, or `conflict`), another one of this learner held or a base without what was merged (`overlap`), and
+only then the values (`nonfinite`, `norm`). Every refusal names the seq, is counted and on the tape, and changes nothing else.
+"""
+
+from __future__ import annotations
+
+from lightning_diloco.protocol.actions import DropPayload, Fold, Reply, SyncerAction, Tape
+from lightning_diloco.protocol.events import ContributionArrived
+from lightning_diloco.protocol.identity import ContributionKey, Refusal
+from lightning_diloco.protocol.job import Decision, Held, Job
+from lightning_diloco.protocol.members import Member
+from lightning_diloco.protocol.messages import Contribution, Fenced, Resolved, WhoAreYou
+from lightning_diloco.protocol.records import ContributionRecord, Outcome
+from lightning_diloco.protocol.rounds import Rounds
+
+__all__ = ["Contributions", "contribution_weight"]
+
+
+def contribution_weight(tokens: int, steps: int) -> float:
+    """Weight of a contribution: quantity times quality, tokens * (tokens / steps).
+
+    References:
+        Decoupled DiLoCo, arXiv 2604.21428, algorithm 2.
+    """
+    return tokens * (tokens / steps)
+
+
+class Contributions:
+    """Decides on every contribution of a job exactly once."""
+
+    def __init__(self, job: Job, rounds: Rounds) -> None:
+        self._job = job
+        self._rounds = rounds
+
+    def arrived(self, event: ContributionArrived, now_s: float) -> list[SyncerAction]:
+        """Decide on one complete payload."""
+        job, header = self._job, event.header
+        member = job.members.of(event.session)
+        if member is None or member.stage not in ("joined",):
+            return self._stranger(event)
+        key = ContributionKey(member.learner_id, header.fragment_id, header.seq)
+        if event.envelope.incarnation == member.incarnation:
+            member.advance(header.inner_step, header.total_tokens, now_s)
+            job.ledger.trained(member.learner_id, header.total_tokens)
+        known = job.decisions.get((member.learner_id, header.fragment_id), {}).get(header.seq)
+        if known is not None and known.crc == header.crc:
+            return self._again(event, member, key, known, now_s)
+        reason = self._refusal(event, member, known)
+        if reason is not None:
+            return self._refuse(event, member, key, reason, now_s)
+        return self._accept(event, member, key, now_s)
+
+    def _refusal(self, event: ContributionArrived, member: Member, known: Decision | None) -> Refusal | None:
+        job, header = self._job, event.header
+        if event.envelope.incarnation != member.incarnation:
+            return "stale_incarnation"
+        if event.envelope.lineage != job.options.lineage or event.envelope.epoch != job.epoch or header.base.epoch != job.epoch:
+            return "stale_epoch"
+        if not event.crc_ok:
+            return "bad_checksum"
+        if known is not None or header.base > job.currents[header.fragment_id].version:
+            return "conflict"
+        if self._overlaps(header, member):
+            return "overlap"
+        # The values count in the gate's statistics whatever the verdict.
+        admitted = job.gates[header.fragment_id].admits(event.norm, header.steps) if event.is_finite else False
+        if not event.is_finite:
+            return "nonfinite"
+        return None if admitted else "norm"
+
+    def _overlaps(self, header: Contribution, member: Member) -> bool:
+        """Whether it holds work that is in the model, or held for it, already."""
+        job, learner_id, fragment_id = self._job, member.learner_id, header.fragment_id
+        round_ = self._rounds.of(fragment_id)
+        held = sum(h.tokens for h in round_.held + round_.merging if h.learner_id == learner_id)
+        if header.tokens > job.ledger.pending(learner_id, fragment_id) - held:
+            return True
+        if header.seq < job.last_seq.get((learner_id, fragment_id), 0):
+            return True
+        if header.after is not None:
+            earlier = job.decisions.get((learner_id, fragment_id), {}).get(header.after)
+            return not header.is_final or earlier is None or earlier.outcome == "refused"
+        return round_.holds(learner_id) or header.base_merged_seq != job.merged_seq(learner_id, fragment_id)
+
+    def _accept(self, event: ContributionArrived, member: Member, key: ContributionKey, now_s: float) -> list[SyncerAction]:
+        job, header = self._job, event.header
+        round_ = self._rounds.of(header.fragment_id)
+        outcome: Outcome = "folded" if round_.is_collecting else "carried"
+        weight = contribution_weight(header.tokens, header.steps)
+        held = Held(
+            learner_id=member.learner_id,
+            incarnation=member.incarnation,
+            seq=header.seq,
+            steps=header.steps,
+            tokens=header.tokens,
+            weight=weight,
+        )
+        round_.held.append(held)
+        job.ledger.hold(member.learner_id, header.fragment_id, header.tokens)
+        job.decide(member.learner_id, header.fragment_id, header.seq, Decision(crc=header.crc, outcome="held"))
+        member.snapshot_step[header.fragment_id] = header.inner_step
+        member.is_silent = False
+        actions: list[SyncerAction] = [Fold(key=key, weight=weight), self._tape(event, member, weight, outcome, None)]
+        actions.append(self._answer(member, header, "held", None))
+        return actions + self._rounds.end_pull(member.learner_id, header.fragment_id, header.round_id, now_s)
+
+    def _again(self, event: ContributionArrived, member: Member, key: ContributionKey, known: Decision, now_s: float) -> list[SyncerAction]:
+        """A copy of a known contribution: the same answer, and nothing else."""
+        header = event.header
+        outcome = "merged" if known.outcome == "merged" else "refused" if known.outcome == "refused" else "held"
+        answer = Resolved(fragment_id=header.fragment_id, seq=header.seq, outcome=outcome, reason=known.reason)  # type: ignore[arg-type]
+        actions: list[SyncerAction] = [DropPayload(key=key), self._tape(event, member, 0.0, "duplicate", None)]
+        actions.append(Reply(session=member.session, message=answer, incarnation=member.incarnation))
+        return actions + self._rounds.end_pull(member.learner_id, header.fragment_id, header.round_id, now_s)
+
+    def _refuse(
+        self, event: ContributionArrived, member: Member, key: ContributionKey, reason: Refusal, now_s: float
+    ) -> list[SyncerAction]:
+        header = event.header
+        actions: list[SyncerAction] = [DropPayload(key=key), self._tape(event, member, 0.0, "refused", reason)]
+        if reason == "stale_incarnation":
+            return actions
+        if reason != "conflict":
+            self._job.decide(member.learner_id, header.fragment_id, header.seq, Decision(crc=header.crc, outcome="refused", reason=reason))
+        actions.append(self._answer(member, header, "refused", reason))
+        return actions + self._rounds.end_pull(member.learner_id, header.fragment_id, header.round_id, now_s)
+
+    def _stranger(self, event: ContributionArrived) -> list[SyncerAction]:
+        """No member: a fenced life is told so, anyone else is asked who it is; nothing changes."""
+        key = ContributionKey(0, event.header.fragment_id, event.header.seq)
+        fenced = self._job.members.is_fenced(event.session)
+        message = Fenced(detail="Another process has taken over this learner's id.") if fenced else WhoAreYou()
+        return [DropPayload(key=key), Reply(session=event.session, message=message)]
+
+    def _answer(self, member: Member, header: Contribution, outcome: str, reason: Refusal | None) -> Reply:
+        message = Resolved(fragment_id=header.fragment_id, seq=header.seq, outcome=outcome, reason=reason)  # type: ignore[arg-type]
+        return Reply(session=member.session, message=message, incarnation=member.incarnation)
+
+    def _tape(self, event: ContributionArrived, member: Member, weight: float, outcome: Outcome, reason: Refusal | None) -> Tape:
+        header = event.header
+        record = ContributionRecord(
+            learner_id=member.learner_id,
+            incarnation=event.envelope.incarnation,
+            fragment_id=header.fragment_id,
+            seq=header.seq,
+            base=header.base,
+            steps=header.steps,
+            tokens=header.tokens,
+            weight=weight,
+            norm=event.norm if event.is_finite else -1.0,
+            payload_bytes=event.payload_bytes,
+            outcome=outcome,
+            reason=reason,
+            is_final=header.is_final,
+        )
+        return Tape(record=record)

@@ -1,0 +1,233 @@
+"""Events: everything that can happen to a machine.
+
+Messages arrive as they are, with the session they came through; payloads arrive as facts about them (a norm, a checksum), never as
+tensors. Time is not in an event: the runtime, the simulator and the tests pass `now_s` beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from lightning_diloco.protocol.identity import LeaveReason, Version
+from lightning_diloco.protocol.messages import Contribution, Envelope, FromLearner, FromSyncer, Publication
+
+__all__ = [
+    "Boundary",
+    "ContributionArrived",
+    "ControlReceived",
+    "CountersRead",
+    "Decoded",
+    "Encoded",
+    "Finish",
+    "FoundingArrived",
+    "JoinRequested",
+    "LeaveRequested",
+    "LearnerEvent",
+    "LearnerLost",
+    "MessageReceived",
+    "Merged",
+    "PauseChanged",
+    "PayloadFailed",
+    "PublicationArrived",
+    "PublicationDelivered",
+    "PublicationFailed",
+    "StaticInstalled",
+    "StopRequested",
+    "SyncerEvent",
+    "Tick",
+]
+
+
+class _Event(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+# ---- of a syncer ------------------------------------------------------------------------------------------------------------
+
+
+class MessageReceived(_Event, frozen=True, kw_only=True):
+    """A control message of a learner. `session` names the process that sent it (its nonce, in hexadecimal)."""
+
+    session: str
+    envelope: Envelope
+    message: FromLearner
+
+
+class ContributionArrived(_Event, frozen=True, kw_only=True):
+    """A contribution is complete, decoded and measured. `norm` is the float64 norm; `is_finite` is False for NaN or infinity in it.
+
+    `crc_ok` is False if the decoded bytes do not have the header's crc.
+    """
+
+    session: str
+    envelope: Envelope
+    header: Contribution
+    norm: float
+    is_finite: bool
+    payload_bytes: int
+    crc_ok: bool = True
+
+
+class PayloadFailed(_Event, frozen=True, kw_only=True):
+    """A payload was refused below the rules (size, checksum, layout)."""
+
+    session: str
+    reason: Literal["wrong_layout", "bad_checksum", "oversized"]
+    fragment_id: int | None = None
+    seq: int | None = None
+
+
+class FoundingArrived(_Event, frozen=True, kw_only=True):
+    """All founding payloads of the appointed founder are in and stored; crc of each fragment, payload bytes in all."""
+
+    session: str
+    crcs: tuple[int, ...]
+    payload_bytes: int
+
+
+class Merged(_Event, frozen=True, kw_only=True):
+    """`Close` was performed: the new shadow's crc, the time it took, and what a replay needs."""
+
+    fragment_id: int
+    crc: int
+    merge_s: float
+    outer_momentum: float = 0.0
+    norms: tuple[tuple[float, ...], ...] = ()
+    scales: tuple[float, ...] = ()
+
+
+class PublicationDelivered(_Event, frozen=True, kw_only=True):
+    """The transport's end-to-end acknowledgement of one publication to one learner."""
+
+    session: str
+    fragment_id: int
+
+
+class PublicationFailed(_Event, frozen=True, kw_only=True):
+    """The transport gave up on one publication to one learner."""
+
+    session: str
+    fragment_id: int
+
+
+class LearnerLost(_Event, frozen=True, kw_only=True):
+    """Somebody who knows (the supervisor) says that this learner's process is gone."""
+
+    learner_id: int
+    reason: LeaveReason = "died"
+
+
+class CountersRead(_Event, frozen=True, kw_only=True):
+    """The memory-mapped totals of an incarnation whose process is gone."""
+
+    learner_id: int
+    incarnation: int
+    inner_steps: int
+    tokens: int
+
+
+class Finish(_Event, frozen=True, kw_only=True):
+    """No learner will come back: close what is held and end."""
+
+    status: Literal["finished", "stopped", "failed"]
+
+
+class Tick(_Event, frozen=True, kw_only=True):
+    """Time has passed; nothing else happened."""
+
+
+SyncerEvent = (
+    MessageReceived
+    | ContributionArrived
+    | PayloadFailed
+    | FoundingArrived
+    | Merged
+    | PublicationDelivered
+    | PublicationFailed
+    | LearnerLost
+    | CountersRead
+    | Finish
+    | Tick
+)
+
+# ---- of a learner -----------------------------------------------------------------------------------------------------------
+
+
+class JoinRequested(_Event, frozen=True, kw_only=True):
+    """Say hello."""
+
+
+class ControlReceived(_Event, frozen=True, kw_only=True):
+    """A control message of the syncer."""
+
+    envelope: Envelope
+    message: FromSyncer
+
+
+class PublicationArrived(_Event, frozen=True, kw_only=True):
+    """A publication's payload is complete; it has not been decoded."""
+
+    envelope: Envelope
+    header: Publication
+
+
+class Decoded(_Event, frozen=True, kw_only=True):
+    """`Decode` was performed: the published copy now is this version (or is not, if the crc differed)."""
+
+    fragment_id: int
+    version: Version
+    crc_ok: bool
+
+
+class StaticInstalled(_Event, frozen=True, kw_only=True):
+    """While joining: the static state is in place."""
+
+
+class Boundary(_Event, frozen=True, kw_only=True):
+    """The training thread ended an inner step of `tokens` tokens."""
+
+    tokens: int
+    can_snapshot: bool = True
+
+
+class Encoded(_Event, frozen=True, kw_only=True):
+    """A snapshot was encoded; the payload waits under (fragment_id, seq). `crc` of the payload's bytes."""
+
+    fragment_id: int
+    seq: int
+    crc: int
+
+
+class PauseChanged(_Event, frozen=True, kw_only=True):
+    """Inner steps stop for a while (validation, checkpoint), or go on."""
+
+    is_paused: bool
+
+
+class StopRequested(_Event, frozen=True, kw_only=True):
+    """`trainer.should_stop` was set here."""
+
+    reason: str
+
+
+class LeaveRequested(_Event, frozen=True, kw_only=True):
+    """The learner ends: push what is left."""
+
+    reason: Literal["limit", "signal", "stopped"]
+
+
+LearnerEvent = (
+    JoinRequested
+    | ControlReceived
+    | PublicationArrived
+    | Decoded
+    | StaticInstalled
+    | Boundary
+    | Encoded
+    | PauseChanged
+    | StopRequested
+    | LeaveRequested
+    | Tick
+)

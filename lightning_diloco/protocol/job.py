@@ -1,0 +1,153 @@
+"""The syncer's state of one job, shared by the parts of `SyncerMachine`; nothing here decides anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lightning_diloco.config import SyncConfig
+from lightning_diloco.protocol.actions import SyncerAction
+from lightning_diloco.protocol.gates import NormGate
+from lightning_diloco.protocol.grace import GraceWindow
+from lightning_diloco.protocol.identity import FragmentInfo, MergedThrough, Refusal, Version
+from lightning_diloco.protocol.ledger import Ledger
+from lightning_diloco.protocol.members import Membership
+from lightning_diloco.protocol.messages import ShardAddress
+from lightning_diloco.protocol.pace import Pace
+from lightning_diloco.protocol.publisher import Current, Publisher
+
+__all__ = ["Decision", "Held", "Job", "JobOptions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions:
+    """What the process that starts a syncer decides.
+
+    Args:
+        job_id: name of the job.
+        lineage: random name of the history that a founding begins.
+        token: what a learner must show ("" = nothing).
+        takeover_token: what lets a process take the id of another one ("" = nobody may).
+        founder_id: the one learner that may found the job.
+        num_slots: configured learners; None = open membership.
+        shards: where payloads go.
+        is_supervised: the end is decided from outside (`Finish`), not by the last leaver.
+        versions: package versions for the tape.
+    """
+
+    job_id: str
+    lineage: str
+    token: str = ""
+    takeover_token: str = ""
+    founder_id: int = 0
+    num_slots: int | None = None
+    shards: tuple[ShardAddress, ...] = ()
+    is_supervised: bool = False
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """An accepted contribution that is folded but not merged yet."""
+
+    learner_id: int
+    incarnation: int
+    seq: int
+    steps: int
+    tokens: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What was decided on one seq; a later copy gets the same answer."""
+
+    crc: int
+    outcome: str
+    reason: Refusal | None = None
+
+
+class Job:
+    """State of a job from its founding on; before, only `options` and the membership mean anything."""
+
+    def __init__(self, options: JobOptions) -> None:
+        self.options = options
+        self.members = Membership()
+        self.publisher = Publisher()
+        self.epoch = 0
+        self.config = SyncConfig()
+        self.fingerprint = ""
+        self.fragments: tuple[FragmentInfo, ...] = ()
+        self.static_crc = 0
+        self.static_bytes = 0
+        self.currents: list[Current] = []
+        self.last_seq: dict[tuple[int, int], int] = {}
+        self.decisions: dict[tuple[int, int], dict[int, Decision]] = {}
+        self.ledger = Ledger(0)
+        self.stop_reason: str | None = None
+        self.finish_status: str | None = None
+        self.is_ended = False
+        self._prepare()
+
+    def found(self, *, config: SyncConfig, fingerprint: str, fragments: tuple[FragmentInfo, ...], currents: list[Current]) -> None:
+        """Begin the history. The caller has checked that the job is empty."""
+        self.config, self.fingerprint, self.fragments, self.currents = config, fingerprint, fragments, currents
+        self.ledger = Ledger(len(fragments))
+        self._prepare()
+
+    @property
+    def is_founded(self) -> bool:
+        """Whether there is a global model."""
+        return bool(self.currents)
+
+    @property
+    def num_fragments(self) -> int:
+        """P."""
+        return len(self.fragments)
+
+    def merged_seq(self, learner_id: int, fragment_id: int) -> int:
+        """Highest seq of this learner in the fragment's current version (0: none)."""
+        through = self.currents[fragment_id].merged_through.get(learner_id)
+        return through.seq if through is not None else 0
+
+    def next_seq(self, learner_id: int) -> tuple[int, ...]:
+        """The next seq per fragment for a new life of this learner."""
+        return tuple(self.last_seq.get((learner_id, f.fragment_id), 0) + 1 for f in self.fragments)
+
+    def decide(self, learner_id: int, fragment_id: int, seq: int, decision: Decision) -> None:
+        """Remember a decision; the last few of each learner and fragment are enough, older seqs cannot come back."""
+        key = (learner_id, fragment_id)
+        known = self.decisions.setdefault(key, {})
+        known[seq] = decision
+        while len(known) > 4:
+            known.pop(next(iter(known)))
+        self.last_seq[key] = max(seq, self.last_seq.get(key, 0))
+
+    def offer_all(self, fragment_id: int) -> list[SyncerAction]:
+        """Publish to everyone who holds or waits for this fragment, members of the round or not."""
+        actions: list[SyncerAction] = []
+        for member in self.members.present():
+            if member.stage in ("receiving", "joined"):
+                actions += self.publisher.offer(member, fragment_id, self.currents[fragment_id])
+        return actions
+
+    def _prepare(self) -> None:
+        config, count = self.config, max(1, len(self.fragments))
+        self.gates = [NormGate(config.norm_gate) for _ in range(count)]
+        self.pace = Pace(num_fragments=count, sync_interval_steps=config.sync_interval_steps)
+        self.grace = GraceWindow(
+            overlap_steps=config.overlap_steps, grace_fraction=config.grace_fraction, grace_cap_steps=config.grace_cap_steps
+        )
+
+
+def merged_through_after(before: dict[int, MergedThrough], members: list[Held]) -> dict[int, MergedThrough]:
+    """The merged_through of a version whose parent had `before` and whose merge holds these contributions."""
+    after = dict(before)
+    for held in members:
+        known = after.get(held.learner_id, MergedThrough(0, 0))
+        after[held.learner_id] = MergedThrough(max(known.seq, held.seq), known.tokens + held.tokens)
+    return after
+
+
+def next_version(current: Version, epoch: int) -> Version:
+    """The version after this one."""
+    return Version(epoch, current.n + 1)

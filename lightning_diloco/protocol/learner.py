@@ -1,0 +1,280 @@
+"""`LearnerMachine`: the rules of a learner, without I/O, clock, tensor or lock.
+
+    stage       what happens
+    new         nothing was said
+    greeting    Hello is out; a Welcome tells the role (waiting: somebody else founds)
+    founding    the founding state is on its way
+    receiving   full transfers are on their way
+    joined      inner steps; adoption and pulls at their boundaries
+    leaving     final contributions are on their way
+    left / refused / fenced: the end
+
+At a boundary, in this order (PROTOCOL.md section 3): count; adopt what is ready; heal what was refused for its values; answer pulls. The answer
+is `busy` with an unresolved contribution, a version received and not adopted, no work, or no room to stage; nothing is dropped.
+Whether an own contribution is in a version is decided by `merged_through` alone, never by "members of the round".
+
+Invariants (property tests): versions only grow; parameters = base + local progress that is not merged; at most one unresolved
+contribution per fragment (and a final one after it); tokens = merged + pending + discarded.
+
+References:
+    Decoupled DiLoCo, arXiv 2604.21428, algorithm 1. Adoption by rebase is our choice (the paper overwrites).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lightning_diloco.errors import LocalProtocolError
+from lightning_diloco.protocol.actions import (
+    Decode,
+    Fence,
+    Joined,
+    LearnerAction,
+    LeftDone,
+    RefuseJoin,
+    Send,
+    SendFounding,
+    StopTraining,
+)
+from lightning_diloco.protocol.events import (
+    Boundary,
+    ControlReceived,
+    Decoded,
+    Encoded,
+    JoinRequested,
+    LearnerEvent,
+    LeaveRequested,
+    PauseChanged,
+    PublicationArrived,
+    StaticInstalled,
+    StopRequested,
+    Tick,
+)
+from lightning_diloco.protocol.identity import Version
+from lightning_diloco.protocol.learner_exchange import Exchange
+from lightning_diloco.protocol.learner_state import NOTHING, LearnerOptions, LearnerState
+from lightning_diloco.protocol.messages import (
+    PROTOCOL_VERSION,
+    Discarded,
+    Envelope,
+    Fenced,
+    Heartbeat,
+    Hello,
+    JoinRefused,
+    Left,
+    NeedFull,
+    Pull,
+    Ready,
+    Released,
+    Resolved,
+    Stop,
+    StopRequest,
+    Unresolved,
+    Welcome,
+    WhoAreYou,
+)
+
+__all__ = ["LearnerMachine", "LearnerOptions"]
+
+
+class LearnerMachine:
+    """A learner's state and rules.
+
+    Args:
+        options: who this process is.
+    """
+
+    def __init__(self, options: LearnerOptions) -> None:
+        self.state = LearnerState(options)
+        self._exchange = Exchange(self.state)
+        self._welcome: Welcome | None = None
+        self._needs_static = False
+        self._handlers: dict[type, Callable[..., list[LearnerAction]]] = {
+            JoinRequested: lambda event: self._say_hello(),
+            ControlReceived: self._control,
+            PublicationArrived: self._publication,
+            Decoded: self._decoded,
+            StaticInstalled: self._static_installed,
+            Boundary: self._exchange.boundary,
+            Encoded: self._exchange.encoded,
+            PauseChanged: self._exchange.pause,
+            StopRequested: lambda event: [Send(message=StopRequest(reason=event.reason))],
+            LeaveRequested: self._exchange.leave,
+            Tick: lambda event: [],
+        }
+        self._messages: dict[type, Callable[..., list[LearnerAction]]] = {
+            Welcome: self._welcomed,
+            JoinRefused: self._join_refused,
+            Fenced: self._fenced,
+            WhoAreYou: lambda m: self._say_hello(),
+            Pull: self._exchange.pulled,
+            Released: self._exchange.released,
+            Resolved: self._exchange.resolved,
+            Stop: lambda m: [StopTraining(reason=m.reason)],
+            Left: self._left,
+        }
+
+    def handle(self, event: LearnerEvent, now_s: float) -> list[LearnerAction]:
+        """Take one event; returns the actions that follow from it, in order.
+
+        Args:
+            event: what happened.
+            now_s: monotonic time in seconds (the rules of a learner need none; it stands here so that both machines look alike).
+        """
+        if self.state.stage in ("left", "refused", "fenced"):
+            return []
+        return self._handlers[type(event)](event)
+
+    def report(
+        self,
+        *,
+        step_gaps_s: tuple[float, ...] = (),
+        paused_s: tuple[float, ...] = (),
+        stalls_s: tuple[float, ...] = (),
+        last_step_age_s: float = 0.0,
+    ) -> Heartbeat:
+        """The full report of this moment (see `Heartbeat`)."""
+        pending = [(f.fragment_id, p) for f in self.state.fragments for p in (f.unresolved, f.final) if p is not None and p.is_sent]
+        return Heartbeat(
+            inner_step=self.state.inner_step,
+            tokens=self.state.tokens,
+            versions=tuple(f.held.n if f.held is not None else 0 for f in self.state.fragments),
+            unresolved=tuple(Unresolved(i, p.header.seq) for i, p in pending),
+            discarded=tuple(Discarded(f.fragment_id, r, n) for f in self.state.fragments for r, n in sorted(f.discarded.items())),
+            step_gaps_s=step_gaps_s,
+            paused_s=paused_s,
+            stalls_s=stalls_s,
+            last_step_age_s=last_step_age_s,
+            is_paused=self.state.is_paused,
+            batch_size=self.state.options.batch_size,
+        )
+
+    # ---- joining ------------------------------------------------------------------------------------------------------------
+
+    def _say_hello(self) -> list[LearnerAction]:
+        if self.state.stage == "new":
+            self.state.stage = "greeting"
+        options = self.state.options
+        holds_all = all(f.held is not None for f in self.state.fragments)
+        hello = Hello(
+            protocol_version=PROTOCOL_VERSION,
+            token=options.token,
+            learner_id=self.state.learner_id if self.state.learner_id >= 0 else options.learner_id,
+            nonce=options.nonce,
+            takeover_token=options.takeover_token,
+            config=options.config,
+            fingerprint=options.fingerprint,
+            lineage=self.state.envelope.lineage if holds_all else "",
+            versions=tuple(f.held for f in self.state.fragments if f.held is not None) if holds_all else (),
+            unresolved=self.report().unresolved,
+            inner_step=self.state.inner_step,
+            tokens=self.state.tokens,
+            device=options.device,
+            batch_size=options.batch_size,
+            tokens_per_step=options.tokens_per_step,
+        )
+        return [Send(message=hello)]
+
+    def _control(self, event: ControlReceived) -> list[LearnerAction]:
+        if self.state.stage in ("joined", "leaving") and not self._is_ours(event.envelope):
+            return []
+        handler = self._messages.get(type(event.message))
+        if isinstance(event.message, Welcome):
+            self.state.envelope = event.envelope
+        return handler(event.message) if handler is not None else []
+
+    def _is_ours(self, envelope: Envelope) -> bool:
+        """A learner refuses a lower epoch or another lineage (both are silent: an old syncer woke beside its successor)."""
+        return envelope.lineage == self.state.envelope.lineage and envelope.epoch >= self.state.envelope.epoch
+
+    def _welcomed(self, message: Welcome) -> list[LearnerAction]:
+        self._welcome = message
+        if message.role == "resumed" or self.state.stage in ("joined", "leaving"):
+            return []
+        self.state.learner_id = message.learner_id
+        if message.next_seq:
+            for fragment, seq in zip(self.state.fragments, message.next_seq, strict=False):
+                fragment.next_seq = seq
+        if message.role == "founder":
+            self.state.stage = "founding"
+            return [SendFounding()]
+        if message.role == "joiner":
+            self.state.stage = "receiving"
+            self._needs_static = message.static_bytes > 0
+            return []
+        if message.role == "member":
+            for fragment in self.state.fragments:
+                fragment.base = fragment.held = Version(self.state.envelope.epoch, 0)
+            return self._join_done()
+        return []
+
+    def _static_installed(self, event: StaticInstalled) -> list[LearnerAction]:
+        self._needs_static = False
+        return self._maybe_joined()
+
+    def _maybe_joined(self) -> list[LearnerAction]:
+        if self.state.stage == "receiving" and not self._needs_static and all(f.base is not None for f in self.state.fragments):
+            return self._join_done()
+        return []
+
+    def _join_done(self) -> list[LearnerAction]:
+        welcome = self._welcome
+        if welcome is None:
+            raise LocalProtocolError("joined without a welcome")
+        self.state.stage = "joined"
+        joined = Joined(learner_id=self.state.learner_id, incarnation=welcome.incarnation, role=welcome.role, job_step=welcome.job_step)
+        return [Send(message=Ready(inner_step=self.state.inner_step)), joined]
+
+    def _join_refused(self, message: JoinRefused) -> list[LearnerAction]:
+        self.state.stage = "refused"
+        return [RefuseJoin(reason=message.reason, detail=message.detail)]
+
+    def _fenced(self, message: Fenced) -> list[LearnerAction]:
+        self.state.stage = "fenced"
+        return [Fence(detail=message.detail)]
+
+    # ---- publications -------------------------------------------------------------------------------------------------------
+
+    def _publication(self, event: PublicationArrived) -> list[LearnerAction]:
+        header = event.header
+        if self.state.stage not in ("receiving", "joined", "leaving") or header.fragment_id >= len(self.state.fragments):
+            return []
+        if not self._is_ours(event.envelope) or header.version.epoch != self.state.envelope.epoch:
+            return []
+        fragment = self.state.fragments[header.fragment_id]
+        if fragment.held is not None and header.version <= fragment.held:
+            return []
+        if header.parent is not None and header.parent != fragment.held:
+            return [Send(message=NeedFull(fragment_id=header.fragment_id))]
+        merged = header.merged_through.get(self.state.learner_id, NOTHING)
+        fragment.arriving, fragment.arriving_merged, fragment.arriving_crc = header.version, merged, header.crc
+        return [
+            Decode(
+                fragment_id=header.fragment_id,
+                version=header.version,
+                is_full=header.parent is None,
+                with_contribution=fragment.contains(merged),
+                is_joining=self.state.stage == "receiving",
+            )
+        ]
+
+    def _decoded(self, event: Decoded) -> list[LearnerAction]:
+        fragment = self.state.fragments[event.fragment_id]
+        if fragment.arriving != event.version:
+            return []
+        fragment.arriving = None
+        if not event.crc_ok:
+            return [Send(message=NeedFull(fragment_id=event.fragment_id))]
+        before = fragment.held
+        fragment.held, fragment.held_merged, fragment.held_crc = event.version, fragment.arriving_merged, fragment.arriving_crc
+        if self.state.stage == "receiving":
+            fragment.base, fragment.base_merged = fragment.held, fragment.held_merged
+            return self._maybe_joined()
+        if before is not None:
+            self.state.merges_seen += event.version.n - before.n
+            self.state.merges_with_us += 1 if fragment.contains(fragment.held_merged) else 0
+        return []
+
+    def _left(self, message: Left) -> list[LearnerAction]:
+        self.state.stage = "left"
+        return [LeftDone()]

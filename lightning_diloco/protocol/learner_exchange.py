@@ -1,0 +1,202 @@
+"""What a learner does at the boundary of an inner step, and the life of its contributions (PROTOCOL.md sections 3, 4, 6, 7).
+
+At a boundary, in this order: count; adopt what is ready; heal what was refused for its values; answer pulls. The answer is `busy` with an
+unresolved contribution, a version received and not adopted, no work, or no room to stage; nothing is dropped. Whether an own
+contribution is in a version is decided by `merged_through` alone, never by "members of the round".
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning_diloco.errors import LocalProtocolError
+from lightning_diloco.protocol.actions import Adopt, Forget, Heal, LearnerAction, LeftDone, Send, SendContribution, SendLeave, Snapshot
+from lightning_diloco.protocol.events import Boundary, Encoded, LeaveRequested, PauseChanged
+from lightning_diloco.protocol.learner_state import FragmentState, LearnerState, Pending
+from lightning_diloco.protocol.messages import Adopted, Busy, Contribution, Paused, Progress, Pull, Released, Resolved
+
+__all__ = ["Exchange"]
+
+
+class Exchange:
+    """The rules of adoption and contribution.
+
+    Args:
+        state: the learner's state, shared with `LearnerMachine`.
+    """
+
+    def __init__(self, state: LearnerState) -> None:
+        self._state = state
+
+    def boundary(self, event: Boundary) -> list[LearnerAction]:
+        """The training thread ended an inner step: count, adopt, heal, answer."""
+        self._state.inner_step += 1
+        self._state.tokens += event.tokens
+        if self._state.stage != "joined":
+            return []
+        actions: list[LearnerAction] = []
+        for fragment in self._state.fragments:
+            if fragment.is_ready:
+                actions += self._adopt(fragment)
+            if fragment.heal is not None:
+                actions.append(self._heal(fragment))
+            if fragment.pulled_by is not None:
+                actions.append(self._answer_pull(fragment, event.can_snapshot))
+        actions.append(Send(message=Progress(inner_step=self._state.inner_step, tokens=self._state.tokens)))
+        return actions
+
+    def _adopt(self, fragment: FragmentState) -> list[LearnerAction]:
+        actions: list[LearnerAction] = []
+        version, seq = fragment.held, fragment.contains(fragment.held_merged)
+        if version is None:
+            raise LocalProtocolError("adoption without a version")
+        actions.append(Adopt(fragment_id=fragment.fragment_id, version=version, mode=self._state.options.adopt))
+        if seq:
+            fragment.settle()
+            actions.append(Forget(fragment_id=fragment.fragment_id, seq=seq))
+        if self._state.options.adopt == "overwrite":
+            fragment.overwrite(self._state.inner_step, self._state.tokens)
+        fragment.base, fragment.base_merged = version, fragment.held_merged
+        actions.append(Send(message=Adopted(fragment_id=fragment.fragment_id, version=version, crc=fragment.held_crc)))
+        return actions
+
+    def _heal(self, fragment: FragmentState) -> LearnerAction:
+        reason: Literal["nonfinite", "norm"] = "nonfinite" if fragment.heal == "nonfinite" else "norm"
+        fragment.heal = None
+        fragment.discard(reason, self._state.tokens - fragment.since_tokens)
+        fragment.since_step, fragment.since_tokens = self._state.inner_step, self._state.tokens
+        return Heal(fragment_id=fragment.fragment_id, reason=reason)
+
+    def _answer_pull(self, fragment: FragmentState, can_snapshot: bool) -> LearnerAction:
+        round_id, fragment.pulled_by = fragment.pulled_by, None
+        has_work = self._state.inner_step > fragment.since_step and self._state.tokens > fragment.since_tokens
+        if fragment.unresolved is not None or fragment.is_behind or not has_work or not can_snapshot:
+            return Send(message=Busy(fragment_id=fragment.fragment_id, round_id=round_id or 0))
+        fragment.unresolved = Pending(self._header(fragment, round_id))
+        return Snapshot(fragment_id=fragment.fragment_id, seq=fragment.unresolved.header.seq)
+
+    def _header(self, fragment: FragmentState, round_id: int | None, after: Pending | None = None) -> Contribution:
+        if fragment.base is None:
+            raise LocalProtocolError("a contribution without a base")
+        counted = after.header if after is not None and after.in_counters else None
+        return Contribution(
+            fragment_id=fragment.fragment_id,
+            seq=fragment.take_seq(),
+            round_id=round_id,
+            base=fragment.base,
+            base_merged_seq=fragment.base_merged.seq,
+            steps=max(1, self._state.inner_step - fragment.since_step - (counted.steps if counted else 0)),
+            tokens=self._state.tokens - fragment.since_tokens - (counted.tokens if counted else 0),
+            inner_step=self._state.inner_step,
+            total_tokens=self._state.tokens,
+            crc=0,
+            is_final=self._state.stage == "leaving",
+            after=after.header.seq if after is not None else None,
+        )
+
+    def encoded(self, event: Encoded) -> list[LearnerAction]:
+        """A snapshot was encoded: send it."""
+        fragment = self._state.fragments[event.fragment_id]
+        for name in ("unresolved", "final"):
+            pending: Pending | None = getattr(fragment, name)
+            if pending is not None and pending.header.seq == event.seq:
+                header = _with_crc(pending.header, event.crc)
+                pending.header, pending.is_sent = header, True
+                return [SendContribution(header=header)]
+        return []
+
+    def pulled(self, message: Pull) -> list[LearnerAction]:
+        """The syncer asks for a contribution: answered at the next boundary, or busy at once if there will be none."""
+        if self._state.stage not in ("joined", "leaving") or message.fragment_id >= len(self._state.fragments):
+            return []
+        if self._state.is_paused or self._state.stage == "leaving":
+            return [Send(message=Busy(fragment_id=message.fragment_id, round_id=message.round_id))]
+        self._state.fragments[message.fragment_id].pulled_by = message.round_id
+        return []
+
+    def released(self, message: Released) -> list[LearnerAction]:
+        """A round ended without this learner's answer."""
+        if message.fragment_id < len(self._state.fragments) and self._state.fragments[message.fragment_id].pulled_by == message.round_id:
+            self._state.fragments[message.fragment_id].pulled_by = None
+        return []
+
+    def resolved(self, message: Resolved) -> list[LearnerAction]:
+        """The fate of a contribution."""
+        if message.fragment_id >= len(self._state.fragments):
+            return []
+        fragment = self._state.fragments[message.fragment_id]
+        is_final = fragment.final is not None and fragment.final.header.seq == message.seq
+        pending = fragment.final if is_final else fragment.unresolved
+        if pending is None or pending.header.seq != message.seq:
+            return []
+        if message.outcome == "unknown":
+            return [SendContribution(header=pending.header)] if pending.is_sent else []
+        if message.outcome != "refused":
+            pending.is_acknowledged = True
+            return self._maybe_left()
+        if is_final:
+            fragment.final = None
+        else:
+            fragment.unresolved = None
+        self._count_refusal(fragment, pending, message)
+        forget = Forget(fragment_id=fragment.fragment_id, seq=message.seq, reason=message.reason)
+        return [forget, *self._maybe_left()]
+
+    def _count_refusal(self, fragment: FragmentState, pending: Pending, message: Resolved) -> None:
+        """d^ is forgotten; work and counters stay local, but for values that must not be sent again."""
+        by_value = message.reason in ("nonfinite", "norm")
+        if not pending.in_counters:
+            fragment.discard("overwritten", pending.header.tokens)
+        elif by_value and self._state.stage == "leaving":
+            fragment.discard("nonfinite" if message.reason == "nonfinite" else "norm", pending.header.tokens)
+        elif by_value:
+            fragment.heal = message.reason
+
+    def pause(self, event: PauseChanged) -> list[LearnerAction]:
+        """Inner steps stop for a while, or go on."""
+        self._state.is_paused = event.is_paused
+        actions: list[LearnerAction] = [Send(message=Paused(is_paused=event.is_paused))] if self._state.stage == "joined" else []
+        return [*(self._refuse_pulls() if event.is_paused else []), *actions]
+
+    def _refuse_pulls(self) -> list[LearnerAction]:
+        actions: list[LearnerAction] = []
+        for fragment in self._state.fragments:
+            if fragment.pulled_by is not None:
+                actions.append(Send(message=Busy(fragment_id=fragment.fragment_id, round_id=fragment.pulled_by)))
+                fragment.pulled_by = None
+        return actions
+
+    # ---- leaving ------------------------------------------------------------------------------------------------------------
+
+    def leave(self, event: LeaveRequested) -> list[LearnerAction]:
+        """Push what is left of every fragment, then say good-bye when each is accounted for."""
+        if self._state.stage != "joined":
+            self._state.stage = "left"
+            return [LeftDone()]
+        self._state.stage, self._state.leave_reason = "leaving", event.reason
+        actions = self._refuse_pulls()
+        for fragment in self._state.fragments:
+            if fragment.is_ready:
+                actions += self._adopt(fragment)
+            if fragment.heal is not None:
+                actions.append(self._heal(fragment))
+            counted = fragment.unresolved.header.tokens if fragment.unresolved and fragment.unresolved.in_counters else 0
+            if self._state.tokens - fragment.since_tokens - counted > 0:
+                fragment.final = Pending(self._header(fragment, None, fragment.unresolved))
+                seq, after = fragment.final.header.seq, fragment.unresolved is not None
+                actions.append(Snapshot(fragment_id=fragment.fragment_id, seq=seq, after_unresolved=after))
+        return actions + self._maybe_left()
+
+    def _maybe_left(self) -> list[LearnerAction]:
+        if self._state.stage != "leaving" or self._state.leave_reason is None:
+            return []
+        pending = [p for f in self._state.fragments for p in (f.unresolved, f.final) if p is not None]
+        if any(not p.is_acknowledged for p in pending):
+            return []
+        reason, self._state.leave_reason = self._state.leave_reason, None
+        return [SendLeave(reason=reason)]
+
+
+def _with_crc(header: Contribution, crc: int) -> Contribution:
+    fields = {name: getattr(header, name) for name in header.__struct_fields__}
+    return Contribution(**{**fields, "crc": crc})

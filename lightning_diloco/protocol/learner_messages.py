@@ -1,0 +1,263 @@
+"""What a learner says to the syncer: control messages, and the headers of its payloads."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from lightning_diloco.protocol.identity import Count, DiscardReason, FragmentInfo, Seconds, Version
+from lightning_diloco.protocol.message_base import MAX_FRAGMENTS, Message, Name, PerFragment, StepTimes
+
+__all__ = [
+    "Adopted",
+    "Busy",
+    "Contribution",
+    "Discarded",
+    "Found",
+    "FoundingFragment",
+    "FoundingStatic",
+    "FromLearner",
+    "Heartbeat",
+    "Hello",
+    "LearnerHeader",
+    "LeaseDone",
+    "LeaseRequest",
+    "Leave",
+    "NeedFull",
+    "Paused",
+    "PeerState",
+    "PeerStateRequest",
+    "Ping",
+    "Progress",
+    "Ready",
+    "StopRequest",
+    "Unresolved",
+]
+
+
+class Unresolved(msgspec.Struct, frozen=True, array_like=True):
+    """A contribution whose fate its learner does not know yet."""
+
+    fragment_id: Count
+    seq: Count
+
+
+class Discarded(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens that one incarnation has discarded of one fragment so far, for one reason (a running total)."""
+
+    fragment_id: Count
+    reason: DiscardReason
+    tokens: Count
+
+
+# ---- learner to syncer, control ---------------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First word of a process, and of a reconnection. `lineage` is "" for one that holds nothing.
+
+    `config` is the JSON of the job's `SyncConfig`; `fingerprint` that of the layout; `versions` and `unresolved` what the process holds.
+    """
+
+    protocol_version: Count
+    token: Name
+    learner_id: Count | None
+    nonce: Name
+    takeover_token: Name
+    config: Annotated[bytes, Meta(max_length=65536)]
+    fingerprint: Name
+    lineage: Name = ""
+    versions: tuple[Version, ...] = ()
+    unresolved: tuple[Unresolved, ...] = ()
+    inner_step: Count = 0
+    tokens: Count = 0
+    device: Name = ""
+    batch_size: Count = 0
+    tokens_per_step: Count = 0
+
+
+class Found(Message, frozen=True, kw_only=True):
+    """The appointed founder's description of the job; its fragments and static state follow as payloads.
+
+    `versions` and `has_momentum` serve a founding from a checkpoint: n per fragment to go on from, and whether momentum follows.
+    """
+
+    layout: Annotated[bytes, Meta(max_length=1 << 20)]
+    fragments: Annotated[tuple[FragmentInfo, ...], Meta(min_length=1, max_length=MAX_FRAGMENTS)]
+    static_bytes: Count
+    static_crc: Count
+    versions: PerFragment = ()
+    has_momentum: bool = False
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """All fragments are held: from here on this learner is a member."""
+
+    inner_step: Count = 0
+
+
+class Progress(Message, frozen=True, kw_only=True):
+    """The running totals of this incarnation, sent after inner steps, newest only."""
+
+    inner_step: Count
+    tokens: Count
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """A full report: everything that mends a lost message, and the figures of the last steps.
+
+    Args:
+        inner_step: inner steps of this incarnation so far.
+        tokens: tokens of this incarnation so far.
+        versions: n of the newest version held, per fragment.
+        unresolved: contributions whose fate is not known here.
+        discarded: running totals of this incarnation.
+        step_gaps_s: times between two ends of steps since the last report, oldest first.
+        paused_s: of each gap, the part spent paused (validation, checkpoints).
+        stalls_s: of each gap, the time spent inside outer-sync code at the boundary.
+        last_step_age_s: from the end of the last step to the sending of this report.
+        is_paused: inside validation or a checkpoint at this moment.
+    """
+
+    inner_step: Count
+    tokens: Count
+    versions: PerFragment = ()
+    unresolved: tuple[Unresolved, ...] = ()
+    discarded: tuple[Discarded, ...] = ()
+    step_gaps_s: StepTimes = ()
+    paused_s: StepTimes = ()
+    stalls_s: StepTimes = ()
+    last_step_age_s: Seconds = 0.0
+    is_paused: bool = False
+    batch_size: Count = 0
+
+
+class Busy(Message, frozen=True, kw_only=True):
+    """This pull ends without a contribution; nothing is dropped."""
+
+    fragment_id: Count
+    round_id: Count
+
+
+class Adopted(Message, frozen=True, kw_only=True):
+    """A version is in place; crc of the learner's base, which must equal the shadow's."""
+
+    fragment_id: Count
+    version: Version
+    crc: Count
+
+
+class NeedFull(Message, frozen=True, kw_only=True):
+    """A difference could not be applied here: send the full shadow."""
+
+    fragment_id: Count
+
+
+class Paused(Message, frozen=True, kw_only=True):
+    """Begin or end of a time without inner steps (validation, checkpoint)."""
+
+    is_paused: bool
+
+
+class StopRequest(Message, frozen=True, kw_only=True):
+    """`trainer.should_stop` of this learner; learner 0's decision ends the job for all."""
+
+    reason: Name
+
+
+class Leave(Message, frozen=True, kw_only=True):
+    """Last word of a learner: its final contributions are on their way or decided."""
+
+    reason: Literal["limit", "signal", "stopped"]
+    report: Heartbeat
+
+
+class Ping(Message, frozen=True, kw_only=True):
+    """Asks for a `Pong` with the same number."""
+
+    number: Count
+
+
+class LeaseRequest(Message, frozen=True, kw_only=True):
+    """Asks for sample ranges (data leases: a later issue)."""
+
+    num_samples: Count
+
+
+class LeaseDone(Message, frozen=True, kw_only=True):
+    """Sample ranges that an optimizer step has finished (data leases: a later issue)."""
+
+    ranges: tuple[tuple[Count, Count], ...]
+
+
+class PeerStateRequest(Message, frozen=True, kw_only=True):
+    """Asks a peer for inner optimizer state (recovery: a later issue)."""
+
+    learner_id: Count
+
+
+# ---- learner to syncer, payload headers -------------------------------------------------------------------------------------
+
+
+class FoundingFragment(Message, frozen=True, kw_only=True):
+    """Payload: one fragment's float32 values (`part` "values"), or its outer momentum."""
+
+    fragment_id: Count
+    crc: Count
+    part: Literal["values", "momentum"] = "values"
+
+
+class FoundingStatic(Message, frozen=True, kw_only=True):
+    """Payload: the static state, packed in the order of the layout."""
+
+    crc: Count
+
+
+class Contribution(Message, frozen=True, kw_only=True):
+    """Payload: base minus local of one fragment, in the wire dtype.
+
+    `after` is set on a final contribution that continues an unresolved one: it is folded after seq `after` or with it, and
+    refused if that one is refused. `inner_step` and `total_tokens` are this incarnation's running totals at the snapshot.
+    """
+
+    fragment_id: Count
+    seq: Annotated[int, Meta(ge=1, le=2**62)]
+    round_id: Count | None
+    base: Version
+    base_merged_seq: Count
+    steps: Annotated[int, Meta(ge=1, le=2**62)]
+    tokens: Annotated[int, Meta(ge=1, le=2**62)]
+    inner_step: Count
+    total_tokens: Count
+    crc: Count
+    is_final: bool = False
+    after: Count | None = None
+
+
+class PeerState(Message, frozen=True, kw_only=True):
+    """Payload: inner optimizer state of a healthy peer (recovery: a later issue)."""
+
+    fragment_id: Count
+    crc: Count
+
+
+FromLearner = (
+    Hello
+    | Found
+    | Ready
+    | Progress
+    | Heartbeat
+    | Busy
+    | Adopted
+    | NeedFull
+    | Paused
+    | StopRequest
+    | Leave
+    | Ping
+    | LeaseRequest
+    | LeaseDone
+    | PeerStateRequest
+)
+LearnerHeader = FoundingFragment | FoundingStatic | Contribution | PeerState

@@ -1,0 +1,149 @@
+"""What a learner keeps: of each fragment versions, counters, and at most one unresolved contribution; of itself the running totals.
+
+Counters are kept as marks in the learner's running totals: steps since the base's content = inner_step - since_step. A contribution that
+turns out to be in an adopted version moves the marks by exactly its steps and tokens, so what was done while it was on its way counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lightning_diloco.protocol.identity import DiscardReason, MergedThrough, Version
+from lightning_diloco.protocol.messages import Contribution, Envelope
+
+__all__ = ["NOTHING", "FragmentState", "LearnerOptions", "LearnerState", "Pending", "Stage"]
+
+NOTHING = MergedThrough(0, 0)
+
+
+@dataclass(slots=True)
+class Pending:
+    """A contribution whose fate is not known here.
+
+    `in_counters`: its work still stands in the parameters and counters (False after an overwrite).
+    """
+
+    header: Contribution
+    in_counters: bool = True
+    is_sent: bool = False
+    is_acknowledged: bool = False
+
+
+@dataclass(slots=True)
+class FragmentState:
+    """One fragment as its learner sees it.
+
+    Invariant: `base` <= `held`; `held` > `base` means that a version was received and not adopted.
+    """
+
+    fragment_id: int
+    next_seq: int = 1
+    base: Version | None = None
+    base_merged: MergedThrough = NOTHING
+    held: Version | None = None
+    held_merged: MergedThrough = NOTHING
+    held_crc: int = 0
+    arriving: Version | None = None
+    arriving_merged: MergedThrough = NOTHING
+    arriving_crc: int = 0
+    since_step: int = 0
+    since_tokens: int = 0
+    unresolved: Pending | None = None
+    final: Pending | None = None
+    pulled_by: int | None = None
+    heal: str | None = None
+    discarded: dict[DiscardReason, int] = field(default_factory=dict)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a version was received (or is being decoded) and not adopted."""
+        return self.arriving is not None or self.held != self.base
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a version can be adopted at this boundary."""
+        return self.arriving is None and self.held != self.base
+
+    def contains(self, merged: MergedThrough) -> int:
+        """The seq of the unresolved contribution if a version with this merged_through has it in it, else 0."""
+        if self.unresolved is not None and merged.seq >= self.unresolved.header.seq:
+            return self.unresolved.header.seq
+        return 0
+
+    def take_seq(self) -> int:
+        """The next sequence number."""
+        seq = self.next_seq
+        self.next_seq += 1
+        return seq
+
+    def discard(self, reason: DiscardReason, tokens: int) -> None:
+        """Count tokens that will never be merged."""
+        if tokens > 0:
+            self.discarded[reason] = self.discarded.get(reason, 0) + tokens
+
+    def settle(self) -> None:
+        """The unresolved contribution is in the version now adopted: its work leaves the counters."""
+        pending = self.unresolved
+        if pending is not None and pending.in_counters:
+            self.since_step += pending.header.steps
+            self.since_tokens += pending.header.tokens
+        self.unresolved = None
+
+    def overwrite(self, inner_step: int, tokens: int) -> None:
+        """The parameters were replaced: what was neither merged nor is held is gone."""
+        kept = self.unresolved.header.tokens if self.unresolved is not None and self.unresolved.in_counters else 0
+        self.discard("overwritten", tokens - self.since_tokens - kept)
+        if self.unresolved is not None:
+            self.unresolved.in_counters = False
+        self.since_step, self.since_tokens = inner_step, tokens
+
+
+Stage = Literal["new", "greeting", "founding", "receiving", "joined", "leaving", "left", "refused", "fenced"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerOptions:
+    """What a learner's process says of itself.
+
+    Args:
+        nonce: random name of the process, hexadecimal.
+        num_fragments: P of its own layout.
+        fingerprint: of its own layout.
+        config: JSON of its `SyncConfig`.
+        adopt: the adoption rule of that configuration.
+        learner_id: the id it wants (None: any free one).
+    """
+
+    nonce: str
+    num_fragments: int
+    fingerprint: str
+    config: bytes
+    adopt: Literal["rebase", "overwrite"] = "rebase"
+    learner_id: int | None = None
+    token: str = ""
+    takeover_token: str = ""
+    device: str = ""
+    batch_size: int = 0
+    tokens_per_step: int = 0
+
+
+class LearnerState:
+    """A learner's state, shared by the parts of `LearnerMachine`; nothing here decides anything.
+
+    Args:
+        options: who this process is.
+    """
+
+    def __init__(self, options: LearnerOptions) -> None:
+        self.options = options
+        self.stage: Stage = "new"
+        self.envelope = Envelope("", "", 0, 0)
+        self.learner_id = -1
+        self.inner_step = 0
+        self.tokens = 0
+        self.is_paused = False
+        self.leave_reason: Literal["limit", "signal", "stopped"] | None = None
+        self.fragments = [FragmentState(fragment_id=i) for i in range(options.num_fragments)]
+        self.merges_seen = 0
+        self.merges_with_us = 0

@@ -1,0 +1,22 @@
+"""What all messages share: frozen, tagged with the class name, closed, validated when decoded; and their field types."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from lightning_diloco.protocol.identity import Count, Seconds
+
+__all__ = ["MAX_FRAGMENTS", "Message", "Name", "PerFragment", "Sentence", "StepTimes"]
+
+Name = Annotated[str, Meta(max_length=200)]
+Sentence = Annotated[str, Meta(max_length=2000)]
+MAX_FRAGMENTS = 100_000
+PerFragment = Annotated[tuple[Count, ...], Meta(max_length=MAX_FRAGMENTS)]
+StepTimes = Annotated[tuple[Seconds, ...], Meta(max_length=8192)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Base of all messages; the tag is the class name."""

@@ -1,0 +1,116 @@
+"""Who holds which version: at most one publication of a fragment is on its way to a learner, and it is the newest one.
+
+A learner that holds the parent of the current version gets the difference; anyone else gets the full shadow. While one is on its way the
+next one waits; when the transport has delivered or given up, the newest version is sent if the learner is still behind. So a slow link
+never builds a queue, a lost publication is followed by a full one, and a joiner's full transfer can be overtaken by nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_diloco.protocol.actions import SyncerAction, Tape, Transmit
+from lightning_diloco.protocol.identity import MergedThrough, Version
+from lightning_diloco.protocol.members import Member
+from lightning_diloco.protocol.records import PublishRecord
+
+__all__ = ["Current", "Publisher"]
+
+
+@dataclass(slots=True)
+class Current:
+    """The published state of one fragment: what a publication says beside the values."""
+
+    version: Version
+    parent: Version | None
+    crc: int
+    merged_through: dict[int, MergedThrough]
+    difference_bytes: int
+    full_bytes: int
+
+
+class Publisher:
+    """Tracks, per session and fragment, the version held and the one on its way."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, dict[int, Version]] = {}
+        self._on_way: dict[str, dict[int, Version]] = {}
+        self._wants_full: dict[str, dict[int, bool]] = {}
+
+    def start(self, session: str, held: dict[int, Version]) -> None:
+        """A session begins with these versions in its hands."""
+        self._held[session], self._on_way[session], self._wants_full[session] = dict(held), {}, {}
+
+    def stop(self, session: str) -> None:
+        """A session ended."""
+        for table in (self._held, self._on_way, self._wants_full):
+            table.pop(session, None)
+
+    def offer(self, member: Member, fragment_id: int, current: Current) -> list[SyncerAction]:
+        """Send the current version to this member unless it holds it or another one is on its way."""
+        session = member.session
+        if session not in self._held or fragment_id in self._on_way[session]:
+            return []
+        held = self._held[session].get(fragment_id)
+        wants_full = self._wants_full[session].pop(fragment_id, False)
+        if held == current.version and not wants_full:
+            return []
+        parent = current.parent if held is not None and held == current.parent and not wants_full else None
+        self._on_way[session][fragment_id] = current.version
+        payload_bytes = current.full_bytes if parent is None else current.difference_bytes
+        return [
+            Transmit(
+                session=session,
+                fragment_id=fragment_id,
+                version=current.version,
+                parent=parent,
+                crc=current.crc,
+                merged_through=current.merged_through,
+            ),
+            Tape(
+                record=PublishRecord(
+                    fragment_id=fragment_id,
+                    version=current.version,
+                    is_full=parent is None,
+                    learners=(member.learner_id,),
+                    payload_bytes=payload_bytes,
+                )
+            ),
+        ]
+
+    def delivered(self, member: Member, fragment_id: int, current: Current) -> list[SyncerAction]:
+        """The one on its way has arrived; send the newest if there is a newer one."""
+        version = self._on_way.get(member.session, {}).pop(fragment_id, None)
+        if version is None:
+            return []
+        self._held[member.session][fragment_id] = version
+        return self.offer(member, fragment_id, current)
+
+    def failed(self, member: Member, fragment_id: int, current: Current) -> list[SyncerAction]:
+        """The transport gave up on the one on its way: what is held there is unknown, so send the full state."""
+        if self._on_way.get(member.session, {}).pop(fragment_id, None) is None:
+            return []
+        self._held[member.session].pop(fragment_id, None)
+        return self.offer(member, fragment_id, current)
+
+    def needs_full(self, member: Member, fragment_id: int, current: Current) -> list[SyncerAction]:
+        """The learner could not apply a difference."""
+        if member.session in self._wants_full:
+            self._wants_full[member.session][fragment_id] = True
+        return self.offer(member, fragment_id, current)
+
+    def reported(self, member: Member, fragment_id: int, version: Version, current: Current) -> list[SyncerAction]:
+        """A heartbeat says what is held: mend what was lost on the way without anybody's notice."""
+        held = self._held.get(member.session)
+        if held is None or fragment_id in self._on_way[member.session]:
+            return []
+        held[fragment_id] = version
+        return self.offer(member, fragment_id, current)
+
+    def holds(self, session: str, fragment_id: int, version: Version) -> bool:
+        """Whether this version has been delivered to this session (True for a session that is not known: nothing can be sent)."""
+        return session not in self._held or self._held[session].get(fragment_id) == version
+
+    def holds_all(self, session: str, num_fragments: int) -> bool:
+        """Whether every fragment has been delivered to this session at some version."""
+        return len(self._held.get(session, {})) == num_fragments

@@ -1,0 +1,340 @@
+"""`SyncerMachine`: the rules of the syncer, without I/O, clock, or tensor.
+
+`handle(event, now_s)` takes one event and returns what is to be done, in order. It decides which contributions are merged, with which
+weights, when, and who gets the result; it emits `Fold(contribution, weight)` and `Close(fragment)`. The runtime performs them with tensors,
+the simulator as durations. What a peer may send in which stage is decided here and in the parts that this class composes: `Admission`
+(join, found, leave, fence), `Rounds` (due, quorum, grace, merge), `Contributions` (accept or refuse), `Publisher` (who holds what).
+
+Invariants (each a property test): a contribution is merged at most once; no merge of fewer contributions than its quorum; versions only
+grow; only an empty job is founded; a fenced incarnation changes nothing; every pull and every round ends; the ledger's identity holds;
+memory is bounded by learners times fragments.
+
+References:
+    Decoupled DiLoCo, arXiv 2604.21428, algorithm 2 and equation 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lightning_diloco.protocol.actions import CloseSession, Ended, Reply, SyncerAction, Tape
+from lightning_diloco.protocol.admission import Admission
+from lightning_diloco.protocol.contributions import Contributions
+from lightning_diloco.protocol.events import (
+    ContributionArrived,
+    CountersRead,
+    Finish,
+    FoundingArrived,
+    LearnerLost,
+    Merged,
+    MessageReceived,
+    PayloadFailed,
+    PublicationDelivered,
+    PublicationFailed,
+    SyncerEvent,
+    Tick,
+)
+from lightning_diloco.protocol.identity import Version
+from lightning_diloco.protocol.job import Job, JobOptions
+from lightning_diloco.protocol.members import Member
+from lightning_diloco.protocol.messages import (
+    Adopted,
+    Busy,
+    Fenced,
+    Found,
+    Heartbeat,
+    Hello,
+    JoinRefused,
+    Leave,
+    Left,
+    NeedFull,
+    Paused,
+    Ping,
+    Pong,
+    Progress,
+    Ready,
+    Resolved,
+    Stop,
+    StopRequest,
+    WhoAreYou,
+)
+from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, ProgressRecord
+from lightning_diloco.protocol.rounds import Rounds
+
+__all__ = ["SyncerMachine"]
+
+
+class SyncerMachine:
+    """The syncer's state and rules.
+
+    Args:
+        options: identity and policy of the job.
+    """
+
+    def __init__(self, options: JobOptions) -> None:
+        self.job = Job(options)
+        self.rounds = Rounds(self.job)
+        self._admission = Admission(self.job, self.rounds)
+        self._contributions = Contributions(self.job, self.rounds)
+        self._leaving: dict[str, Leave] = {}
+        self._leave_until_s: dict[str, float] = {}
+        self._handlers: dict[type, Callable[..., list[SyncerAction]]] = {
+            MessageReceived: self._message,
+            ContributionArrived: self._contributions.arrived,
+            PayloadFailed: self._payload_failed,
+            FoundingArrived: self._admission.founded,
+            Merged: self.rounds.merged,
+            PublicationDelivered: self._delivered,
+            PublicationFailed: self._delivery_failed,
+            LearnerLost: self._lost,
+            CountersRead: self._counters,
+            Finish: self._finish,
+            Tick: lambda event, now_s: [],
+        }
+        self._messages: dict[type, Callable[..., list[SyncerAction]]] = {
+            Progress: self._progress,
+            Heartbeat: self._heartbeat,
+            Busy: lambda member, m, now_s: self._end_pull(member, m, now_s),
+            Adopted: self._adopted,
+            NeedFull: self._need_full,
+            Paused: self._paused,
+            StopRequest: self._stop_request,
+            Leave: self._leave,
+        }
+
+    def handle(self, event: SyncerEvent, now_s: float) -> list[SyncerAction]:
+        """Take one event; returns the actions that follow from it, in the order in which they must be performed.
+
+        Args:
+            event: what happened.
+            now_s: monotonic time in seconds; never falls.
+        """
+        if self.job.is_ended:
+            return []
+        actions = self._handlers[type(event)](event, now_s)
+        if self.job.is_founded:
+            actions += self.rounds.tick(now_s)
+            actions += self.rounds.open_due(now_s)
+            actions += self._complete_leaves(now_s)
+        return actions
+
+    def next_deadline_s(self) -> float | None:
+        """The time at which a `Tick` has something to do, if nothing happens before."""
+        if not self.job.is_founded:
+            return None
+        times = [self._leave_until_s[s] for s in self._leaving]
+        return min([*times, *([] if (next_s := self.rounds.next_deadline_s()) is None else [next_s])], default=None)
+
+    # ---- messages -----------------------------------------------------------------------------------------------------------
+
+    def _message(self, event: MessageReceived, now_s: float) -> list[SyncerAction]:
+        message, session = event.message, event.session
+        if isinstance(message, Hello):
+            return self._admission.hello(session, event.envelope, message, now_s)
+        if isinstance(message, Ping):
+            return [Reply(session=session, message=Pong(number=message.number))]
+        member = self.job.members.of(session)
+        if member is None or event.envelope.incarnation != member.incarnation:
+            if self.job.members.is_fenced(session):
+                return [Reply(session=session, message=Fenced(detail="Another process has taken over this learner's id."))]
+            # A leave that was completed is told so again: the answer may have been lost.
+            return [Reply(session=session, message=self._left() if isinstance(message, Leave) else WhoAreYou())]
+        if isinstance(message, Found):
+            return self._admission.found(session, message)
+        if isinstance(message, Ready):
+            return self._admission.ready(session, message, now_s)
+        handler = self._messages.get(type(message))
+        if handler is None or member.stage != "joined":
+            return []
+        fragment_id = getattr(message, "fragment_id", 0)
+        if fragment_id >= self.job.num_fragments:
+            return self._close_session(member, "wrong_layout", f"fragment_id={fragment_id}: the job has {self.job.num_fragments}.", now_s)
+        return handler(member, message, now_s)
+
+    def _progress(self, member: Member, message: Progress, now_s: float) -> list[SyncerAction]:
+        member.advance(message.inner_step, message.tokens, now_s)
+        self.job.ledger.trained(member.learner_id, message.tokens)
+        return self._check_budget()
+
+    def _heartbeat(self, member: Member, message: Heartbeat, now_s: float) -> list[SyncerAction]:
+        actions = self._report(member, message, now_s)
+        for fragment_id, n in enumerate(message.versions[: self.job.num_fragments]):
+            current = self.job.currents[fragment_id]
+            if n != current.version.n:
+                actions += self.job.publisher.reported(member, fragment_id, Version(self.job.epoch, n), current)
+        for item in message.unresolved:
+            known = self.job.decisions.get((member.learner_id, item.fragment_id), {}).get(item.seq)
+            if known is not None and known.outcome == "refused":
+                answer = Resolved(fragment_id=item.fragment_id, seq=item.seq, outcome="refused", reason=known.reason)
+                actions.append(Reply(session=member.session, message=answer, incarnation=member.incarnation))
+        return actions + self._check_budget()
+
+    def _report(self, member: Member, message: Heartbeat, now_s: float) -> list[SyncerAction]:
+        member.advance(message.inner_step, message.tokens, now_s)
+        member.batch_size = message.batch_size or member.batch_size
+        self.job.ledger.trained(member.learner_id, message.tokens)
+        record = ProgressRecord(
+            learner_id=member.learner_id,
+            incarnation=member.incarnation,
+            inner_steps=message.inner_step,
+            tokens=message.tokens,
+            step_gaps_s=message.step_gaps_s,
+            paused_s=message.paused_s,
+            stalls_s=message.stalls_s,
+            last_step_age_s=message.last_step_age_s,
+            is_paused=message.is_paused,
+            batch_size=member.batch_size,
+        )
+        actions: list[SyncerAction] = [Tape(record=record)]
+        for item in message.discarded:
+            if item.fragment_id < self.job.num_fragments:
+                new = self.job.ledger.report_discarded(member.learner_id, item)
+                if new > 0:
+                    discard = DiscardRecord(learner_id=member.learner_id, fragment_id=item.fragment_id, reason=item.reason, tokens=new)
+                    actions.append(Tape(record=discard))
+        return actions
+
+    def _end_pull(self, member: Member, message: Busy, now_s: float) -> list[SyncerAction]:
+        return self.rounds.end_pull(member.learner_id, message.fragment_id, message.round_id, now_s)
+
+    def _adopted(self, member: Member, message: Adopted, now_s: float) -> list[SyncerAction]:
+        current = self.job.currents[message.fragment_id]
+        if message.version != current.version:
+            return []
+        if member.is_active(now_s):
+            self.rounds.adopted(message.fragment_id, now_s)
+        return [] if message.crc == current.crc else self.job.publisher.needs_full(member, message.fragment_id, current)
+
+    def _need_full(self, member: Member, message: NeedFull, now_s: float) -> list[SyncerAction]:
+        return self.job.publisher.needs_full(member, message.fragment_id, self.job.currents[message.fragment_id])
+
+    def _paused(self, member: Member, message: Paused, now_s: float) -> list[SyncerAction]:
+        member.is_paused = message.is_paused
+        if not message.is_paused:
+            # The pause is not a step time, and the counter gets its full patience again.
+            member.last_advance_s = now_s
+            return []
+        actions: list[SyncerAction] = []
+        for round_ in self.rounds.all:
+            if round_.is_collecting:
+                actions += self.rounds.end_pull(member.learner_id, round_.fragment_id, None, now_s)
+        return actions
+
+    def _stop_request(self, member: Member, message: StopRequest, now_s: float) -> list[SyncerAction]:
+        return self._stop(message.reason) if member.learner_id == self.job.options.founder_id else []
+
+    def _stop(self, reason: str) -> list[SyncerAction]:
+        if self.job.stop_reason is not None:
+            return []
+        self.job.stop_reason = reason
+        return [Reply(session=m.session, message=Stop(reason=reason), incarnation=m.incarnation) for m in self.job.members.joined()]
+
+    def _check_budget(self) -> list[SyncerAction]:
+        budget = self.job.config.token_budget
+        if budget is None or sum(self.job.ledger.tokens(m) for m in self.job.ledger.learners()) < budget:
+            return []
+        return self._stop("token_budget")
+
+    # ---- leaving ------------------------------------------------------------------------------------------------------------
+
+    def _leave(self, member: Member, message: Leave, now_s: float) -> list[SyncerAction]:
+        """Last word of a member. The last one that leaves closes what remains, and waits for the result."""
+        if member.session in self._leaving:
+            return []
+        actions = self._report(member, message.report, now_s)
+        self._leaving[member.session] = message
+        self._leave_until_s[member.session] = now_s + self.job.config.drain_timeout_s
+        member.is_paused = True
+        for round_ in self.rounds.all:
+            if round_.is_collecting:
+                actions += self.rounds.end_pull(member.learner_id, round_.fragment_id, None, now_s)
+        return actions
+
+    def _complete_leaves(self, now_s: float) -> list[SyncerAction]:
+        job, actions = self.job, list[SyncerAction]()
+        staying = [m for m in job.members.present() if m.session not in self._leaving]
+        if not staying and (self._leaving or job.finish_status is not None):
+            for round_ in self.rounds.all:
+                actions += self.rounds.force(round_, now_s)
+            if not self.rounds.is_quiet():
+                return actions
+        reasons = []
+        for session, message in list(self._leaving.items()):
+            member = job.members.of(session)
+            if member is None:
+                del self._leaving[session]
+            elif staying or self._has_everything(session) or now_s >= self._leave_until_s[session]:
+                del self._leaving[session]
+                reasons.append(message.reason)
+                actions += self._admission.end(member, message.reason, now_s)
+                actions.append(Reply(session=session, message=self._left(), incarnation=member.incarnation))
+        is_over = any(r != "signal" for r in reasons) and not job.options.is_supervised and not job.members.present()
+        if not self._leaving and (is_over or (job.finish_status is not None and not job.members.present())):
+            actions += self._end()
+        return actions
+
+    def _has_everything(self, session: str) -> bool:
+        return all(self.job.publisher.holds(session, i, c.version) for i, c in enumerate(self.job.currents))
+
+    def _left(self) -> Left:
+        return Left(versions=tuple(c.version.n for c in self.job.currents))
+
+    def _end(self) -> list[SyncerAction]:
+        job = self.job
+        job.is_ended = True
+        status = job.finish_status or "finished"
+        return [Ended(status=status, versions=tuple(c.version.n for c in job.currents))]  # type: ignore[arg-type]
+
+    def _finish(self, event: Finish, now_s: float) -> list[SyncerAction]:
+        """Nobody will come back: end every incarnation that is left, then close what is held."""
+        self.job.finish_status = event.status
+        actions: list[SyncerAction] = []
+        for member in self.job.members.present():
+            if member.session not in self._leaving:
+                actions += self._admission.end(member, "died", now_s)
+        if not self.job.is_founded:
+            actions += self._end()
+        return actions
+
+    def _lost(self, event: LearnerLost, now_s: float) -> list[SyncerAction]:
+        member = self.job.members.by_id(event.learner_id)
+        if member is None:
+            return []
+        self._leaving.pop(member.session, None)
+        return self._admission.end(member, event.reason, now_s)
+
+    def _counters(self, event: CountersRead, now_s: float) -> list[SyncerAction]:
+        member = self.job.members.by_id(event.learner_id)
+        if member is None or member.incarnation != event.incarnation or event.tokens <= member.tokens or member.stage != "joined":
+            return []
+        member.tokens, member.inner_step = event.tokens, max(member.inner_step, event.inner_steps)
+        self.job.ledger.trained(event.learner_id, event.tokens)
+        record = CountersRecord(
+            learner_id=event.learner_id, incarnation=event.incarnation, inner_steps=event.inner_steps, tokens=event.tokens
+        )
+        return [Tape(record=record)]
+
+    # ---- payloads -----------------------------------------------------------------------------------------------------------
+
+    def _delivered(self, event: PublicationDelivered, now_s: float) -> list[SyncerAction]:
+        member = self.job.members.of(event.session)
+        if member is None:
+            return []
+        return self.job.publisher.delivered(member, event.fragment_id, self.job.currents[event.fragment_id])
+
+    def _delivery_failed(self, event: PublicationFailed, now_s: float) -> list[SyncerAction]:
+        member = self.job.members.of(event.session)
+        if member is None:
+            return []
+        return self.job.publisher.failed(member, event.fragment_id, self.job.currents[event.fragment_id])
+
+    def _payload_failed(self, event: PayloadFailed, now_s: float) -> list[SyncerAction]:
+        member = self.job.members.of(event.session)
+        if member is None:
+            return [CloseSession(session=event.session)]
+        return self._close_session(member, event.reason, "A payload broke the rules of the wire; the session is closed.", now_s)
+
+    def _close_session(self, member: Member, reason: str, detail: str, now_s: float) -> list[SyncerAction]:
+        refused = Reply(session=member.session, message=JoinRefused(reason=reason, detail=detail), incarnation=member.incarnation)
+        self._leaving.pop(member.session, None)
+        return [refused, *self._admission.end(member, "died", now_s)]

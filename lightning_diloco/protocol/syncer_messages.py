@@ -1,0 +1,149 @@
+"""What the syncer says to a learner: control messages, and the headers of its payloads."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from lightning_diloco.protocol.identity import Count, MergedThrough, Refusal, Version
+from lightning_diloco.protocol.learner_messages import PeerState
+from lightning_diloco.protocol.message_base import Message, Name, PerFragment, Sentence
+
+__all__ = [
+    "Fenced",
+    "FromSyncer",
+    "JoinRefused",
+    "LeaseGrant",
+    "Left",
+    "Pong",
+    "Publication",
+    "Pull",
+    "Released",
+    "Resolved",
+    "ShardAddress",
+    "StaticState",
+    "Stop",
+    "SyncerHeader",
+    "Welcome",
+    "WhoAreYou",
+]
+
+
+class ShardAddress(msgspec.Struct, frozen=True):
+    """Where a set of fragments is served; no ids means all of them."""
+
+    bulk_endpoint: Name
+    fragment_ids: PerFragment = ()
+
+
+# ---- syncer to learner, control ---------------------------------------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """Answer to `Hello`.
+
+    `role`: "waiting" (another founds; a second Welcome follows), "founder" (send `Found`), "joiner" (full transfers follow),
+    "member" (the founder's fragments are in; it holds everything), "resumed" (same process as before).
+    `next_seq` holds the next sequence number per fragment; `job_step` the median inner step of the active learners.
+    """
+
+    role: Literal["waiting", "founder", "joiner", "member", "resumed"]
+    learner_id: Count
+    incarnation: Count
+    shards: tuple[ShardAddress, ...] = ()
+    job_step: Count = 0
+    next_seq: PerFragment = ()
+    static_crc: Count = 0
+    static_bytes: Count = 0
+
+
+class JoinRefused(Message, frozen=True, kw_only=True):
+    """The process may not join; it ends with the sentence."""
+
+    reason: Name
+    detail: Sentence
+
+
+class WhoAreYou(Message, frozen=True, kw_only=True):
+    """The session is not known here: say `Hello` again."""
+
+
+class Pull(Message, frozen=True, kw_only=True):
+    """Asks for a contribution to this round, at the next inner-step boundary."""
+
+    fragment_id: Count
+    round_id: Count
+
+
+class Released(Message, frozen=True, kw_only=True):
+    """The round ended; an unanswered pull of it needs no answer. Never ends a contribution."""
+
+    fragment_id: Count
+    round_id: Count
+
+
+class Resolved(Message, frozen=True, kw_only=True):
+    """The fate of one contribution, sent for refusals, final contributions and copies."""
+
+    fragment_id: Count
+    seq: Count
+    outcome: Literal["held", "merged", "refused", "unknown"]
+    reason: Refusal | None = None
+
+
+class Fenced(Message, frozen=True, kw_only=True):
+    """Another process holds this learner's id: end with a sentence, never rejoin."""
+
+    detail: Sentence
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """The job ends for all: leave at the next boundary."""
+
+    reason: Name
+
+
+class Left(Message, frozen=True, kw_only=True):
+    """The leave is complete; `versions` are the published ones at this moment (n per fragment)."""
+
+    versions: PerFragment
+
+
+class Pong(Message, frozen=True, kw_only=True):
+    """Answer to `Ping`."""
+
+    number: Count
+
+
+class LeaseGrant(Message, frozen=True, kw_only=True):
+    """Sample ranges handed out (data leases: a later issue)."""
+
+    epoch: Count
+    ranges: tuple[tuple[Count, Count], ...]
+
+
+# ---- syncer to learner, payload headers -------------------------------------------------------------------------------------
+
+
+class Publication(Message, frozen=True, kw_only=True):
+    """Payload: a version of one fragment, as a difference to `parent` in the wire dtype or, with no parent, the float32 shadow.
+
+    `crc` is that of the resulting float32 values.
+    """
+
+    fragment_id: Count
+    version: Version
+    parent: Version | None
+    crc: Count
+    merged_through: dict[Count, MergedThrough]
+
+
+class StaticState(Message, frozen=True, kw_only=True):
+    """Payload: the job's static state for a joiner."""
+
+    crc: Count
+
+
+FromSyncer = Welcome | JoinRefused | WhoAreYou | Pull | Released | Resolved | Fenced | Stop | Left | Pong | LeaseGrant
+SyncerHeader = Publication | StaticState | PeerState
