@@ -37,12 +37,13 @@ clean:
 	@rm -rf $(VENV) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch comes first and by itself: the largest download fails early, and a retry goes on from there.
+# torch comes first and by itself: the largest download fails early, and a retry goes on from there. -qq: errors only, since pip also
+# warns of the caller's own settings.
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "There is no '$(PYTHON)'. Install Python 3.11, or name one: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, and $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.11 ..." % v[:2])'
 	@echo "Setting up $(VENV): an environment, PyTorch, and what else pyproject.toml names (minutes the first time) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -q -c constraints.txt torch
-	@$(PIP) install -q -c constraints.txt -e '.[test]'
+	@$(PIP) install -qq -c constraints.txt torch
+	@$(PIP) install -qq -c constraints.txt -e '.[test]'
 	@touch $@

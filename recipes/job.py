@@ -35,7 +35,7 @@ def run(cfg: DictConfig) -> None:
     trainer = build_trainer(cfg, run_dir)
     trainer.fit(module, datamodule=data)
     if is_single(cfg):
-        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
         report_single(trainer)
     else:
         report(trainer.strategy.summary)  # type: ignore[attr-defined]
@@ -47,7 +47,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> Trainer:
 
     Args:
         cfg: the composed configuration.
-        run_dir: where the job's files go; metrics go to its ``logs/metrics.csv``.
+        run_dir: where the job's files go; metrics go to its ``logs/metrics/metrics.csv``.
     """
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     if is_single(cfg):
@@ -55,7 +55,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> Trainer:
     return Trainer(
         **options,
         strategy="auto" if is_single(cfg) else _strategy(cfg, run_dir),
-        logger=CSVLogger(save_dir=run_dir, name="", version="logs"),
+        logger=CSVLogger(save_dir=run_dir, name="logs", version="metrics"),
         callbacks=_progress(),
         # A terminal gets Lightning's bar; what is read later, as a file or in a job's log, gets lines.
         enable_progress_bar=sys.stdout.isatty(),

@@ -1,0 +1,87 @@
+"""`python recipes/train.py`, run as a person runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from recipes.train import share_cores
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+pytestmark = pytest.mark.process
+
+
+def train(tmp_path, *options):
+    command = [sys.executable, str(ROOT / "recipes" / "train.py"), *options]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_help_names_the_recipe_and_the_values_and_ends_well(tmp_path):
+    done = train(tmp_path, "--help")
+    assert done.returncode == 0
+    for text in ("recipe: gpt_text", "max_steps:", "sync_interval_steps: 24", "data.path=FILE_OR_FOLDER"):
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda path: None, "there is no such file or folder"),
+        (lambda path: path.touch(), "the file is empty"),
+        (lambda path: path.mkdir(), "the folder has no text file"),
+    ],
+    ids=["missing", "empty file", "empty folder"],
+)
+def test_a_path_without_text_gets_one_sentence_and_exit_code_2(tmp_path, make, sentence):
+    path = tmp_path / "nothing"
+    make(path)
+    done = train(tmp_path, f"data.path={path}")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert str(path) in line and sentence in line and "leave data.path out" in line
+
+
+def test_an_unknown_option_ends_with_exit_code_2(tmp_path):
+    done = train(tmp_path, "trainer.max_stepz=3")
+    assert done.returncode == 2
+    assert "max_stepz" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_single_process_trains_on_the_users_own_file(tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("to be or not to be, that is the question. " * 200, "utf-8")
+    small = ["model.channels=32", "model.num_layers=1", "trainer.max_steps=30", "trainer.val_check_interval=15", "sample.num_bytes=20"]
+    done = train(tmp_path, "strategy.name=single", f"data.path={text}", *small)
+    assert done.returncode == 0, done.stderr
+    assert "val_loss" in done.stdout and "20 bytes after 'def '" in done.stdout
+    (run_dir,) = (tmp_path / "outputs").iterdir()
+    assert f"Run directory: outputs/{run_dir.name}" in done.stdout
+    for name in ("logs/hydra/config.yaml", "logs/metrics/metrics.csv", "checkpoints/last.ckpt"):
+        assert (run_dir / name).is_file()
+    assert done.stderr == ""
+
+
+def test_every_learner_gets_its_share_of_the_cores_unless_the_caller_says_otherwise(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    for num_learners, threads in ((2, "4"), (3, "2"), (100, "1"), ("auto", "1")):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        share_cores(num_learners)
+        assert os.environ["OMP_NUM_THREADS"] == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    share_cores(2)
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_a_merge_waits_for_all_learners_that_the_recipe_starts(devices):
+    with initialize_config_dir(str(ROOT / "recipes" / "conf"), version_base="1.3"):
+        cfg = compose("config", ["recipe=gpt_text", f"trainer.devices={devices}"])
+    assert cfg.strategy.min_quorum == devices
+    assert cfg.model.context == cfg.data.context
