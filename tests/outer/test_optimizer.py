@@ -1,0 +1,143 @@
+"""Pseudo-gradient and outer optimizer, against torch's own SGD."""
+
+import math
+
+import pytest
+import torch
+
+from lightning_diloco.errors import ConfigurationError, LocalProtocolError
+from lightning_diloco.outer import FragmentState, contribution_norm, momentum_at, outer_step, pseudo_gradient
+
+
+def random(seed, size=1000):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+# --- pseudo-gradient ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_pseudo_gradient_is_base_minus_local():
+    assert pseudo_gradient(torch.tensor([3.0]), torch.tensor([1.0])).item() == 2.0
+
+
+def test_descending_it_with_rate_one_arrives_at_the_local_parameters():
+    base, local = torch.tensor([0.5, -2.0, 8.0]), torch.tensor([0.25, -3.0, 1.0])
+    state = outer_step(FragmentState.founded(base), pseudo_gradient(base, local), lr=1.0, momentum=0.0)
+    assert torch.equal(state.theta, local)
+
+
+def test_it_can_be_written_over_the_snapshot():
+    base, local = random(1), random(2)
+    expected = base - local
+    assert pseudo_gradient(base, local, out=local) is local
+    assert torch.equal(local, expected)
+
+
+def test_two_sizes_are_refused():
+    with pytest.raises(LocalProtocolError, match="local is a"):
+        pseudo_gradient(torch.zeros(3), torch.zeros(1))
+
+
+def test_the_norm_is_accumulated_in_float64_over_all_chunks():
+    d = random(3, size=3 * (1 << 16) + 7)
+    assert contribution_norm(d) == pytest.approx(float(d.double().norm()), rel=1e-13)
+    assert contribution_norm(torch.full((4,), 3e38)) == pytest.approx(6e38, rel=1e-7)
+    assert contribution_norm(torch.zeros(0)) == 0.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("position", [0, 70_000])
+def test_the_norm_is_finite_exactly_when_every_element_is(value, position):
+    d = random(4, size=70_001)
+    assert math.isfinite(contribution_norm(d))
+    d[position] = value
+    assert not math.isfinite(contribution_norm(d))
+
+
+# --- momentum -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_momentum_warms_up_with_the_merges_of_the_fragment():
+    assert [momentum_at(v, 0.9, 5) for v in (1, 5, 20, 45, 46, 1000)] == [1 / 6, 0.5, 0.8, 0.9, 0.9, 0.9]
+    assert [momentum_at(v, 0.6, 0) for v in (1, 100)] == [0.6, 0.6]
+    with pytest.raises(LocalProtocolError, match="number 1"):
+        momentum_at(0, 0.9, 5)
+
+
+# --- outer step ---------------------------------------------------------------------------------------------------------------------
+
+
+def torch_sgd(theta, gradients, *, lr, momenta):
+    parameter = torch.nn.Parameter(theta.clone())
+    optimizer = torch.optim.SGD([parameter], lr=lr, momentum=momenta[0], nesterov=momenta[0] > 0)
+    for gradient, momentum in zip(gradients, momenta, strict=True):
+        optimizer.param_groups[0]["momentum"] = momentum
+        parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step()
+    return parameter.detach()
+
+
+def ours(theta, gradients, *, lr, momenta):
+    state = FragmentState.founded(theta)
+    for gradient, momentum in zip(gradients, momenta, strict=True):
+        state = outer_step(state, gradient, lr=lr, momentum=momentum)
+    return state
+
+
+@pytest.mark.parametrize("lr", [0.1, 0.7, 1.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.6, 0.9, 0.99])
+def test_many_steps_are_those_of_torch_sgd_with_nesterov(lr, momentum):
+    theta, gradients = random(5), [random(10 + i) * 0.01 for i in range(60)]
+    state = ours(theta, gradients, lr=lr, momenta=[momentum] * 60)
+    assert state.merge_index == 60
+    torch.testing.assert_close(state.theta, torch_sgd(theta, gradients, lr=lr, momenta=[momentum] * 60), rtol=1e-6, atol=5e-6)
+    exact = torch_sgd(theta.double(), gradients, lr=lr, momenta=[momentum] * 60)
+    torch.testing.assert_close(state.theta.double(), exact, rtol=1e-6, atol=5e-6)
+
+
+def test_a_momentum_that_warms_up_is_that_of_torch_too():
+    theta, gradients = random(6), [random(100 + i) * 0.01 for i in range(60)]
+    momenta = [momentum_at(v, 0.9, 5) for v in range(1, 61)]
+    expected = torch_sgd(theta, gradients, lr=0.7, momenta=momenta)
+    torch.testing.assert_close(ours(theta, gradients, lr=0.7, momenta=momenta).theta, expected, rtol=1e-6, atol=5e-6)
+
+
+def test_without_momentum_and_with_rate_one_it_is_one_subtraction_bit_for_bit():
+    theta = torch.cat([random(7), torch.tensor([-0.0, 0.0, -0.0])])
+    g = torch.cat([random(8), torch.tensor([-0.0, 0.0, 0.0])])
+    state = outer_step(FragmentState.founded(theta), g, lr=1.0, momentum=0.0)
+    assert torch.equal(state.theta.view(torch.int32), (theta - g).view(torch.int32))
+    assert torch.equal(state.momentum, g)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_changes_nothing_that_it_was_given(momentum):
+    theta, g = random(9), random(10)
+    state = ours(theta, [random(11)], lr=0.7, momenta=[0.5])
+    copies = [t.clone() for t in (state.theta, state.momentum, state.shadow, g)]
+    after = outer_step(state, g, lr=0.7, momentum=momentum)
+    assert all(torch.equal(a, b) for a, b in zip(copies, (state.theta, state.momentum, state.shadow, g), strict=True))
+    after.momentum.zero_()
+    assert torch.equal(g, copies[3])
+    assert after.shadow is state.shadow
+    assert (state.merge_index, after.merge_index) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("lr", "momentum"), [(0.0, 0.5), (-1.0, 0.5), (math.inf, 0.5), (math.nan, 0.5), (0.7, 1.0), (0.7, -0.1), (0.7, math.nan)]
+)
+def test_rates_outside_their_range_are_refused(lr, momentum):
+    with pytest.raises(ConfigurationError, match="lr must be finite"):
+        outer_step(FragmentState.founded(torch.zeros(2)), torch.zeros(2), lr=lr, momentum=momentum)
+
+
+def test_a_state_validates_itself():
+    good = torch.zeros(4)
+    with pytest.raises(LocalProtocolError, match="momentum is a"):
+        FragmentState(theta=good, momentum=torch.zeros(3), shadow=good)
+    with pytest.raises(LocalProtocolError, match="shadow is a"):
+        FragmentState(theta=good, momentum=good, shadow=good.double())
+    with pytest.raises(LocalProtocolError, match="merge_index=-1"):
+        FragmentState(theta=good, momentum=good, shadow=good, merge_index=-1)
+    with pytest.raises(LocalProtocolError, match="pseudo_gradient is a"):
+        outer_step(FragmentState.founded(good), torch.zeros(1), lr=0.7, momentum=0.5)
