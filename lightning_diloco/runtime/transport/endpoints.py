@@ -1,0 +1,223 @@
+"""The two ends: `SyncerTransport` binds, `LearnerTransport` dials; over ``tcp://`` and, in one process, over ``inproc://``.
+
+A learner's routing ids are one byte for the channel and the 16-byte nonce of its process, so that the syncer knows which control
+and bulk sockets belong together. A reconnecting learner shows the same ids and takes its places over. Who may use a nonce is the
+handshake's question (keys, job token), not the transport's. ``inproc://`` does not reconnect: when the syncer's sockets close,
+the learner makes a new transport.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import zmq
+
+from lightning_diloco.errors import ConfigurationError, LocalProtocolError
+
+from .base import Transport
+from .events import SYNCER
+from .frames import BULK_PREFIX, CONTROL_PREFIX, NONCE_BYTES, parse_routing_id
+from .options import TransportOptions
+from .peers import Accept
+from .sockets import ConfigureSocket, make_socket
+
+__all__ = ["LearnerTransport", "SyncerTransport"]
+
+
+class SyncerTransport(Transport):
+    """The syncer's end: two ROUTER sockets; a peer is the nonce of a learner's process.
+
+    Args:
+        control_endpoint: where to listen; port 0 takes a free one.
+        bulk_endpoint: None takes the same host and a free port (``inproc://name-bulk`` for ``inproc://name``).
+        accept: see `Transport`.
+        context: see `Transport`.
+        now: see `Transport`.
+        options: see `Transport`.
+        configure: see `Transport`.
+    """
+
+    def __init__(
+        self,
+        control_endpoint: str = "tcp://127.0.0.1:0",
+        bulk_endpoint: str | None = None,
+        *,
+        accept: Accept,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        now: Callable[[], float] = time.monotonic,
+        options: TransportOptions | None = None,
+        configure: ConfigureSocket | None = None,
+    ) -> None:
+        super().__init__(accept=accept, context=context, now=now, options=options, configure=configure)
+        self._wanted = (control_endpoint, bulk_endpoint or _beside(control_endpoint))
+        self._bound: tuple[str, str] | None = None
+
+    @property
+    def control_endpoint(self) -> str:
+        """Where the control socket listens, with the real port."""
+        return self._require_bound()[0]
+
+    @property
+    def bulk_endpoint(self) -> str:
+        """Where the bulk socket listens, with the real port."""
+        return self._require_bound()[1]
+
+    def bind(self) -> None:
+        """Open both sockets.
+
+        Raises:
+            ConfigurationError: an address cannot be bound.
+            LocalProtocolError: already bound or closed.
+        """
+        if self._bound is not None:
+            raise LocalProtocolError("this transport is bound already; make another one for another address")
+        context = self._open(self._wanted[0])
+        control, control_endpoint = self._listen(context, self._wanted[0], is_bulk=False)
+        try:
+            self._bulk, bulk_endpoint = self._listen(context, self._wanted[1], is_bulk=True)
+        except ConfigurationError:
+            self._poller.unregister(control)
+            control.close()
+            raise
+        self._control = control
+        self._bound = (control_endpoint, bulk_endpoint)
+
+    def _listen(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, is_bulk: bool) -> tuple[zmq.Socket[bytes], str]:
+        sock = make_socket(context, is_router=True, is_bulk=is_bulk, options=self._options, configure=self._configure)
+        try:
+            sock.bind(endpoint)
+        except zmq.ZMQError as error:
+            sock.close()
+            raise ConfigurationError(f"cannot listen on {endpoint}: {error}; choose a free port of this machine") from error
+        self._poller.register(sock, zmq.POLLIN)
+        return sock, sock.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def _require_bound(self) -> tuple[str, str]:
+        if self._bound is None:
+            raise LocalProtocolError("the real endpoints are known after bind(); call it first")
+        return self._bound
+
+    def _address(self, peer: bytes, parts: list[bytes | memoryview], *, is_bulk: bool) -> list[bytes | memoryview]:
+        return [(BULK_PREFIX if is_bulk else CONTROL_PREFIX) + peer, *parts]
+
+    def _split(self, parts: list[zmq.Frame], *, is_bulk: bool) -> tuple[bytes, list[zmq.Frame]] | None:
+        peer = parse_routing_id(bytes(parts[0].buffer), BULK_PREFIX if is_bulk else CONTROL_PREFIX)
+        return None if peer is None else (peer, parts[1:])
+
+    def _check_peer(self, peer: bytes) -> None:
+        if len(peer) != NONCE_BYTES:
+            raise LocalProtocolError(f"peer {peer!r} is not a nonce of {NONCE_BYTES} bytes; use the peer of an event")
+
+    def _count_bytes(self, num_bytes: int, *, is_sent: bool) -> None:
+        if is_sent:
+            self.stats.bytes_down += num_bytes
+        else:
+            self.stats.bytes_up += num_bytes
+
+
+class LearnerTransport(Transport):
+    """The learner's end: two DEALER sockets that dial and redial (50 ms to 1 s); its only peer is `SYNCER`.
+
+    Args:
+        control_endpoint: where the syncer's control socket listens.
+        nonce: 16 random bytes of this process.
+        accept: see `Transport`.
+        context: see `Transport`.
+        now: see `Transport`.
+        options: see `Transport`.
+        configure: see `Transport`.
+
+    Raises:
+        ConfigurationError: the nonce has another length.
+    """
+
+    def __init__(
+        self,
+        control_endpoint: str,
+        *,
+        nonce: bytes,
+        accept: Accept,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        now: Callable[[], float] = time.monotonic,
+        options: TransportOptions | None = None,
+        configure: ConfigureSocket | None = None,
+    ) -> None:
+        if len(nonce) != NONCE_BYTES:
+            raise ConfigurationError(f"the nonce has {len(nonce)} bytes, not {NONCE_BYTES}; draw it with secrets.token_bytes")
+        super().__init__(accept=accept, context=context, now=now, options=options, configure=configure)
+        self._control_endpoint = control_endpoint
+        self._bulk_endpoint: str | None = None
+        self._nonce = nonce
+
+    def connect(self) -> None:
+        """Dial control; returns at once, messages wait in a bounded queue until the syncer answers.
+
+        Raises:
+            ConfigurationError: the address is malformed.
+            LocalProtocolError: connected already or closed.
+        """
+        if self._control is not None:
+            raise LocalProtocolError("this transport is connected already; it redials by itself")
+        self._control = self._dial(self._control_endpoint, CONTROL_PREFIX)
+
+    def connect_bulk(self, endpoint: str) -> None:
+        """Dial bulk; a second call with another address replaces the first, with the same one does nothing.
+
+        Args:
+            endpoint: as told by the syncer in the handshake.
+
+        Raises:
+            ConfigurationError: the address is malformed.
+            LocalProtocolError: not connected or closed.
+        """
+        self._require_open()
+        if endpoint == self._bulk_endpoint:
+            return
+        bulk = self._dial(endpoint, BULK_PREFIX)
+        if self._bulk is not None:
+            self._poller.unregister(self._bulk)
+            self._bulk.close(linger=0)
+        self._bulk, self._bulk_endpoint = bulk, endpoint
+        for outgoing in self._outgoing.values():
+            outgoing.unblock()
+
+    def _dial(self, endpoint: str, prefix: bytes) -> zmq.Socket[bytes]:
+        sock = make_socket(
+            self._open(endpoint),
+            is_router=False,
+            is_bulk=prefix == BULK_PREFIX,
+            options=self._options,
+            configure=self._configure,
+        )
+        sock.setsockopt(zmq.ROUTING_ID, prefix + self._nonce)
+        try:
+            sock.connect(endpoint)
+        except zmq.ZMQError as error:
+            sock.close()
+            raise ConfigurationError(f"cannot dial {endpoint!r}: {error}; give it as tcp://host:port") from error
+        self._poller.register(sock, zmq.POLLIN)
+        return sock
+
+    def _address(self, peer: bytes, parts: list[bytes | memoryview], *, is_bulk: bool) -> list[bytes | memoryview]:
+        return parts
+
+    def _split(self, parts: list[zmq.Frame], *, is_bulk: bool) -> tuple[bytes, list[zmq.Frame]] | None:
+        return SYNCER, parts
+
+    def _check_peer(self, peer: bytes) -> None:
+        if peer != SYNCER:
+            raise LocalProtocolError(f"peer {peer!r} is unknown here; a learner speaks to SYNCER only")
+
+    def _count_bytes(self, num_bytes: int, *, is_sent: bool) -> None:
+        if is_sent:
+            self.stats.bytes_up += num_bytes
+        else:
+            self.stats.bytes_down += num_bytes
+
+
+def _beside(control_endpoint: str) -> str:
+    """Return the default bulk endpoint: same host, a free port."""
+    if control_endpoint.startswith("inproc://"):
+        return f"{control_endpoint}-bulk"
+    return f"{control_endpoint.rpartition(':')[0]}:0"

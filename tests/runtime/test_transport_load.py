@@ -1,0 +1,38 @@
+"""Latency of control under full bulk load, and memory behind a reader that is stuck; the syncer is a process of its own."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import pytest
+
+from lightning_diloco.runtime.transport import SYNCER
+from tests.runtime.transport_helpers import MIB
+from tests.runtime.transport_measure import joined, measure_under_load
+
+pytestmark = pytest.mark.process
+
+
+def test_control_answers_within_50_ms_under_bulk_load_both_ways() -> None:
+    measured = measure_under_load(300)
+    assert len(measured.round_trips_s) == 300
+    assert min(measured.bytes_up, measured.bytes_down) >= 64 * MIB
+    assert measured.quantile_s(0.99) < 0.05, str(measured)
+
+
+def test_a_stuck_reader_holds_one_payload_buffer_and_the_credit() -> None:
+    with joined("stuck") as (process, learner):
+        peer = psutil.Process(process.pid)
+        before = peer.memory_info().rss
+        for _ in range(3):
+            learner.send_payload(SYNCER, b"up", bytes(64 * MIB))
+        while not learner.stats.bytes_up:
+            learner.poll(0.1)
+        assert process.stdout is not None and process.stdout.readline() == "stuck\n"
+        end_s = time.monotonic() + 2.0
+        while time.monotonic() < end_s:
+            learner.poll(0.1)
+        # Its last turn may have taken 2 chunks and granted them anew: 8 of credit + 2 in the buffer.
+        assert 8 * MIB <= learner.stats.bytes_up <= 10 * MIB
+        assert peer.memory_info().rss - before <= (64 + 8 + 8) * MIB  # buffer, credit, allocator and socket buffers

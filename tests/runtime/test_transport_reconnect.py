@@ -1,0 +1,171 @@
+"""Connections that break, slow down and come back, through a real TCP proxy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+import zmq
+
+from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.runtime.transport import (
+    SYNCER,
+    Accept,
+    ControlReceived,
+    LearnerTransport,
+    PayloadReceived,
+    SyncerTransport,
+    TransportEvent,
+    TransportOptions,
+)
+from tests.runtime.transport_helpers import MIB, NONCE, Pair, accept_all, make_bytes
+from tests.runtime.transport_proxy import TransportProxy
+
+
+def _port(endpoint: str) -> int:
+    return int(endpoint.rpartition(":")[2])
+
+
+class ProxiedPair(Pair):
+    """The learner of this pair reaches the syncer through two proxies."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        super().__init__("tcp")
+
+    def add_learner(self, nonce: bytes, accept: Accept = accept_all) -> LearnerTransport:
+        self.control_proxy = self._stack.enter_context(TransportProxy(_port(self.syncer.control_endpoint)))
+        self.bulk_proxy = self._stack.enter_context(TransportProxy(_port(self.syncer.bulk_endpoint)))
+        learner = LearnerTransport(
+            f"tcp://127.0.0.1:{self.control_proxy.port}", nonce=nonce, accept=accept, context=self.context, options=self.options
+        )
+        learner.connect()
+        learner.connect_bulk(f"tcp://127.0.0.1:{self.bulk_proxy.port}")
+        self.learners[nonce] = learner
+        return learner
+
+    def until_passed(self, num_bytes: int, *, down: bool = False) -> None:
+        self.until(lambda: (self.learner.stats.bytes_down if down else self.syncer.stats.bytes_up) > num_bytes)
+
+
+@pytest.fixture
+def pair() -> Iterator[ProxiedPair]:
+    with ExitStack() as stack:
+        pair = ProxiedPair(stack)
+        try:
+            pair.meet()
+            yield pair
+        finally:
+            pair.close()
+
+
+def test_a_payload_each_way_survives_cuts_of_bulk(pair: ProxiedPair) -> None:
+    up, down = make_bytes(48 * MIB, 1), make_bytes(48 * MIB, 2)
+    pair.learner.send_payload(SYNCER, b"up", up)
+    pair.syncer.send_payload(NONCE, b"down", down)
+    for share in (8, 24):
+        pair.until_passed(share * MIB)
+        pair.until_passed(share * MIB, down=True)
+        pair.bulk_proxy.cut()
+    pair.until(lambda: len(pair.received()) == 2 and len(pair.delivered()) == 2, limit_s=40)
+    assert {e.header: bytes(e.payload) for e in pair.received()} == {b"up": up, b"down": down}
+    assert pair.bulk_proxy.num_connections == 3
+    assert pair.learner.stats.drops["offered_again"] >= 1
+
+
+def test_a_payload_survives_cuts_of_control(pair: ProxiedPair) -> None:
+    payload = make_bytes(48 * MIB)
+    pair.learner.send_payload(SYNCER, b"", payload)
+    for share in (8, 24):
+        pair.until_passed(share * MIB)
+        pair.control_proxy.cut()
+    pair.until(lambda: bool(pair.delivered()), limit_s=40)
+    assert [bytes(e.payload) for e in pair.received()] == [payload]
+
+
+def test_an_outage_of_both_sockets_loses_no_payload_and_blocks_nobody(pair: ProxiedPair) -> None:
+    for proxy in (pair.control_proxy, pair.bulk_proxy):
+        proxy.cut(stay_closed=True)
+    pair.steps_for(0.2)
+    payload = make_bytes(40 * MIB)
+    pair.learner.send_payload(SYNCER, b"up", payload)
+    pair.syncer.send_payload(NONCE, b"down", payload)
+    longest_s = 0.0
+    end_s = time.monotonic() + 1.0
+    while time.monotonic() < end_s:
+        start_s = time.monotonic()
+        pair.syncer.send_control(NONCE, b"into the void")
+        longest_s = max(longest_s, time.monotonic() - start_s)
+        pair.step()
+    assert pair.syncer.stats.drops["control_unsent"] > 1
+    assert longest_s < 0.5
+    assert pair.received() == []
+    for proxy in (pair.control_proxy, pair.bulk_proxy):
+        proxy.reopen()
+    pair.until(lambda: len(pair.received()) == 2 and len(pair.delivered()) == 2, limit_s=40)
+    assert all(e.payload == payload for e in pair.received())
+
+
+def test_a_reconnected_learner_keeps_its_identity(pair: ProxiedPair) -> None:
+    pair.control_proxy.cut()
+    pair.until(lambda: pair.control_proxy.num_connections == 2)
+    pair.learner.send_control(SYNCER, b"again")
+    pair.until(lambda: bool(pair.syncer_events))
+    assert pair.syncer_events == [ControlReceived(NONCE, b"again")]
+    assert pair.syncer.send_control(NONCE, b"hello")
+    pair.until(lambda: bool(pair.learner_events))
+
+
+def test_control_passes_a_throttled_bulk_link(pair: ProxiedPair) -> None:
+    pair.bulk_proxy.bytes_per_s = 10e6 / 8  # 10 Mbit/s
+    pair.control_proxy.delay_s = 0.02
+    pair.learner.send_payload(SYNCER, b"", make_bytes(2 * MIB))
+    for k in range(5):
+        pair.learner.send_control(SYNCER, b"%d" % k)
+        pair.until(lambda: len(pair.syncer_events) == 1, limit_s=1.0)
+        assert pair.syncer_events.pop() == ControlReceived(NONCE, b"%d" % k)
+    assert pair.received() == []  # the payload takes 1.7 s
+    pair.until(lambda: bool(pair.received()))
+    assert pair.syncer.stats.drops.get("duplicate_chunk", 0) == 0
+
+
+def test_a_restarted_syncer_gets_the_payload_that_its_predecessor_had_half() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    options = TransportOptions(resend_after_s=0.3, resend_max_s=2.0)
+    old = SyncerTransport(accept=accept_all, context=context, options=options)
+    old.bind()
+    endpoints = (old.control_endpoint, old.bulk_endpoint)
+    learner = LearnerTransport(endpoints[0], nonce=NONCE, accept=accept_all, context=context, options=options)
+    learner.connect()
+    learner.connect_bulk(endpoints[1])
+    payload = make_bytes(40 * MIB)
+    learner.send_payload(SYNCER, b"h", payload)
+    while old.stats.bytes_up < 12 * MIB:
+        assert old.poll(0.001) == [] and learner.poll(0.001) == []
+    old.close()
+    new = SyncerTransport(*endpoints, accept=accept_all, context=context, options=options)
+    _bind_soon(new)
+    end_s = time.monotonic() + 20
+    received: list[TransportEvent] = []
+    delivered: list[TransportEvent] = []
+    while not (received and delivered):
+        assert time.monotonic() < end_s, (learner.stats, new.stats)
+        received += new.poll(0.001)
+        delivered += learner.poll(0.001)
+    assert isinstance(received[0], PayloadReceived) and received[0].payload == payload
+    learner.close()
+    new.close()
+    context.term()
+
+
+def _bind_soon(syncer: SyncerTransport) -> None:
+    """The I/O thread frees the predecessor's port a moment after close() returned."""
+    for _ in range(100):
+        try:
+            syncer.bind()
+            return
+        except ConfigurationError:
+            time.sleep(0.02)
+    syncer.bind()

@@ -1,0 +1,387 @@
+"""The transfer rules without sockets: a link that loses, doubles and reorders, and a clock that we move."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_diloco.runtime.transport.frames import (
+    Begin,
+    BulkFrame,
+    Cancel,
+    Chunk,
+    Grant,
+    Received,
+    RefusalReason,
+    Refused,
+    ReplyFrame,
+    decode_bulk,
+    decode_reply,
+    encode_frame,
+)
+from lightning_diloco.runtime.transport.receiving import DONE_MEMORY, Delivery, IncomingTransfers
+from lightning_diloco.runtime.transport.sending import OutgoingTransfers
+
+CHUNK = 4
+WINDOW = 3
+BOOT = 7 << 32
+
+
+class Link:
+    """A sender and a receiver, the frames on their way, and what became of every transfer."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.random = random.Random(seed)
+        self.drops: Counter[str] = Counter()
+        self.now_s = 0.0
+        self.sender = self.new_sender()
+        self.receiver = self.new_receiver()
+        self.forward: list[tuple[BulkFrame, bytes]] = []
+        self.back: list[ReplyFrame] = []
+        self.next_id = BOOT
+        self.payloads: dict[int, bytes] = {}
+        self.sent: dict[int, set[int]] = {}
+        self.delivered: list[Delivery] = []
+        self.ended: dict[int, str | None] = {}
+
+    def new_sender(self) -> OutgoingTransfers:
+        return OutgoingTransfers(count=self.count, resend_after_s=5.0, resend_max_s=20.0, chunk_bytes=CHUNK)
+
+    def new_receiver(self) -> IncomingTransfers:
+        return IncomingTransfers(accept=lambda h, n: True, count=self.count, window_chunks=WINDOW, chunk_bytes=CHUNK)
+
+    def count(self, word: str) -> None:
+        self.drops[word] += 1
+
+    def add(self, payload: bytes) -> int:
+        self.next_id += 1
+        self.payloads[self.next_id] = payload
+        self.sent[self.next_id] = set()
+        self.sender.enqueue(self.next_id, b"%d" % self.next_id, memoryview(payload))
+        return self.next_id
+
+    def send(self) -> bool:
+        """Send at most one frame."""
+        self.sender.on_time(self.now_s)
+        self.sender.hash_some(64)
+        item = self.sender.peek(self.now_s)
+        if item is None:
+            return False
+        self.sender.mark_sent(self.now_s)
+        if isinstance(item.frame, Chunk):
+            self.sent[item.frame.transfer_id].add(item.frame.index)
+        self.forward.append((item.frame, b"" if item.data is None else bytes(item.data)))
+        return True
+
+    def arrive(self, frame: BulkFrame, data: bytes) -> None:
+        if isinstance(frame, Cancel):
+            self.receiver.on_cancel(frame)
+            return
+        if isinstance(frame, Begin):
+            reaction = self.receiver.on_begin(frame, self.now_s)
+        else:
+            reaction = self.receiver.on_chunk(frame, memoryview(data), self.now_s)
+        if reaction.reply is not None:
+            self.back.append(reaction.reply)
+        if reaction.delivery is not None:
+            self.delivered.append(reaction.delivery)
+
+    def return_(self, frame: ReplyFrame) -> None:
+        ended = self.sender.on_reply(frame, self.now_s)
+        if ended is not None:
+            assert ended.transfer_id not in self.ended
+            self.ended[ended.transfer_id] = ended.reason
+
+    def cancel(self, transfer_id: int) -> None:
+        ended = self.sender.cancel(transfer_id)
+        if ended is not None:
+            assert ended.transfer_id not in self.ended
+            self.ended[ended.transfer_id] = ended.reason
+
+    def disturb(self) -> None:
+        """One random thing on a bad link: lose, double, reorder, deliver, let time pass."""
+        queue: list[Any] = self.random.choice([self.forward, self.back])
+        if not queue:
+            self.now_s += self.random.choice([0.1, 6.0])
+            return
+        place = self.random.randrange(len(queue))
+        fate = self.random.random()
+        item = queue[place] if fate < 0.2 else queue.pop(place)
+        if fate > 0.75:
+            return
+        if queue is self.forward:
+            self.arrive(*item)
+        else:
+            self.return_(item)
+
+    def settle(self) -> None:
+        """A good link from now on, until nothing is pending."""
+        for _ in range(20_000):
+            moved = self.send()
+            if self.forward:
+                self.arrive(*self.forward.pop(0))
+            elif self.back:
+                self.return_(self.back.pop(0))
+            elif not moved:
+                if self.sender.is_idle:
+                    return
+                self.now_s += 1.0
+        raise AssertionError(f"does not settle: {self.drops}")
+
+    def intact(self) -> Counter[int]:
+        """How often each transfer was delivered; the bytes must be right."""
+        seen: Counter[int] = Counter()
+        for delivery in self.delivered:
+            assert delivery.payload is not None
+            transfer_id = int(delivery.header)
+            assert bytes(delivery.payload) == self.payloads[transfer_id]
+            seen[transfer_id] += 1
+        return seen
+
+
+payload_lists = st.lists(st.binary(max_size=9 * CHUNK), min_size=1, max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(payloads=payload_lists, seed=st.integers(0, 2**32), steps=st.integers(0, 400))
+def test_every_payload_is_delivered_exactly_once_and_intact(payloads: list[bytes], seed: int, steps: int) -> None:
+    link = Link(seed)
+    ids = [link.add(payload) for payload in payloads]
+    for _ in range(steps):
+        if link.random.random() < 0.5:
+            link.send()
+        link.disturb()
+        assert link.receiver.buffer_bytes <= max(len(payload) for payload in payloads)
+    link.settle()
+    assert link.intact() == Counter(ids)
+    assert link.ended == dict.fromkeys(ids)
+    assert link.receiver.buffer_bytes == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(payloads=payload_lists, seed=st.integers(0, 2**32), steps=st.integers(0, 300), victim=st.integers(0, 5))
+def test_a_payload_cancelled_before_it_left_is_never_delivered(payloads: list[bytes], seed: int, steps: int, victim: int) -> None:
+    link = Link(seed)
+    ids = [link.add(payload + b"x") for payload in payloads]  # at least one chunk each
+    chosen = ids[victim % len(ids)]
+    cancel_at = link.random.randrange(steps + 1)
+    must_not_arrive = False
+    for step in range(steps + 1):
+        if step == cancel_at:
+            num_chunks = -(-len(link.payloads[chosen]) // CHUNK)
+            must_not_arrive = len(link.sent[chosen]) < num_chunks
+            link.cancel(chosen)
+        if link.random.random() < 0.5:
+            link.send()
+        link.disturb()
+    link.settle()
+    seen = link.intact()
+    assert max(seen.values(), default=0) <= 1
+    assert set(ids) - {chosen} <= set(seen)
+    assert set(link.ended) == set(ids)
+    if must_not_arrive:
+        assert chosen not in seen
+        assert link.ended[chosen] == "cancelled"
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.integers(0, 60), seed=st.integers(0, 2**32), steps=st.integers(0, 60))
+def test_the_sender_never_exceeds_the_credit(size: int, seed: int, steps: int) -> None:
+    link = Link(seed)
+    link.add(bytes(size))
+    upto = 0
+    for _ in range(steps):
+        while link.send():
+            pass
+        upto = max([upto, *(g.upto for g in link.back if isinstance(g, Grant))])
+        assert all(index < upto for index in link.sent[BOOT + 1])
+        assert upto <= size // CHUNK + 1
+        link.disturb()
+
+
+def test_a_restarted_receiver_gets_the_whole_payload_again() -> None:
+    link = Link()
+    link.add(bytes(range(40)))
+    link.send()
+    link.arrive(*link.forward.pop(0))
+    link.return_(link.back.pop(0))
+    while link.send():
+        pass
+    while link.forward:
+        link.arrive(*link.forward.pop(0))
+    link.back.clear()
+    link.receiver = link.new_receiver()
+    link.settle()
+    assert link.intact() == Counter([BOOT + 1])
+    assert link.drops["offered_again"] == 1
+
+
+def test_a_restarted_sender_is_not_taken_for_the_old_one() -> None:
+    link = Link()
+    link.add(b"first life")
+    link.settle()
+    link.sender = link.new_sender()
+    link.next_id = 3 << 32  # another boot, drawn smaller than the old one
+    link.add(b"second life")
+    link.settle()
+    assert [bytes(d.payload or b"") for d in link.delivered] == [b"first life", b"second life"]
+
+
+def test_a_timer_that_fires_early_sends_no_chunk_twice() -> None:
+    link = Link()
+    link.add(bytes(60))
+    num_sent = 0
+    for _ in range(300):
+        link.now_s += 1.7  # a slow link: every frame takes long enough for the timer to fire now and then
+        num_sent += link.send() and isinstance(link.forward[-1][0], Chunk)
+        if link.forward:
+            link.arrive(*link.forward.pop(0))
+        if link.back:
+            link.return_(link.back.pop(0))
+    assert link.intact() == Counter([BOOT + 1])
+    assert num_sent == 15
+    assert link.drops["duplicate_chunk"] == 0
+
+
+def test_the_wait_between_repetitions_doubles_up_to_its_limit() -> None:
+    link = Link()
+    link.add(b"nobody answers")
+    times = []
+    for _ in range(1200):
+        if link.send() and isinstance(link.forward[-1][0], Begin):
+            times.append(link.now_s)
+        link.now_s += 0.125
+    gaps = [round(b - a, 3) for a, b in zip(times, times[1:], strict=False)]
+    assert gaps[:4] == [5.0, 10.0, 20.0, 20.0]
+
+
+def _offer(payload: bytes, transfer_id: int = BOOT + 1, crc: int | None = None, header: bytes = b"h") -> Begin:
+    num_chunks = -(-len(payload) // CHUNK)
+    return Begin(transfer_id, 1, header, len(payload), num_chunks, zlib.crc32(payload) if crc is None else crc)
+
+
+def test_a_delivered_transfer_is_acknowledged_again_and_other_bytes_under_its_id_are_refused() -> None:
+    link = Link()
+    link.arrive(_offer(b"abc"), b"")
+    link.arrive(Chunk(BOOT + 1, 0), b"abc")
+    link.arrive(_offer(b"abc"), b"")
+    link.arrive(Chunk(BOOT + 1, 0), b"abc")
+    link.arrive(_offer(b"abd"), b"")
+    assert link.back[1:] == [Received(BOOT + 1), Received(BOOT + 1), Refused(BOOT + 1, "refused")]
+    assert len(link.delivered) == 1
+    assert (link.drops["duplicate_begin"], link.drops["late_chunk"], link.drops["conflicting_begin"]) == (1, 1, 1)
+
+
+def test_a_wrong_checksum_is_refused_and_the_answer_stays() -> None:
+    link = Link()
+    for _ in range(2):
+        link.arrive(_offer(b"abc", crc=1), b"")
+        link.arrive(Chunk(BOOT + 1, 0), b"abc")
+    assert [r for r in link.back if isinstance(r, Refused)] == [Refused(BOOT + 1, "bad_checksum")] * 2
+    assert [d.reason for d in link.delivered] == ["bad_checksum"]
+
+
+def test_misplaced_chunks_change_nothing() -> None:
+    link = Link()
+    payload = bytes(range(30))
+    link.arrive(_offer(payload), b"")
+    link.arrive(Chunk(BOOT + 1, 0), b"toolong")
+    link.arrive(Chunk(BOOT + 1, 0), b"abc")
+    link.arrive(Chunk(BOOT + 1, WINDOW), payload[12:16])
+    link.arrive(Chunk(BOOT + 1, 2**41), b"abcd")
+    link.arrive(Chunk(BOOT + 9, 0), b"abcd")
+    assert link.drops == {"chunk_of_wrong_length": 2, "chunk_beyond_credit": 2, "foreign_chunk": 1}
+    for index in range(8):
+        link.arrive(Chunk(BOOT + 1, index), payload[4 * index : 4 * index + 4])
+        link.arrive(Chunk(BOOT + 1, index), b"????"[: len(payload[4 * index : 4 * index + 4])])  # overlaps: the first wins
+    assert [bytes(d.payload or b"") for d in link.delivered] == [payload]
+    assert link.drops["duplicate_chunk"] == 7
+
+
+def test_an_offer_whose_chunks_do_not_add_up_is_refused() -> None:
+    link = Link()
+    link.arrive(Begin(BOOT + 1, 1, b"", 100, 3, 0), b"")
+    assert link.back == [Refused(BOOT + 1, "refused")]
+    assert link.receiver.buffer_bytes == 0
+
+
+def test_an_offer_that_does_not_fit_into_memory_is_oversized() -> None:
+    link = Link()
+    huge = 1 << 43
+    link.arrive(Begin(BOOT + 1, 1, b"", huge, huge // CHUNK, 0), b"")
+    assert link.back == [Refused(BOOT + 1, "oversized")]
+
+
+@pytest.mark.parametrize(("verdict", "reason"), [(False, "refused"), ("oversized", "oversized"), ("whatever", "refused")])
+def test_nothing_is_allocated_without_consent(verdict: bool | str, reason: RefusalReason) -> None:
+    receiver = IncomingTransfers(accept=lambda h, n: verdict, count=lambda w: None, window_chunks=WINDOW, chunk_bytes=CHUNK)
+    reaction = receiver.on_begin(_offer(b"abcdefgh"), 0.0)
+    assert (reaction.reply, receiver.buffer_bytes) == (Refused(BOOT + 1, reason), 0)
+    assert reaction.delivery == Delivery(b"h", None, reason)
+    assert receiver.is_blank
+
+
+def test_the_memory_of_ended_transfers_is_bounded_and_still_refuses_what_fell_out_of_it() -> None:
+    link = Link()
+    for k in range(1, DONE_MEMORY + 10):
+        link.arrive(_offer(b"", BOOT + k), b"")
+    assert len(link.delivered) == DONE_MEMORY + 9
+    link.arrive(_offer(b"", BOOT + 1), b"")
+    assert len(link.delivered) == DONE_MEMORY + 9
+    assert link.drops["stale_begin"] == 1
+
+
+def test_a_forged_acknowledgement_of_an_unsent_payload_ends_nothing() -> None:
+    link = Link()
+    transfer_id = link.add(b"abc")
+    link.return_(Received(transfer_id))
+    link.return_(Grant(transfer_id, 1, 0, 1))
+    assert link.ended == {}
+    link.settle()
+    assert link.ended == {transfer_id: None}
+
+
+def test_a_forged_grant_is_counted_and_moves_nothing() -> None:
+    link = Link()
+    transfer_id = link.add(bytes(20))
+    while link.send():
+        pass
+    for grant in (Grant(transfer_id, 1, 0, 6), Grant(transfer_id, 1, 3, 2), Grant(transfer_id, 9, 0, 5)):
+        link.return_(grant)
+    assert link.drops["malformed_grant"] == 3
+    assert link.sent[transfer_id] == set()
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.binary(max_size=80))
+def test_decoders_never_raise(data: bytes) -> None:
+    bulk, reply = decode_bulk(data), decode_reply(data)
+    assert bulk is None or decode_bulk(encode_frame(bulk)) == bulk
+    assert reply is None or decode_reply(encode_frame(reply)) == reply
+
+
+def test_decoders_refuse_every_field_outside_its_limits() -> None:
+    good = encode_frame(_offer(b"abc"))
+    assert decode_bulk(good) == _offer(b"abc")
+    bad = [
+        Begin(-1, 1, b"", 0, 0, 0),
+        Begin(1, 0, b"", 0, 0, 0),
+        Begin(1, 1, bytes(65537), 0, 0, 0),
+        Begin(1, 1, b"", -1, 0, 0),
+        Begin(1, 1, b"", 0, 0, 1 << 32),
+        Chunk(1, -1),
+        Cancel(1 << 63),
+    ]
+    assert [decode_bulk(encode_frame(frame)) for frame in bad] == [None] * len(bad)
+    assert [decode_bulk(good[:cut]) for cut in range(len(good))] == [None] * len(good)
+    assert decode_bulk(good + b"\x00") is None
+    assert decode_bulk(b"\x91" * 100_000) is None
+    assert decode_bulk(encode_frame(Received(1))) is None
+    assert decode_reply(encode_frame(Cancel(1))) is None
+    assert decode_reply(encode_frame(Refused(1, "because"))) is None  # type: ignore[arg-type]
