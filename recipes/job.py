@@ -36,7 +36,9 @@ def run(cfg: DictConfig) -> None:
     trainer.fit(module, datamodule=data)
     if is_single(cfg):
         trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
-        report_single(trainer)
+        # The last validation inside `fit` may lie many steps back.
+        (metrics,) = trainer.validate(module, datamodule=data, verbose=False)
+        report_single(trainer.global_step, metrics)
     else:
         report(trainer.strategy.summary)  # type: ignore[attr-defined]
     print(f"\n{_show(recipe, module, cfg)}\n\nRun directory: {_shortest(run_dir)}")

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
@@ -24,12 +23,17 @@ def report(summary: Mapping[str, Any]) -> None:
     console.print(job_table(summary))
 
 
-def report_single(trainer: Trainer) -> None:
-    """Print what an ordinary run knows: its steps and its last validation."""
-    table = Table("run", "", title_justify="left")
-    table.add_row("inner steps", f"{trainer.global_step:,}")
-    for name, value in sorted(trainer.callback_metrics.items()):
-        table.add_row(name, _number(float(value)))
+def report_single(inner_steps: int, metrics: Mapping[str, float]) -> None:
+    """Print what an ordinary run knows.
+
+    Args:
+        inner_steps: steps of its optimizer.
+        metrics: of a validation after the last step.
+    """
+    table = Table("run", "")
+    table.add_row("inner steps", f"{inner_steps:,}")
+    for name, value in sorted(metrics.items()):
+        table.add_row(name, _number(value))
     _console().print(table)
 
 

@@ -57,7 +57,7 @@ def test_an_unknown_option_ends_with_exit_code_2(tmp_path):
 def test_a_single_process_trains_on_the_users_own_file(tmp_path):
     text = tmp_path / "mine.txt"
     text.write_text("to be or not to be, that is the question. " * 200, "utf-8")
-    small = ["model.channels=32", "model.num_layers=1", "trainer.max_steps=30", "trainer.val_check_interval=15", "sample.num_bytes=20"]
+    small = ["model.channels=32", "model.num_layers=1", "trainer.max_steps=30", "trainer.val_check_interval=20", "sample.num_bytes=20"]
     done = train(tmp_path, "strategy.name=single", f"data.path={text}", *small)
     assert done.returncode == 0, done.stderr
     assert "val_loss" in done.stdout and "20 bytes after 'def '" in done.stdout
