@@ -149,9 +149,27 @@ def test_one_peers_frames_do_not_touch_another_peers_transfers(pair: Pair) -> No
     pair.until(lambda: sum(pair.syncer.stats.drops.values()) == 4)
 
 
+def test_a_newer_connection_takes_an_identity_over(pair: Pair) -> None:
+    for _ in range(2):
+        raw = RawPeer(pair, EVIL)
+        raw.say(Begin(1, 1, b"", 0, 0, 0))
+        assert raw.hear() == Received(1)
+        raw.control.send(b"\x01hello")
+        pair.until(lambda: bool(pair.syncer_events))
+        pair.syncer_events.clear()
+    assert pair.syncer.send_control(EVIL, b"to the newer one")
+    assert raw.control.poll(2000)
+    assert raw.control.recv() == b"\x01to the newer one"
+
+
 def test_too_long_control_messages_deliver_nothing(pair: Pair) -> None:
     raw = RawPeer(pair, EVIL)
     raw.control.send(b"\x01" + bytes(MAX_CONTROL_BYTES + 1))
+    if pair.syncer.control_endpoint.startswith("tcp"):
+        pair.steps_for(0.2)
+        assert pair.syncer.stats.drops == {}  # the connection is cut at the announced length, nothing is read
+    else:
+        _drops_become(pair, {"oversized_control": 1})
     _is_still_served(pair)
     assert all(getattr(event, "peer", None) != EVIL for event in pair.syncer_events)
 

@@ -8,12 +8,21 @@ import psutil
 import pytest
 
 from lightning_diloco.runtime.transport import SYNCER
-from tests.runtime.transport_helpers import MIB
+from tests.runtime.transport_helpers import MIB, Pair
 from tests.runtime.transport_measure import joined, measure_under_load
 
-pytestmark = pytest.mark.process
+
+def test_one_poll_goes_on_as_long_as_there_is_work() -> None:
+    pair = Pair("tcp")
+    pair.meet()
+    pair.learner.send_payload(SYNCER, b"", bytes(64 * MIB))
+    pair.learner.poll(0.5)  # 32 turns of hashing, and the offer
+    pair.syncer.poll(0.5)
+    assert pair.syncer._incoming.buffer_bytes == 64 * MIB
+    pair.close()
 
 
+@pytest.mark.process
 def test_control_answers_within_50_ms_under_bulk_load_both_ways() -> None:
     measured = measure_under_load(300)
     assert len(measured.round_trips_s) == 300
@@ -21,6 +30,7 @@ def test_control_answers_within_50_ms_under_bulk_load_both_ways() -> None:
     assert measured.quantile_s(0.99) < 0.05, str(measured)
 
 
+@pytest.mark.process
 def test_a_stuck_reader_holds_one_payload_buffer_and_the_credit() -> None:
     with joined("stuck") as (process, learner):
         peer = psutil.Process(process.pid)

@@ -91,7 +91,8 @@ class SyncerTransport(Transport):
             sock.close()
             raise ConfigurationError(f"cannot listen on {endpoint}: {error}; choose a free port of this machine") from error
         self._poller.register(sock, zmq.POLLIN)
-        return sock, sock.getsockopt_string(zmq.LAST_ENDPOINT)
+        # Sockets are dual-stack: an IPv4 address comes back mapped into IPv6.
+        return sock, sock.getsockopt_string(zmq.LAST_ENDPOINT).replace("[::ffff:127.0.0.1]", "127.0.0.1")
 
     def _require_bound(self) -> tuple[str, str]:
         if self._bound is None:
