@@ -14,7 +14,7 @@ from lightning_diloco.errors import ConfigurationError, RemoteProtocolError
 from lightning_diloco.outer._dtypes import STATIC_DTYPES, dtype_name
 from lightning_diloco.outer.spec import Layout, TensorSpec
 
-__all__ = ["load_static", "pack_static", "static_bytes"]
+__all__ = ["load_static", "pack_static", "static_bytes", "unpack_static"]
 
 
 def static_bytes(layout: Layout) -> int:
@@ -60,6 +60,17 @@ def load_static(module: nn.Module, layout: Layout, payload: Tensor) -> None:
     with torch.no_grad():
         for spec, target, raw in zip(layout.static, targets, payload.split_with_sizes([s.num_bytes for s in layout.static]), strict=True):
             target.copy_(_values(spec, raw))
+
+
+def unpack_static(layout: Layout, payload: Tensor) -> dict[str, Tensor]:
+    """The static tensors of a payload by name, with memory of their own.
+
+    Args:
+        layout: names the tensors and their order.
+        payload: flat uint8 of exactly `static_bytes(layout)` elements.
+    """
+    parts = payload.split_with_sizes([s.num_bytes for s in layout.static])
+    return {spec.name: _values(spec, raw) for spec, raw in zip(layout.static, parts, strict=True)}
 
 
 def _values(spec: TensorSpec, raw: Tensor) -> Tensor:

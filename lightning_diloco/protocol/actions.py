@@ -59,9 +59,11 @@ class Reply(_Action, frozen=True, kw_only=True):
 
 
 class BeginFounding(_Action, frozen=True, kw_only=True):
-    """Prepare the store for the founder's payloads."""
+    """Prepare the store for this founder's payloads; what it announced must fit its configuration (JSON) and fingerprint."""
 
     session: str
+    config: bytes
+    fingerprint: str
 
 
 class Fold(_Action, frozen=True, kw_only=True):

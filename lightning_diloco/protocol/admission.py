@@ -25,6 +25,7 @@ from lightning_diloco.protocol.messages import (
     JoinRefused,
     Ready,
     Resolved,
+    SendState,
     Stop,
     Welcome,
 )
@@ -126,8 +127,12 @@ class Admission:
             return self._receive(member, now_s)
         if member.learner_id == job.options.founder_id:
             member.stage = "founding"
-            return [self._welcome(member, "founder", now_s), BeginFounding(session=member.session)]
+            return [self._welcome(member, "founder", now_s), self._begin_founding(member)]
         return [self._welcome(member, "waiting", now_s)]
+
+    def _begin_founding(self, member: Member) -> BeginFounding:
+        hello = self._hellos[member.session]
+        return BeginFounding(session=member.session, config=hello.config, fingerprint=hello.fingerprint)
 
     def _receive(self, member: Member, now_s: float) -> list[SyncerAction]:
         job = self._job
@@ -175,7 +180,7 @@ class Admission:
             self._job.members.remove(member, fenced=False)
             return [Reply(session=session, message=JoinRefused(reason="config", detail=str(error)[:1000])), CloseSession(session=session)]
         self._found = message
-        return []
+        return [Reply(session=session, message=SendState(), incarnation=member.incarnation)]
 
     def founded(self, event: FoundingArrived, now_s: float) -> list[SyncerAction]:
         """Everything of the founder is stored: the history begins, and those in line are let in."""

@@ -186,9 +186,10 @@ class StaticInstalled(_Event, frozen=True, kw_only=True):
 
 
 class Boundary(_Event, frozen=True, kw_only=True):
-    """The training thread ended an inner step of `tokens` tokens."""
+    """The training thread ended `steps` inner steps (mostly one) of `tokens` tokens in all; nothing was exchanged between them."""
 
     tokens: int
+    steps: int = 1
     can_snapshot: bool = True
 
 

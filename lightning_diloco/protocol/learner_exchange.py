@@ -30,7 +30,7 @@ class Exchange:
 
     def boundary(self, event: Boundary) -> list[LearnerAction]:
         """The training thread ended an inner step: count, adopt, heal, answer."""
-        self._state.inner_step += 1
+        self._state.inner_step += event.steps
         self._state.tokens += event.tokens
         if self._state.stage != "joined":
             return []

@@ -27,10 +27,11 @@ class Pace:
         self._offsets = [p * sync_interval_steps // num_fragments for p in range(num_fragments)]
         # Inner step of each learner at which its count towards a fragment's next round began.
         self._since: list[dict[int, int]] = [{} for _ in range(num_fragments)]
-        # Learners' counters on one common scale: a joiner starts at the fastest one's place, so that its lead or lag of another
-        # life is neither time nor work.
-        self._shift: dict[int, int] = {}
+        # Newest step of every learner that was admitted, active or resting.
         self._steps: dict[int, int] = {}
+        # Counters of the active ones on one common scale: a newcomer starts at the fastest one's place, so that its lead or lag of
+        # another life is neither time nor work.
+        self._shift: dict[int, int] = {}
         self._fastest = 0
         self._allowance = 0
 
@@ -40,11 +41,14 @@ class Pace:
         Args:
             learner_id: whose counter.
             inner_step: its inner step now.
-            staggered: nobody else is active (founding, or after an outage): spread the rounds over the interval.
+            staggered: nobody else is active (founding, or after an outage): spread the rounds over the interval. Otherwise the newcomer
+                takes the place of the most advanced of the others: due times belong to fragments, and a quorum that had to
+                wait for H steps of the newcomer would make all of them due at one step.
         """
         for fragment_id, since in enumerate(self._since):
-            lead = self._interval - self._offsets[fragment_id] if staggered else 0
-            since[learner_id] = inner_step - lead
+            others = [self._steps[i] - since.get(i, self._steps[i]) for i in self._shift if i != learner_id]
+            staggered_lead = self._interval - self._offsets[fragment_id]
+            since[learner_id] = inner_step - (staggered_lead if staggered or not others else max(others))
         self._shift[learner_id] = self._fastest - inner_step
         self._steps[learner_id] = inner_step
 
@@ -52,14 +56,13 @@ class Pace:
         """A learner's counter does not count any more."""
         for since in self._since:
             since.pop(learner_id, None)
-        self._shift.pop(learner_id, None)
         self._steps.pop(learner_id, None)
-        # The next fastest leads from where it is; waiting for it to reach the gone one's place would stop all rounds.
-        self._fastest = max((self._steps[i] + shift for i, shift in self._shift.items()), default=self._fastest)
+        self._rest(learner_id)
 
     def opened(self, fragment_id: int, steps: Mapping[int, int]) -> None:
         """A round of this fragment opened (or was cancelled at once), with these inner steps of the active learners."""
-        self._since[fragment_id].update(steps)
+        # Those that rest (validation) did no step since either: what they had done before counted for this round.
+        self._since[fragment_id].update(self._steps | dict(steps))
         self._allowance -= 1
 
     def due(self, steps: Mapping[int, int], quorum: int) -> list[int]:
@@ -86,8 +89,22 @@ class Pace:
 
     def _advance(self, steps: Mapping[int, int]) -> None:
         """Grant rounds for the steps that the fastest active learner did since the last look; unused ones do not pile up."""
-        self._steps.update({i: step for i, step in steps.items() if i in self._shift})
-        fastest = max((step + self._shift[i] for i, step in steps.items() if i in self._shift), default=self._fastest)
-        if fastest > self._fastest:
-            self._allowance = (fastest - self._fastest) * self._per_step + 1
+        for learner_id in [i for i in self._shift if i not in steps]:
+            self._rest(learner_id)
+        for learner_id, step in steps.items():
+            if learner_id not in self._shift:
+                moved = step > self._steps.get(learner_id, step)
+                self._shift[learner_id] = self._fastest - step + (1 if moved else 0)
+            self._steps[learner_id] = step
+        fastest = max((step + self._shift[i] for i, step in steps.items()), default=self._fastest)
+        done = fastest - self._fastest
+        if done > 0:
+            # A whole interval that nobody saw is an outage: what is overdue goes out at the pace of one step, never all at once.
+            self._allowance = (done if done < self._interval else 1) * self._per_step + 1
             self._fastest = fastest
+
+    def _rest(self, learner_id: int) -> None:
+        """Take a learner off the common scale; the next fastest leads from where it is (waiting for its arrival at the gone one's place
+        would stop all rounds)."""
+        self._shift.pop(learner_id, None)
+        self._fastest = max((self._steps[i] + shift for i, shift in self._shift.items()), default=self._fastest)

@@ -124,8 +124,8 @@ class RoundCancelRecord(_Base, frozen=True, kw_only=True, tag="round_cancel"):
     quorum: int
 
 
-class ContributionRecord(_Base, frozen=True, kw_only=True, tag="contribution"):
-    """A contribution was decided on arrival."""
+class ContributionRecord(_Base, frozen=True, kw_only=True, tag="contribution", rename={"seq": "contribution_seq"}):
+    """A contribution was decided on arrival. Its seq stands on the tape as `contribution_seq`: `seq` is the line's number there."""
 
     learner_id: int
     incarnation: int

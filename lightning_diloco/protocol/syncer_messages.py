@@ -21,6 +21,7 @@ __all__ = [
     "Pull",
     "Released",
     "Resolved",
+    "SendState",
     "ShardAddress",
     "StaticState",
     "Stop",
@@ -67,6 +68,10 @@ class JoinRefused(Message, frozen=True, kw_only=True):
 
 class WhoAreYou(Message, frozen=True, kw_only=True):
     """The session is not known here: say `Hello` again."""
+
+
+class SendState(Message, frozen=True, kw_only=True):
+    """The founder's description is accepted and memory is ready: the payloads may come (control and bulk keep no order)."""
 
 
 class Pull(Message, frozen=True, kw_only=True):
@@ -145,5 +150,5 @@ class StaticState(Message, frozen=True, kw_only=True):
     crc: Count
 
 
-FromSyncer = Welcome | JoinRefused | WhoAreYou | Pull | Released | Resolved | Fenced | Stop | Left | Pong | LeaseGrant
+FromSyncer = Welcome | SendState | JoinRefused | WhoAreYou | Pull | Released | Resolved | Fenced | Stop | Left | Pong | LeaseGrant
 SyncerHeader = Publication | StaticState | PeerState

@@ -1,0 +1,1 @@
+"""The `lightning-diloco` command. It never imports lightning."""

@@ -1,0 +1,380 @@
+"""`LearnerClient`: what a training process calls; the training thread never waits here once it has joined.
+
+Two threads share one `LearnerMachine`:
+
+- the **training thread** calls `boundary` at the end of each inner step: count, adopt what was prepared, copy a pulled fragment aside;
+- the **background thread** (`client_loop.ClientLoop`) owns the sockets, decodes, encodes, sends.
+
+They meet under one lock that is only held while the machine thinks and references change hands: no tensor is touched, no socket is used under
+it. At a boundary the training thread does not wait for it either: if the lock is taken at that moment, the step is counted and the exchange is
+left to the next boundary. So no step can ever be longer than its own arithmetic plus one addition and one copy per fragment exchanged.
+
+Only `join`, `leave` and `close` wait, each with a stated limit.
+
+References:
+    Decoupled DiLoCo, arXiv 2604.21428, algorithm 1 (the learner never waits).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import zmq
+from torch import Tensor, nn
+
+from lightning_diloco.config import SyncConfig
+from lightning_diloco.errors import FencedError, SyncerUnavailableError
+from lightning_diloco.outer import plan_layout
+from lightning_diloco.protocol.actions import Adopt, Heal, LearnerAction, Snapshot
+from lightning_diloco.protocol.events import Boundary, JoinRequested, LeaveRequested, PauseChanged, StopRequested
+from lightning_diloco.protocol.learner import LearnerMachine
+from lightning_diloco.protocol.learner_state import LearnerOptions
+from lightning_diloco.runtime.client_loop import ClientLoop, Encode
+from lightning_diloco.runtime.counters import CounterFile
+from lightning_diloco.runtime.figures import Figures, StepTimes
+from lightning_diloco.runtime.learner_store import Adoption, LearnerStore
+
+__all__ = ["ClientOptions", "JoinInfo", "LearnerClient"]
+
+_log = logging.getLogger(__name__)
+
+JOIN_TIMEOUT_S = 60.0
+"""How long a learner looks for a syncer that answers, unless told otherwise."""
+MAX_BACKLOG = 64
+"""Snapshots that may wait for encoding; above that pulls are answered `busy`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientOptions:
+    """How one process takes part in a job.
+
+    Args:
+        endpoint: the syncer's control endpoint.
+        config: must equal the job's.
+        learner_id: the wanted id (None: the next free one).
+        token: the job's token ("" on loopback by hand).
+        takeover_token: the supervisor's, to take the id of a process that died.
+        device: name of the device, for the records.
+        batch_size: samples per micro-batch, for the records (0: unknown).
+        tokens_per_step: of one inner step, for the records (0: unknown).
+        counters_path: folder of the memory-mapped totals; the file is named by this process.
+        join_timeout_s: no syncer answers for so long: `SyncerUnavailableError` (None: 60 s).
+    """
+
+    endpoint: str
+    config: SyncConfig
+    learner_id: int | None = None
+    token: str = ""
+    takeover_token: str = ""
+    device: str = "cpu"
+    batch_size: int = 0
+    tokens_per_step: int = 0
+    counters_path: Path | None = None
+    join_timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinInfo:
+    """What the syncer said at the join. `job_step`: the job's inner step (0 at its beginning)."""
+
+    learner_id: int
+    incarnation: int
+    role: str
+    job_step: int
+
+
+class LearnerClient:
+    """One learner's side of the outer synchronization.
+
+    Args:
+        module: the user's module; its parameters are read and written in place, on the calling thread only.
+        options: see `ClientOptions`.
+        context: shared with a syncer in this process (`inproc://`).
+
+    Raises:
+        ConfigurationError: the module has no parameter to synchronize, or one that cannot be.
+    """
+
+    def __init__(self, module: nn.Module, options: ClientOptions, *, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
+        config = options.config
+        self.layout = plan_layout(
+            module,
+            num_fragments=config.num_fragments,
+            merge=config.merge,
+            mean_patterns=config.mean_patterns,
+            include_frozen=config.include_frozen,
+        )
+        self.on_heal: Callable[[list[nn.Parameter]], None] | None = None
+        """Called on the training thread with the parameters of a fragment that was healed: reset their non-finite inner moments."""
+        self._module = module
+        self._options = options
+        self._nonce = secrets.token_bytes(16)
+        self._machine = LearnerMachine(self._learner_options())
+        self._store = LearnerStore(module, self.layout, wire_dtype=config.wire_dtype, is_rebase=config.adopt == "rebase")
+        self._times = StepTimes()
+        self._loop = ClientLoop(
+            module=module,
+            machine=self._machine,
+            store=self._store,
+            times=self._times,
+            endpoint=options.endpoint,
+            nonce=self._nonce,
+            config=config,
+            context=context,
+        )
+        self._counters: CounterFile | None = None
+        self._inner_steps = 0
+        self._tokens = 0
+        self._uncounted_steps = 0
+        self._uncounted_tokens = 0
+        self._stash: list[list[Tensor]] | None = None
+        self._residuals: list[Tensor | None] = []
+        self._swap_depth = 0
+        self._is_closed = False
+
+    def _learner_options(self) -> LearnerOptions:
+        options = self._options
+        return LearnerOptions(
+            nonce=self._nonce.hex(),
+            num_fragments=len(self.layout.fragments),
+            fingerprint=self.layout.fingerprint(),
+            config=json.dumps(options.config.as_dict()).encode(),
+            adopt=options.config.adopt,
+            learner_id=options.learner_id,
+            token=options.token,
+            takeover_token=options.takeover_token,
+            device=options.device,
+            batch_size=options.batch_size,
+            tokens_per_step=options.tokens_per_step,
+        )
+
+    # ---- joining ------------------------------------------------------------------------------------------------------------
+
+    def join(self) -> JoinInfo:
+        """Join the job; on return the module's parameters are the global ones.
+
+        Raises:
+            JoinRefusedError: the syncer said no; the sentence says why.
+            SyncerUnavailableError: nobody answered in time.
+        """
+        if self._options.counters_path is not None:
+            self._counters = CounterFile(self._options.counters_path / f"{self._nonce.hex()}.bin")
+        self._loop.heard_s = time.monotonic()
+        self._loop.start()
+        self._loop.handle(JoinRequested())
+        timeout_s = JOIN_TIMEOUT_S if self._options.join_timeout_s is None else self._options.join_timeout_s
+        try:
+            self._wait_for_join(timeout_s)
+        except BaseException:
+            self.close()
+            raise
+        joined = self._loop.joined
+        assert joined is not None
+        if joined.role != "member":
+            for fragment_id, view in enumerate(self._store.views):
+                view.copy_from(self._store.base(fragment_id))
+        if self._counters is not None:
+            self._counters.set_incarnation(joined.incarnation)
+        self._times.start()
+        return JoinInfo(learner_id=joined.learner_id, incarnation=joined.incarnation, role=joined.role, job_step=joined.job_step)
+
+    def _wait_for_join(self, timeout_s: float) -> None:
+        # A syncer that answers is waited for without limit: minutes may lie between a slow founder and a fast joiner.
+        while not self._loop.settled.wait(0.05):
+            if time.monotonic() - self._loop.heard_s > timeout_s:
+                raise SyncerUnavailableError(
+                    f"No syncer answered at {self._options.endpoint} for {timeout_s:g} s. Start it, or check address and port."
+                )
+        if self._loop.fatal is not None:
+            raise self._loop.fatal
+
+    # ---- training -----------------------------------------------------------------------------------------------------------
+
+    def boundary(self, *, tokens: int) -> None:
+        """An inner step has ended. Never waits.
+
+        Args:
+            tokens: trained in this step, at least 0.
+        """
+        start_s = time.perf_counter()
+        self._inner_steps += 1
+        self._tokens += tokens
+        self._uncounted_steps += 1
+        self._uncounted_tokens += tokens
+        if self._counters is not None:
+            self._counters.update(self._inner_steps, self._tokens)
+        self._exchange()
+        self._times.step(time.perf_counter() - start_s)
+
+    def _exchange(self) -> None:
+        loop = self._loop
+        if not loop.lock.acquire(blocking=False):
+            return
+        try:
+            event = Boundary(tokens=self._uncounted_tokens, steps=self._uncounted_steps, can_snapshot=loop.backlog < MAX_BACKLOG)
+            self._uncounted_steps = self._uncounted_tokens = 0
+            work = self._hand_over(self._machine.handle(event, time.monotonic()))
+        finally:
+            loop.lock.release()
+        self._perform(work)
+
+    def _hand_over(self, actions: list[LearnerAction]) -> list[tuple[LearnerAction, Adoption | Encode | Tensor | None]]:
+        """Under the lock: exchange references, so that the tensors can be worked on after it."""
+        work: list[tuple[LearnerAction, Adoption | Encode | Tensor | None]] = []
+        for action in actions:
+            if isinstance(action, Adopt):
+                work.append((action, self._store.take(action.fragment_id)))
+            elif isinstance(action, Heal):
+                work.append((action, self._store.base(action.fragment_id)))
+            elif isinstance(action, Snapshot):
+                work.append((action, self._loop.encode_job(action)))
+            else:
+                self._loop.later(action)
+        return work
+
+    def _perform(self, work: list[tuple[LearnerAction, Adoption | Encode | Tensor | None]]) -> None:
+        for action, item in work:
+            if isinstance(item, Adoption) and isinstance(action, Adopt):
+                view = self._store.views[action.fragment_id]
+                if item.delta_views is None:
+                    view.copy_from(item.published)
+                else:
+                    view.add_(item.delta_views)
+            elif isinstance(item, Encode):
+                self._store.views[item.fragment_id].copy_to(item.local)
+                self._loop.later(item)
+            elif isinstance(action, Heal) and isinstance(item, Tensor):
+                self._heal(action, item)
+        self._loop.wake()
+
+    def _heal(self, action: Heal, base: Tensor) -> None:
+        _log.warning("Fragment %d was refused (%s): its parameters go back to the last published ones.", action.fragment_id, action.reason)
+        self._store.views[action.fragment_id].copy_from(base)
+        if self.on_heal is not None:
+            names = [part.name for part in self.layout.fragments[action.fragment_id].slices]
+            self.on_heal([self._module.get_parameter(name) for name in names])
+
+    def set_paused(self, is_paused: bool) -> None:
+        """No inner steps for a while (validation, checkpoint), or on again."""
+        self._times.pause(is_paused)
+        self._loop.handle(PauseChanged(is_paused=is_paused))
+
+    def request_stop(self, reason: str) -> None:
+        """This learner's `should_stop`; learner 0's ends the job for all."""
+        self._loop.handle(StopRequested(reason=reason[:200]))
+
+    # ---- the global model ---------------------------------------------------------------------------------------------------
+
+    def swap_in_global(self) -> None:
+        """Put the last published fragments into the parameters, until `swap_out_global`; calls nest."""
+        self._swap_depth += 1
+        if self._swap_depth > 1:
+            return
+        with torch.no_grad():
+            self._stash = [[t.detach().clone() for t in self._tensors(i)] for i in range(len(self._store.views))]
+        self._residuals = [view.residual() for view in self._store.views]
+        self.load_global()
+
+    def swap_out_global(self) -> None:
+        """Put the local parameters back, bit for bit."""
+        if self._swap_depth == 0:
+            return
+        self._swap_depth -= 1
+        if self._swap_depth > 0 or self._stash is None:
+            return
+        with torch.no_grad():
+            for fragment_id, saved in enumerate(self._stash):
+                for tensor, value in zip(self._tensors(fragment_id), saved, strict=True):
+                    tensor.copy_(value)
+                if self._residuals[fragment_id] is not None:
+                    self._store.views[fragment_id].load_residual(self._residuals[fragment_id])
+        self._stash, self._residuals = None, []
+
+    def load_global(self) -> None:
+        """Put the last published fragments into the parameters, for good."""
+        for fragment_id, view in enumerate(self._store.views):
+            with self._loop.lock:
+                published = self._store.published(fragment_id)
+            view.copy_from(published)
+
+    def _tensors(self, fragment_id: int) -> list[nn.Parameter]:
+        return [self._module.get_parameter(part.name) for part in self.layout.fragments[fragment_id].slices]
+
+    # ---- the end ------------------------------------------------------------------------------------------------------------
+
+    def leave(self, reason: Literal["limit", "signal", "stopped"]) -> None:
+        """Push the last contributions and say good-bye; waits at most `drain_timeout_s`."""
+        if self._is_closed or self._loop.joined is None or self._loop.fatal is not None:
+            return
+        drain_s = self._options.config.drain_timeout_s
+        with self._loop.lock:
+            if self._uncounted_steps:
+                event = Boundary(tokens=self._uncounted_tokens, steps=self._uncounted_steps, can_snapshot=False)
+                self._uncounted_steps = self._uncounted_tokens = 0
+                work = self._hand_over(self._machine.handle(event, time.monotonic()))
+            else:
+                work = []
+        self._perform(work)
+        with self._loop.lock:
+            work = self._hand_over(self._machine.handle(LeaveRequested(reason=reason), time.monotonic()))
+        self._perform(work)
+        if not self._loop.left.wait(drain_s):
+            _log.warning("The last contributions were not acknowledged within drain_timeout_s=%g; they are discarded.", drain_s)
+            self._loop.leave_now(reason)
+            self._loop.left.wait(1.0)
+
+    def close(self) -> None:
+        """Stop the background thread and close the sockets; short, idempotent, never raises."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with suppress(Exception):
+            self._loop.stop()
+        if self._counters is not None:
+            with suppress(Exception):
+                self._counters.close()
+
+    # ---- what can be read ---------------------------------------------------------------------------------------------------
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the job ends for all, or None."""
+        return self._loop.stop_reason
+
+    @property
+    def fenced(self) -> FencedError | None:
+        """Set when this process must end: another one has its id, or the syncer closed its session."""
+        fatal = self._loop.fatal
+        if fatal is None or isinstance(fatal, FencedError):
+            return fatal
+        return FencedError(str(fatal))
+
+    @property
+    def lost_syncer(self) -> bool:
+        """Whether nothing was heard from the syncer for a while; training goes on."""
+        return self._loop.lost_syncer
+
+    @property
+    def figures(self) -> Figures:
+        """Running figures of this learner."""
+        state = self._machine.state
+        seen = state.merges_seen
+        return Figures(
+            merges=seen,
+            participation=state.merges_with_us / seen if seen else None,
+            staleness_versions=self._loop.staleness_versions,
+            stall_s=self._times.stall_s,
+            inner_steps=self._inner_steps,
+            tokens=self._tokens,
+            bytes_up=self._loop.bytes_up,
+            bytes_down=self._loop.bytes_down,
+        )

@@ -1,0 +1,378 @@
+"""The learner's background thread: sockets, encoding, decoding, reports.
+
+It takes the lock for each call of the machine and for handing references over, and never while it computes or sends. Work from the training
+thread comes through one queue (`later`), in order. Progress messages are coalesced: only the newest one is sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import zmq
+from torch import Tensor, nn
+
+from lightning_diloco.config import SyncConfig
+from lightning_diloco.errors import DiLoCoError, FencedError, JoinRefusedError, RemoteProtocolError
+from lightning_diloco.outer import buffer_of, crc32, load_static, pack_static, payload_bytes, static_bytes
+from lightning_diloco.protocol.actions import (
+    Decode,
+    Fence,
+    Forget,
+    Joined,
+    LearnerAction,
+    LeftDone,
+    RefuseJoin,
+    Send,
+    SendContribution,
+    SendFounding,
+    SendLeave,
+    Snapshot,
+    StopTraining,
+)
+from lightning_diloco.protocol.events import (
+    ControlReceived,
+    Decoded,
+    Encoded,
+    JoinRequested,
+    LearnerEvent,
+    PublicationArrived,
+    StaticInstalled,
+)
+from lightning_diloco.protocol.identity import FragmentInfo
+from lightning_diloco.protocol.learner import LearnerMachine
+from lightning_diloco.protocol.messages import (
+    Found,
+    FoundingFragment,
+    FoundingStatic,
+    Leave,
+    Message,
+    Ping,
+    Progress,
+    Publication,
+    SendState,
+    StaticState,
+    Welcome,
+)
+from lightning_diloco.protocol.wire import decode_from_syncer, decode_syncer_header, encode
+from lightning_diloco.runtime.figures import StepTimes
+from lightning_diloco.runtime.learner_store import LearnerStore
+from lightning_diloco.runtime.transport import SYNCER, LearnerTransport, PayloadReceived, TransportEvent
+from lightning_diloco.runtime.transport import ControlReceived as ControlBytes
+
+__all__ = ["ClientLoop", "Encode"]
+
+_log = logging.getLogger(__name__)
+
+HELLO_AGAIN_S = 5.0
+"""A hello without an answer is repeated after so long: a control message may be lost."""
+SILENT_HEARTBEATS = 10
+"""After so many heartbeats (at least `SILENT_S`) without a word the syncer counts as lost."""
+SILENT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """A snapshot that waits for encoding; `base` is the one that the parameters stood on at its boundary."""
+
+    fragment_id: int
+    seq: int
+    base: Tensor
+    local: Tensor
+    after: int
+
+
+class ClientLoop:
+    """The background half of `LearnerClient`; attributes without underscore may be read from any thread."""
+
+    def __init__(
+        self,
+        *,
+        module: nn.Module,
+        machine: LearnerMachine,
+        store: LearnerStore,
+        times: StepTimes,
+        endpoint: str,
+        nonce: bytes,
+        config: SyncConfig,
+        context: zmq.Context[zmq.Socket[bytes]] | None,
+    ) -> None:
+        self.lock = threading.Lock()
+        self.settled = threading.Event()
+        self.left = threading.Event()
+        self.joined: Joined | None = None
+        self.fatal: DiLoCoError | None = None
+        self.stop_reason: str | None = None
+        self.was_answered = False
+        self.lost_syncer = False
+        self.staleness_versions = 0.0
+        self._module = module
+        self._machine = machine
+        self._store = store
+        self._times = times
+        self._config = config
+        self._transport = LearnerTransport(endpoint, nonce=nonce, accept=self._accept, context=context)
+        self._queue: deque[LearnerAction | Encode] = deque()
+        self._waiting: dict[int, tuple[Publication, memoryview]] = {}
+        self._bases: dict[tuple[int, int], int] = {}
+        self._founding: list[tuple[Message, Tensor]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="diloco-client", daemon=True)
+        self._heartbeat_at_s = 0.0
+        self._hello_at_s = 0.0
+        self.heard_s = time.monotonic()
+        self._pings = 0
+
+    # ---- for the training thread --------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Dial, and begin to serve."""
+        self._transport.connect()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and close the sockets; waits a short while."""
+        self._stop.set()
+        self._transport.wake()
+        if self._thread.is_alive():
+            self._thread.join(5.0)
+
+    def wake(self) -> None:
+        """There is something in the queue."""
+        self._transport.wake()
+
+    def later(self, action: LearnerAction | Encode) -> None:
+        """Leave an action to this thread, in order."""
+        self._queue.append(action)
+
+    def handle(self, event: LearnerEvent) -> None:
+        """Give the machine an event from the training thread and leave its actions to this one."""
+        with self.lock:
+            self._queue.extend(self._machine.handle(event, time.monotonic()))
+        self._transport.wake()
+
+    def encode_job(self, action: Snapshot) -> Encode:
+        """Under the lock: the base of this moment and a buffer for the snapshot."""
+        fragment = self._machine.state.fragments[action.fragment_id]
+        after = fragment.unresolved.header.seq if action.after_unresolved and fragment.unresolved is not None else 0
+        self._bases[action.fragment_id, action.seq] = fragment.base.n if fragment.base is not None else 0
+        return Encode(action.fragment_id, action.seq, self._store.base(action.fragment_id), self._store.stage(action.fragment_id), after)
+
+    @property
+    def backlog(self) -> int:
+        """Actions that wait for this thread."""
+        return len(self._queue)
+
+    @property
+    def bytes_up(self) -> int:
+        """Payload bytes sent."""
+        return self._transport.stats.bytes_up
+
+    @property
+    def bytes_down(self) -> int:
+        """Payload bytes received."""
+        return self._transport.stats.bytes_down
+
+    def leave_now(self, reason: Literal["limit", "signal", "stopped"]) -> None:
+        """The drain took too long: say good-bye with what is acknowledged."""
+        self.later(SendLeave(reason=reason))
+        self.wake()
+
+    # ---- the loop -----------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set() and self.fatal is None:
+                self._turn()
+            self._transport.poll(0.0)
+        except Exception as error:  # the training thread must learn of it at its next look
+            _log.exception("The background thread of the learner failed.")
+            self.fatal = DiLoCoError(f"The background thread of the learner failed: {error!r}")
+        finally:
+            self.settled.set()
+            self.left.set()
+            self._transport.close()
+
+    def _turn(self) -> None:
+        timeout_s = 0.0 if self._queue else min(self._config.heartbeat_s / 4, 0.25)
+        for event in self._transport.poll(timeout_s):
+            self._take(event)
+        self._drain_queue()
+        now_s = time.monotonic()
+        if self.joined is not None and (now_s >= self._heartbeat_at_s or self._times.is_full) and not self.left.is_set():
+            self._report(now_s)
+        elif self.joined is None and now_s >= self._hello_at_s:
+            if self._hello_at_s and not self.was_answered:
+                self._feed(JoinRequested())
+            # While another learner founds, the answer to this is the sign that the syncer lives.
+            self._send(Ping(number=0))
+            self._hello_at_s = now_s + HELLO_AGAIN_S
+
+    def _drain_queue(self) -> None:
+        newest: Send | None = None
+        while self._queue:
+            action = self._queue.popleft()
+            if isinstance(action, Send) and isinstance(action.message, Progress):
+                newest = action
+            elif isinstance(action, Encode):
+                self._encode(action)
+            else:
+                self._do(action)
+        if newest is not None:
+            self._do(newest)
+
+    def _report(self, now_s: float) -> None:
+        self._heartbeat_at_s = now_s + self._config.heartbeat_s
+        self._pings += 1
+        self._send(self._make_report())
+        self._send(Ping(number=self._pings))
+        silent_s = max(SILENT_S, SILENT_HEARTBEATS * self._config.heartbeat_s)
+        if not self.lost_syncer and now_s - self.heard_s > silent_s:
+            self.lost_syncer = True
+            _log.warning("Nothing was heard from the syncer for %.0f s; training goes on with local steps.", silent_s)
+        elif self.lost_syncer and now_s - self.heard_s <= silent_s:
+            self.lost_syncer = False
+            _log.warning("The syncer is back.")
+
+    def _make_report(self) -> Message:
+        gaps, paused, stalls, age_s = self._times.take()
+        with self.lock:
+            return self._machine.report(step_gaps_s=gaps, paused_s=paused, stalls_s=stalls, last_step_age_s=age_s)
+
+    # ---- events -------------------------------------------------------------------------------------------------------------
+
+    def _feed(self, event: LearnerEvent) -> None:
+        with self.lock:
+            actions = self._machine.handle(event, time.monotonic())
+        for action in actions:
+            self._do(action)
+
+    def _accept(self, peer: bytes, data: bytes, total_bytes: int) -> bool | str:
+        _, header = decode_syncer_header(data)
+        if isinstance(header, StaticState):
+            return total_bytes == static_bytes(self._store.layout)
+        if isinstance(header, Publication) and header.fragment_id < len(self._store.views):
+            wire_dtype = "fp32" if header.parent is None else self._config.wire_dtype
+            return total_bytes == payload_bytes(self._store.views[header.fragment_id].num_params, wire_dtype)
+        return False
+
+    def _take(self, event: TransportEvent) -> None:
+        if isinstance(event, ControlBytes):
+            try:
+                envelope, message = decode_from_syncer(event.data)
+            except RemoteProtocolError as error:
+                _log.warning("A message of the syncer was dropped: %s", error)
+                return
+            self.heard_s, self.was_answered = time.monotonic(), True
+            if isinstance(message, Welcome) and message.shards:
+                self._transport.connect_bulk(message.shards[0].bulk_endpoint)
+            if isinstance(message, SendState):
+                self._send_founding()
+            self._feed(ControlReceived(envelope=envelope, message=message))
+        elif isinstance(event, PayloadReceived):
+            self.heard_s = time.monotonic()
+            envelope, header = decode_syncer_header(event.header)
+            if isinstance(header, Publication):
+                self._waiting[header.fragment_id] = (header, event.payload)
+                self._feed(PublicationArrived(envelope=envelope, header=header))
+                self._waiting.pop(header.fragment_id, None)
+            elif isinstance(header, StaticState):
+                self._install_static(header, event.payload)
+
+    def _install_static(self, header: StaticState, payload: memoryview) -> None:
+        if self.joined is not None or crc32(payload) != header.crc:
+            return
+        # The training thread waits inside `join`, so its module may be written here.
+        raw = torch.frombuffer(payload, dtype=torch.uint8) if len(payload) else torch.empty(0, dtype=torch.uint8)
+        load_static(self._module, self._store.layout, raw)
+        self._feed(StaticInstalled())
+
+    # ---- actions ------------------------------------------------------------------------------------------------------------
+
+    def _do(self, action: LearnerAction) -> None:
+        if isinstance(action, Send):
+            self._send(action.message)
+        elif isinstance(action, Decode):
+            self._decode(action)
+        elif isinstance(action, SendContribution):
+            header = action.header
+            self._send_payload(header, self._store.payload(header.fragment_id, header.seq))
+        elif isinstance(action, Forget):
+            self._store.forget(action.fragment_id, action.seq)
+            self._bases.pop((action.fragment_id, action.seq), None)
+        elif isinstance(action, SendLeave):
+            report = self._make_report()
+            self._send(Leave(reason=action.reason, report=report))  # type: ignore[arg-type]
+        elif isinstance(action, SendFounding):
+            self._found()
+        else:
+            self._settle(action)
+
+    def _settle(self, action: LearnerAction) -> None:
+        """Ends of a phase that somebody waits for."""
+        if isinstance(action, Joined):
+            self.joined = action
+            self.settled.set()
+        elif isinstance(action, RefuseJoin):
+            self.fatal = JoinRefusedError(f"{action.reason}: {action.detail}")
+            self.settled.set()
+        elif isinstance(action, Fence):
+            self.fatal = FencedError(action.detail)
+            self.settled.set()
+        elif isinstance(action, StopTraining):
+            self.stop_reason = action.reason
+        elif isinstance(action, LeftDone):
+            self.left.set()
+
+    def _send(self, message: Message) -> None:
+        self._transport.send_control(SYNCER, encode(self._machine.state.envelope, message))
+
+    def _send_payload(self, header: Message, payload: memoryview) -> None:
+        self._transport.send_payload(SYNCER, encode(self._machine.state.envelope, header), payload)
+
+    def _encode(self, job: Encode) -> None:
+        crc = self._store.encode(job.fragment_id, job.seq, job.base, job.local, job.after)
+        self._feed(Encoded(fragment_id=job.fragment_id, seq=job.seq, crc=crc))
+
+    def _decode(self, action: Decode) -> None:
+        header, payload = self._waiting[action.fragment_id]
+        store, fragment_id = self._store, action.fragment_id
+        published = store.decode(fragment_id, payload, is_full=action.is_full, crc=header.crc)
+        if published is not None and action.is_joining:
+            store.set_joined(fragment_id, published)
+        elif published is not None:
+            with self.lock:
+                base = store.base(fragment_id)
+            adoption = store.prepare(fragment_id, published, base, action.with_contribution)
+            self._count_staleness(fragment_id, action)
+            with self.lock:
+                store.set_prepared(fragment_id, adoption)
+        self._feed(Decoded(fragment_id=fragment_id, version=action.version, crc_ok=published is not None))
+
+    def _count_staleness(self, fragment_id: int, action: Decode) -> None:
+        base_n = self._bases.get((fragment_id, action.with_contribution))
+        if base_n is not None:
+            newest = float(max(0, action.version.n - 1 - base_n))
+            self.staleness_versions += 0.1 * (newest - self.staleness_versions)
+
+    def _found(self) -> None:
+        """Describe the job, with the state of this moment; the training thread waits inside `join`."""
+        layout = self._store.layout
+        static = pack_static(self._module, layout)
+        values = [self._store.found(f.fragment_id) for f in layout.fragments]
+        infos = tuple(FragmentInfo(fragment_id=f.fragment_id, num_params=f.num_params, kind=f.kind) for f in layout.fragments)
+        self._founding = [(FoundingFragment(fragment_id=i, crc=crc32(flat)), flat) for i, flat in enumerate(values)]
+        if static.numel():
+            self._founding.append((FoundingStatic(crc=crc32(static)), static))
+        found = Found(layout=layout.to_bytes(), fragments=infos, static_bytes=static.numel(), static_crc=crc32(static))
+        self._send(found)
+
+    def _send_founding(self) -> None:
+        for header, payload in self._founding:
+            self._send_payload(header, buffer_of(payload))
+        self._founding = []

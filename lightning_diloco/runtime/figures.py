@@ -1,0 +1,80 @@
+"""What a learner measures about itself: gaps between ends of steps, pauses, and the time spent in outer-sync code.
+
+The training thread appends, the background thread takes everything that has come since the last report. Appending to and popping from a
+deque are atomic, so no lock is needed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+__all__ = ["Figures", "StepTimes"]
+
+MAX_STEPS_PER_REPORT = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What a user may want to see while training.
+
+    `participation`: share of the versions received since the join that contain a contribution of this learner (None before the first).
+    `staleness_versions`: mean over the last contributions of the versions between a contribution's base and the one that it went into.
+    """
+
+    merges: int
+    participation: float | None
+    staleness_versions: float
+    stall_s: float
+    inner_steps: int
+    tokens: int
+    bytes_up: int
+    bytes_down: int
+
+
+class StepTimes:
+    """Times of the inner steps since the last report."""
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[float, float, float]] = deque()
+        self._last_end_s: float | None = None
+        self._paused_s = 0.0
+        self._pause_began_s: float | None = None
+        self.stall_s = 0.0
+
+    def start(self) -> None:
+        """The join is complete: the first gap begins."""
+        self._last_end_s = time.monotonic()
+
+    def pause(self, is_paused: bool) -> None:
+        """Validation or a checkpoint begins or ends."""
+        now_s = time.monotonic()
+        if is_paused:
+            self._pause_began_s = now_s if self._pause_began_s is None else self._pause_began_s
+        elif self._pause_began_s is not None:
+            self._paused_s += now_s - self._pause_began_s
+            self._pause_began_s = None
+
+    def step(self, stall_s: float) -> None:
+        """An inner step ended; `stall_s` of it passed in outer-sync code."""
+        now_s = time.monotonic()
+        gap_s = now_s - (self._last_end_s if self._last_end_s is not None else now_s)
+        self._steps.append((gap_s, min(self._paused_s, gap_s), stall_s))
+        self._last_end_s, self._paused_s = now_s, 0.0
+        self.stall_s += stall_s
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a report should be sent before its time."""
+        return len(self._steps) >= MAX_STEPS_PER_REPORT
+
+    def take(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], float]:
+        """Gaps, paused parts, stalls since the last call (seconds, to the microsecond), and the age of the last end of a step."""
+        taken: list[tuple[float, float, float]] = []
+        # The age is read first: a step that ends in between belongs to the next report's walk back in time.
+        while self._steps and len(taken) < MAX_STEPS_PER_REPORT:
+            taken.append(self._steps.popleft())
+        age_s = 0.0 if self._last_end_s is None else max(0.0, time.monotonic() - self._last_end_s)
+        gaps, paused, stalls = (tuple(round(v, 6) for v in column) for column in zip(*taken, strict=True)) if taken else ((), (), ())
+        return gaps, paused, stalls, age_s

@@ -1,0 +1,157 @@
+"""A learner's tensors: bases, published copies, prepared adoptions, staging buffers, decoded contributions.
+
+Ownership (DESIGN.md section 4): the training thread owns the parameters; the background thread owns everything here and computes in it. The two
+meet only under the client's lock, and under it only references change hands: `take` gives a prepared adoption to the training thread and
+makes the published copy the base; `set_prepared` puts one there. Tensors that were published or are a base are never changed in place, so
+an encoder may still read a base that has been replaced.
+
+Memory for N parameters: base 4 N, published copies up to 4 N more where they are ahead, prepared differences and unresolved contributions
+4 bytes per element of the fragments under way, staging likewise; buffers of staging are reused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_diloco.outer import (
+    FragmentView,
+    Layout,
+    buffer_of,
+    crc32,
+    decode,
+    decode_full,
+    decode_publication,
+    encode,
+    pseudo_gradient,
+    rebase_delta,
+    reference,
+)
+
+__all__ = ["Adoption", "LearnerStore"]
+
+
+@dataclass(slots=True)
+class Adoption:
+    """A version that the training thread can put in place: the values, and (rebase) the difference split by tensor."""
+
+    published: Tensor
+    delta_views: list[Tensor] | None
+
+
+class LearnerStore:
+    """All host copies of one learner.
+
+    Args:
+        module: the user's module.
+        layout: planned from it.
+        wire_dtype: how contributions and differences are encoded.
+        is_rebase: whether adoption adds a difference (rebase) or overwrites.
+    """
+
+    def __init__(self, module: nn.Module, layout: Layout, *, wire_dtype: str, is_rebase: bool) -> None:
+        self.layout = layout
+        self.views = [FragmentView(module, fragment) for fragment in layout.fragments]
+        self._wire_dtype = wire_dtype
+        self._is_rebase = is_rebase
+        count = len(layout.fragments)
+        self._base: list[Tensor | None] = [None] * count
+        self._published: list[Tensor | None] = [None] * count
+        self._prepared: list[Adoption | None] = [None] * count
+        self._contributions: list[dict[int, Tensor]] = [{} for _ in range(count)]
+        self._payloads: dict[tuple[int, int], Tensor] = {}
+        self._staging: list[list[Tensor]] = [[] for _ in range(count)]
+
+    def base(self, fragment_id: int) -> Tensor:
+        """The last adopted version, float32 [N]."""
+        base = self._base[fragment_id]
+        if base is None:
+            raise RuntimeError(f"fragment {fragment_id} has no base before the join")
+        return base
+
+    def published(self, fragment_id: int) -> Tensor:
+        """The newest version received, float32 [N]."""
+        published = self._published[fragment_id]
+        return self.base(fragment_id) if published is None else published
+
+    # ---- joining ------------------------------------------------------------------------------------------------------------
+
+    def found(self, fragment_id: int) -> Tensor:
+        """Take the module's present values as the founding base."""
+        flat = torch.empty(self.views[fragment_id].num_params)
+        self.views[fragment_id].copy_to(flat)
+        self._base[fragment_id] = self._published[fragment_id] = flat
+        return flat
+
+    # ---- publications (background thread) -----------------------------------------------------------------------------------
+
+    def decode(self, fragment_id: int, payload: memoryview, *, is_full: bool, crc: int) -> Tensor | None:
+        """Decode a publication; None if the result does not have its checksum."""
+        num_params = self.views[fragment_id].num_params
+        if is_full:
+            new = decode_full(payload, num_params)
+        else:
+            new = decode_publication(payload, self.published(fragment_id), num_params, self._wire_dtype)
+        return new if crc32(new) == crc else None
+
+    def prepare(self, fragment_id: int, published: Tensor, base: Tensor, with_contribution: int) -> Adoption:
+        """Compute what adoption has to do, so that the training thread only adds.
+
+        Args:
+            fragment_id: whose version this is.
+            published: the version, float32 [N].
+            base: the base that the parameters stand on now.
+            with_contribution: seq of the contribution that is in it (0: none).
+        """
+        if not self._is_rebase:
+            return Adoption(published, None)
+        merged = self._contributions[fragment_id].get(with_contribution)
+        return Adoption(published, self.views[fragment_id].split(rebase_delta(published, base, merged)))
+
+    def set_joined(self, fragment_id: int, published: Tensor) -> None:
+        """While joining: this version is the base."""
+        self._base[fragment_id] = self._published[fragment_id] = published
+
+    def set_prepared(self, fragment_id: int, adoption: Adoption) -> None:
+        """Under the lock: this version can be adopted."""
+        self._published[fragment_id], self._prepared[fragment_id] = adoption.published, adoption
+
+    def take(self, fragment_id: int) -> Adoption:
+        """Under the lock: the training thread adopts this version; it is the base from here on."""
+        adoption = self._prepared[fragment_id]
+        if adoption is None:
+            raise RuntimeError(f"fragment {fragment_id} has no prepared version")
+        self._prepared[fragment_id] = None
+        self._base[fragment_id] = adoption.published
+        return adoption
+
+    # ---- contributions ------------------------------------------------------------------------------------------------------
+
+    def stage(self, fragment_id: int) -> Tensor:
+        """Under the lock: a buffer of the fragment's size, float32 [N]; used again after `encode`."""
+        free = self._staging[fragment_id]
+        return free.pop() if free else torch.empty(self.views[fragment_id].num_params)
+
+    def encode(self, fragment_id: int, seq: int, base: Tensor, local: Tensor, after: int) -> int:
+        """Encode base minus local, relative to contribution `after` if there is one; keeps payload and decoded value.
+
+        Returns:
+            crc of the payload.
+        """
+        anchor = reference(base, self._contributions[fragment_id].get(after))
+        payload = encode(pseudo_gradient(anchor, local), self._wire_dtype)
+        self._staging[fragment_id].append(local)
+        self._payloads[fragment_id, seq] = payload
+        self._contributions[fragment_id][seq] = decode(payload, base.numel(), self._wire_dtype)
+        return crc32(payload)
+
+    def payload(self, fragment_id: int, seq: int) -> memoryview:
+        """The encoded contribution, to be sent (again)."""
+        return buffer_of(self._payloads[fragment_id, seq])
+
+    def forget(self, fragment_id: int, seq: int) -> None:
+        """The contribution is resolved: neither payload nor decoded value is needed."""
+        self._payloads.pop((fragment_id, seq), None)
+        self._contributions[fragment_id].pop(seq, None)

@@ -1,0 +1,295 @@
+"""Performs what `SyncerMachine` decides: messages, transfers, the tape, and work for the numerics thread."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_diloco.config import SyncConfig
+from lightning_diloco.errors import ConfigurationError, RemoteProtocolError
+from lightning_diloco.outer import Layout, buffer_of, crc32, payload_bytes, static_bytes
+from lightning_diloco.protocol.actions import (
+    BeginFounding,
+    Close,
+    CloseSession,
+    Ended,
+    Fold,
+    Reply,
+    SyncerAction,
+    Tape,
+    Transmit,
+    TransmitStatic,
+)
+from lightning_diloco.protocol.identity import STATIC_FRAGMENT, Version
+from lightning_diloco.protocol.job import JobOptions
+from lightning_diloco.protocol.messages import (
+    Contribution,
+    Envelope,
+    Found,
+    FoundingFragment,
+    FoundingStatic,
+    JoinRefused,
+    LearnerHeader,
+    Message,
+    Publication,
+    ShardAddress,
+    StaticState,
+)
+from lightning_diloco.protocol.records import EndRecord, MergeRecord, PublishRecord, Record, TapeLine
+from lightning_diloco.protocol.wire import decode_learner_header, encode
+from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES, Closed, SyncerStore
+from lightning_diloco.runtime.tape import TapeWriter
+from lightning_diloco.runtime.transport import SyncerTransport
+
+if TYPE_CHECKING:
+    from lightning_diloco.runtime.service import ServiceOptions
+
+__all__ = ["Performer"]
+
+_log = logging.getLogger(__name__)
+
+GLOBAL_NAME = "global.safetensors"
+
+
+@dataclass(slots=True)
+class _Published:
+    """The newest published version of a fragment, as the loop thread may send it."""
+
+    shadow: Tensor
+    difference: Tensor | None
+
+
+class Performer:
+    """The hands of the syncer.
+
+    Args:
+        options: of the service.
+        transport: bound.
+        tape: open.
+        submit: runs (work, then) on the numerics thread and back.
+        on_merged: called on the loop thread when a merge is done.
+        on_line: called with every line of the tape.
+    """
+
+    def __init__(
+        self,
+        *,
+        options: ServiceOptions,
+        transport: SyncerTransport,
+        tape: TapeWriter,
+        submit: Callable[[Callable[[], Any], Callable[[Any], None]], None],
+        on_merged: Callable[[Closed], None],
+        on_line: Callable[[TapeLine], None] | None,
+    ) -> None:
+        self._options = options
+        self._transport = transport
+        self._tape = tape
+        self._submit = submit
+        self._on_merged = on_merged
+        self._on_line = on_line
+        self._job_id = secrets.token_hex(8)
+        self._lineage = secrets.token_hex(8)
+        self._founder: BeginFounding | None = None
+        self._founding_bytes = 0
+        self._is_founded = False
+        self._envelope = Envelope(self._job_id, self._lineage, 0, 0)
+        self._published: list[_Published] = []
+        self.store: SyncerStore | None = None
+        self.ended: Ended | None = None
+        self.transfers: dict[tuple[str, int], int] = {}
+
+    def job_options(self) -> JobOptions:
+        """The identity of a new job, for its machine."""
+        return JobOptions(
+            job_id=self._job_id,
+            lineage=self._lineage,
+            token=self._options.token,
+            takeover_token=self._options.takeover_token,
+            num_slots=self._options.num_slots,
+            is_supervised=self._options.supervised,
+            shards=(ShardAddress(bulk_endpoint=self._transport.bulk_endpoint),),
+            versions=_package_versions(),
+        )
+
+    def perform(self, actions: list[SyncerAction], decoded: Tensor | None) -> None:
+        """Do what the machine decided, in order; `decoded` is the contribution that the event brought."""
+        for action in actions:
+            if isinstance(action, Reply):
+                self._send(action.session, action.message, action.incarnation)
+            elif isinstance(action, Tape):
+                self._record(action.record)
+            elif isinstance(action, Fold):
+                self._fold(action, decoded)
+            elif isinstance(action, Close):
+                self._close(action)
+            elif isinstance(action, Transmit):
+                self._transmit(action)
+            elif isinstance(action, TransmitStatic):
+                self._transmit_static(action.session)
+            elif isinstance(action, CloseSession):
+                self._transport.forget(bytes.fromhex(action.session))
+            elif isinstance(action, BeginFounding):
+                self._founder = action
+            elif isinstance(action, Ended):
+                self._end(action)
+
+    # ---- founding -----------------------------------------------------------------------------------------------------------
+
+    def begin_founding(self, session: str, message: Found) -> str | None:
+        """Prepare the store for the appointed founder's payloads; returns a sentence if its description is no layout."""
+        founder = self._founder
+        if self._is_founded or founder is None or session != founder.session:
+            return None
+        try:
+            layout = Layout.from_bytes(message.layout, max_bytes=MAX_LAYOUT_BYTES)
+            config = SyncConfig.from_options(json.loads(founder.config))
+        except (RemoteProtocolError, ConfigurationError, TypeError, ValueError) as error:
+            return str(error)
+        sizes = tuple((f.fragment_id, f.num_params, f.kind) for f in message.fragments)
+        if sizes != tuple((f.fragment_id, f.num_params, f.kind) for f in layout.fragments) or layout.fingerprint() != founder.fingerprint:
+            return "The layout does not have the sizes or the fingerprint that go with it."
+        if static_bytes(layout) != message.static_bytes:
+            return f"static_bytes={message.static_bytes}: the layout has {static_bytes(layout)}."
+        self.store, self._founding_bytes = SyncerStore(layout, config), 0
+        return None
+
+    def take_founding(self, session: str, header: LearnerHeader, payload: memoryview) -> tuple[tuple[int, ...], int] | None:
+        """Store one founding payload; returns (crc of every fragment, payload bytes) when it was the last one.
+
+        Raises:
+            RemoteProtocolError: the payload is not what its header says.
+        """
+        if self.store is None or self._is_founded or not self._is_founder(session):
+            return None
+        if isinstance(header, FoundingFragment):
+            self.store.found_fragment(header.fragment_id, payload, header.crc)
+        elif isinstance(header, FoundingStatic):
+            self.store.found_static(payload, header.crc)
+        self._founding_bytes += len(payload)
+        if not self.store.is_complete:
+            return None
+        self._is_founded = True
+        count = len(self.store.layout.fragments)
+        self._published = [_Published(self.store.state(i).shadow, None) for i in range(count)]
+        return self.store.crcs(), self._founding_bytes
+
+    def accepts(self, session: str, data: bytes, total_bytes: int) -> bool | str:
+        """Whether memory may be given to a payload of this header and size."""
+        try:
+            _, header = decode_learner_header(data)
+        except RemoteProtocolError:
+            return "refused"
+        if self.store is None:
+            return "refused"
+        sizes, is_founder = self.store.layout.fragment_sizes, self._is_founder(session) and not self._is_founded
+        if isinstance(header, FoundingStatic):
+            expected = static_bytes(self.store.layout) if is_founder else -1
+        elif isinstance(header, Contribution | FoundingFragment) and header.fragment_id < len(sizes):
+            is_founding = isinstance(header, FoundingFragment)
+            if is_founding != is_founder:
+                return "refused"
+            expected = payload_bytes(sizes[header.fragment_id], "fp32" if is_founding else self.store.config.wire_dtype)
+        else:
+            return "refused"
+        return True if total_bytes == expected else "oversized" if total_bytes > expected else "refused"
+
+    def _is_founder(self, session: str) -> bool:
+        return self._founder is not None and session == self._founder.session
+
+    def refuse(self, session: str, sentence: str) -> None:
+        """Tell a process that it may not go on."""
+        _log.warning("Session %s was refused: %s", session[:8], sentence)
+        self._send(session, JoinRefused(reason="wrong_layout", detail=sentence[:2000]), 0)
+
+    # ---- actions ------------------------------------------------------------------------------------------------------------
+
+    def publish(self, closed: Closed) -> None:
+        """Keep what a merge produced, for the transfers that follow."""
+        self._published[closed.fragment_id] = _Published(closed.shadow, closed.difference)
+
+    def _send(self, session: str, message: Message, incarnation: int) -> None:
+        envelope = Envelope(self._envelope.job_id, self._envelope.lineage, self._envelope.epoch, incarnation)
+        self._transport.send_control(bytes.fromhex(session), encode(envelope, message))
+
+    def _record(self, record: Record) -> None:
+        line = self._tape.write(record)
+        if isinstance(record, MergeRecord):
+            _log.info("%s", _sentence(record))
+        if self._on_line is not None:
+            self._on_line(line)
+
+    def _fold(self, action: Fold, decoded: Tensor | None) -> None:
+        store, fragment_id, weight = self._founded_store(), action.key.fragment_id, action.weight
+        if decoded is None:
+            raise RemoteProtocolError("wrong_layout", "A contribution was folded without its payload.")
+        self._submit(lambda: store.fold(fragment_id, decoded, weight), lambda result: None)
+
+    def _close(self, action: Close) -> None:
+        store, fragment_id, merge_index = self._founded_store(), action.fragment_id, action.merge_index
+        self._submit(lambda: store.close(fragment_id, merge_index), self._on_merged)
+
+    def _transmit(self, action: Transmit) -> None:
+        published = self._published[action.fragment_id]
+        payload = published.shadow if action.parent is None or published.difference is None else published.difference
+        header = Publication(
+            fragment_id=action.fragment_id,
+            version=action.version,
+            parent=action.parent,
+            crc=action.crc,
+            merged_through=action.merged_through,
+        )
+        peer = bytes.fromhex(action.session)
+        transfer_id = self._transport.send_payload(peer, encode(self._envelope, header), buffer_of(payload))
+        self.transfers[action.session, transfer_id] = action.fragment_id
+
+    def _transmit_static(self, session: str) -> None:
+        static = self._founded_store().static
+        header = encode(self._envelope, StaticState(crc=crc32(static)))
+        self._transport.send_payload(bytes.fromhex(session), header, buffer_of(static))
+        self._record(
+            PublishRecord(fragment_id=STATIC_FRAGMENT, version=Version(0, 0), is_full=True, learners=(), payload_bytes=static.numel())
+        )
+
+    def _end(self, action: Ended) -> None:
+        sha256 = None
+        if self._is_founded:
+            store = self._founded_store()
+            sha256 = store.global_sha256()
+            store.save_global(self._options.run_dir / GLOBAL_NAME)
+        self._record(EndRecord(status=action.status, versions=action.versions, global_sha256=sha256))
+        self.ended = action
+
+    def _founded_store(self) -> SyncerStore:
+        if self.store is None:
+            raise RemoteProtocolError("wrong_layout", "The job has not been founded.")
+        return self.store
+
+
+def _sentence(record: MergeRecord) -> str:
+    """One line that explains a round."""
+    members = {m.learner_id for m in record.members}
+    late = [str(i) for i in record.eligible if i not in members]
+    missing = f", learner {' and '.join(late)} late" if late else ""
+    return (
+        f"fragment {record.fragment_id} v{record.version.n}: {len(members)} of {len(record.eligible)} in, K={record.quorum}, "
+        f"grace {record.grace_used_s:.2f} s of {record.grace_window_s:.2f} s{missing}"
+    )
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("lightning-diloco", "lightning", "pyzmq", "msgspec", "safetensors"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,335 @@
+"""The syncer's service: one loop thread for sockets and rules, one numerics thread for tensors.
+
+    sockets --events--> SyncerMachine --actions--> sockets, tape, numerics thread
+                              ^                             |
+                              +---------- results ----------+
+
+The loop thread never touches a tensor, so a control message waits for no merge. The numerics thread performs decode, fold and close in the
+order in which the machine decided them (one queue, first in first out); its results come back as events. What was published last is kept
+by the loop thread beside the machine's own account of it, so a transfer always carries the version that its header names.
+
+A peer's garbage costs that peer its session, never the syncer. An error in the loop itself is kept as `error` and ends the service.
+
+This module and everything that it imports never imports lightning: the syncer's process starts fast and stays small.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import zmq
+
+from lightning_diloco.errors import RemoteProtocolError
+from lightning_diloco.protocol.events import (
+    ContributionArrived,
+    CountersRead,
+    Finish,
+    FoundingArrived,
+    LearnerLost,
+    Merged,
+    MessageReceived,
+    PayloadFailed,
+    PublicationDelivered,
+    PublicationFailed,
+    SyncerEvent,
+    Tick,
+)
+from lightning_diloco.protocol.messages import Contribution, Envelope, Found, LearnerHeader
+from lightning_diloco.protocol.records import TapeLine
+from lightning_diloco.protocol.syncer import SyncerMachine
+from lightning_diloco.protocol.wire import decode_from_learner, decode_learner_header
+from lightning_diloco.runtime.counters import CounterFileError, read_counters
+from lightning_diloco.runtime.performer import Performer
+from lightning_diloco.runtime.rundir import lock_run_dir
+from lightning_diloco.runtime.store import Closed
+from lightning_diloco.runtime.tape import TAPE_NAME, TapeWriter
+from lightning_diloco.runtime.transport import (
+    ControlReceived,
+    PayloadDelivered,
+    PayloadReceived,
+    PayloadRefused,
+    SyncerTransport,
+    TransportEvent,
+)
+from lightning_diloco.runtime.transport import PayloadFailed as TransportFailed
+
+__all__ = ["ServiceOptions", "SyncerService"]
+
+_log = logging.getLogger(__name__)
+
+IDLE_S = 0.25
+"""Longest sleep of the loop; deadlines of the machine are met earlier."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceOptions:
+    """What a syncer is started with.
+
+    Args:
+        run_dir: the job's folder, which this service locks.
+        bind: control endpoint to bind; port 0 takes a free one; `inproc://NAME` for a learner in this process.
+        token: what a learner must show ("" = nothing).
+        takeover_token: what lets a process take a learner's id ("" = nobody).
+        num_slots: configured learners (None: open membership).
+        supervised: somebody else decides the end (`finish`) and writes `summary.json`.
+    """
+
+    run_dir: Path
+    bind: str = "tcp://127.0.0.1:0"
+    token: str = ""
+    takeover_token: str = ""
+    num_slots: int | None = None
+    supervised: bool = False
+
+
+class SyncerService:
+    """Serves one job.
+
+    Args:
+        options: see `ServiceOptions`.
+        context: shared with learners of the same process (`inproc://`).
+        on_line: called on the loop thread with every line of the tape.
+    """
+
+    def __init__(
+        self,
+        options: ServiceOptions,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        on_line: Callable[[TapeLine], None] | None = None,
+    ) -> None:
+        self.options = options
+        self.error: BaseException | None = None
+        self.status: str | None = None
+        self._start_s = time.monotonic()
+        self._transport = SyncerTransport(options.bind, accept=self._accept, context=context)
+        self._results: deque[Callable[[], None]] = deque()
+        self._commands: deque[SyncerEvent] = deque()
+        self._numerics = ThreadPoolExecutor(max_workers=1, thread_name_prefix="diloco-numerics")
+        self._thread: threading.Thread | None = None
+        self._on_line = on_line
+
+    # ---- control from outside (any thread) ----------------------------------------------------------------------------------
+
+    def bind(self) -> str:
+        """Open the sockets, lock the folder, open the tape; returns the control endpoint with its real port.
+
+        Raises:
+            ConfigurationError: the address cannot be bound, or the folder belongs to another syncer.
+        """
+        self._lock = lock_run_dir(self.options.run_dir)
+        self._transport.bind()
+        self._tape = TapeWriter(self.options.run_dir / TAPE_NAME, t0_s=self._start_s)
+        self._performer = Performer(
+            options=self.options,
+            transport=self._transport,
+            tape=self._tape,
+            submit=self._submit,
+            on_merged=self._merged,
+            on_line=self._on_line,
+        )
+        self._machine = SyncerMachine(self._performer.job_options())
+        return self._transport.control_endpoint
+
+    def start(self) -> str:
+        """Bind, and serve on a thread of this process; returns the control endpoint."""
+        endpoint = self.bind()
+        self._thread = threading.Thread(target=self._run_guarded, name="diloco-syncer", daemon=True)
+        self._thread.start()
+        return endpoint
+
+    def run(self) -> None:
+        """Serve on this thread until the job ends; `bind` comes first.
+
+        Raises:
+            Exception: whatever went wrong in the loop itself.
+        """
+        self._run_guarded()
+        if self.error is not None:
+            raise self.error
+
+    def finish(self, status: Literal["finished", "stopped", "failed"]) -> None:
+        """No learner will come back: close what is held, write the global state, end."""
+        self._commands.append(Finish(status=status))
+        self._transport.wake()
+
+    def learner_lost(self, learner_id: int) -> None:
+        """This learner's process is gone."""
+        self._commands.append(LearnerLost(learner_id=learner_id))
+        self._transport.wake()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the thread's end; returns whether it has ended."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            return not self._thread.is_alive()
+        return True
+
+    # ---- the loop -----------------------------------------------------------------------------------------------------------
+
+    def _run_guarded(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # noqa: BLE001 - whoever waits for this thread must learn of it
+            self.error = error
+            _log.exception("The syncer failed.")
+        finally:
+            self._numerics.shutdown(wait=True, cancel_futures=True)
+            self._tape.close()
+            if self._tape.error is not None:
+                _log.error("The tape could not be written: %s", self._tape.error)
+            self._transport.close()
+            self._lock.close()
+
+    def _loop(self) -> None:
+        while self._performer.ended is None:
+            for event in self._transport.poll(self._sleep_s()):
+                self._take(event)
+            while self._results:
+                self._results.popleft()()
+            while self._commands:
+                self._command(self._commands.popleft())
+            self._handle(Tick())
+            self._tape.flush_if_due(time.monotonic())
+        self.status = self._performer.ended.status
+        # Last answers (Left) are on their way; the transport lingers shortly when it closes.
+        self._transport.poll(0.0)
+
+    def _sleep_s(self) -> float:
+        deadline_s = self._machine.next_deadline_s()
+        return IDLE_S if deadline_s is None else min(max(deadline_s - time.monotonic(), 0.0), IDLE_S)
+
+    def _command(self, event: SyncerEvent) -> None:
+        """Totals of processes that are gone come first, so that the ledger closes with all their tokens."""
+        members = self._machine.job.members
+        if isinstance(event, LearnerLost):
+            gone = [m for m in members.present() if m.learner_id == event.learner_id]
+        else:
+            gone = members.present()
+        for member in gone:
+            try:
+                counters = read_counters(self.options.run_dir / "counters" / f"{member.session}.bin")
+            except CounterFileError:
+                continue
+            self._handle(
+                CountersRead(
+                    learner_id=member.learner_id,
+                    incarnation=member.incarnation,
+                    inner_steps=counters.inner_steps,
+                    tokens=counters.tokens,
+                )
+            )
+        self._handle(event)
+
+    def _handle(self, event: SyncerEvent, decoded: Any = None) -> None:
+        self._performer.perform(self._machine.handle(event, time.monotonic()), decoded)
+
+    def _submit(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Run `work` on the numerics thread, and `then(result)` on this one."""
+
+        def run() -> None:
+            try:
+                result = work()
+            except BaseException as error:  # noqa: BLE001 - raised again on the loop thread
+                self._results.append(lambda error=error: _raise(error))  # type: ignore[misc]
+            else:
+                self._results.append(lambda: then(result))
+            self._transport.wake()
+
+        self._numerics.submit(run)
+
+    # ---- events of the transport --------------------------------------------------------------------------------------------
+
+    def _accept(self, peer: bytes, header: bytes, total_bytes: int) -> bool | str:
+        return self._performer.accepts(peer.hex(), header, total_bytes)
+
+    def _take(self, event: TransportEvent) -> None:
+        session = event.peer.hex()
+        if isinstance(event, ControlReceived):
+            self._control(session, event.data)
+        elif isinstance(event, PayloadReceived):
+            self._payload(session, event.header, event.payload)
+        elif isinstance(event, PayloadRefused):
+            if event.reason != "refused":
+                self._handle(PayloadFailed(session=session, reason=event.reason))
+        elif isinstance(event, PayloadDelivered | TransportFailed):
+            fragment_id = self._performer.transfers.pop((session, event.transfer_id), None)
+            if fragment_id is not None:
+                kind = PublicationDelivered if isinstance(event, PayloadDelivered) else PublicationFailed
+                self._handle(kind(session=session, fragment_id=fragment_id))
+
+    def _control(self, session: str, data: bytes) -> None:
+        try:
+            envelope, message = decode_from_learner(data)
+        except RemoteProtocolError as error:
+            _log.warning("A message of session %s was dropped: %s", session[:8], error)
+            return
+        if isinstance(message, Found):
+            refusal = self._performer.begin_founding(session, message)
+            if refusal is not None:
+                self._performer.refuse(session, refusal)
+                self._handle(PayloadFailed(session=session, reason="wrong_layout"))
+                return
+        self._handle(MessageReceived(session=session, envelope=envelope, message=message))
+
+    def _payload(self, session: str, data: bytes, payload: memoryview) -> None:
+        envelope, header = decode_learner_header(data)  # `accepts` has decoded it once, so it is valid
+        if isinstance(header, Contribution):
+            self._contribution(session, envelope, header, payload)
+        else:
+            self._founding(session, header, payload)
+
+    def _contribution(self, session: str, envelope: Envelope, header: Contribution, payload: memoryview) -> None:
+        store = self._performer.store
+        if store is None:
+            return
+
+        def then(result: tuple[Any, float, bool]) -> None:
+            decoded, norm, crc_ok = result
+            event = ContributionArrived(
+                session=session,
+                envelope=envelope,
+                header=header,
+                norm=norm,
+                is_finite=norm < float("inf"),
+                payload_bytes=len(payload),
+                crc_ok=crc_ok,
+            )
+            self._handle(event, decoded)
+
+        self._submit(lambda: store.decode_contribution(header.fragment_id, payload, header.crc), then)
+
+    def _founding(self, session: str, header: LearnerHeader, payload: memoryview) -> None:
+        try:
+            complete = self._performer.take_founding(session, header, payload)
+        except RemoteProtocolError as error:
+            self._performer.refuse(session, str(error))
+            self._handle(PayloadFailed(session=session, reason="bad_checksum"))
+            return
+        if complete is not None:
+            self._handle(FoundingArrived(session=session, crcs=complete[0], payload_bytes=complete[1]))
+
+    def _merged(self, closed: Closed) -> None:
+        """A merge is done: publish it."""
+        self._performer.publish(closed)
+        self._handle(
+            Merged(
+                fragment_id=closed.fragment_id,
+                crc=closed.crc,
+                merge_s=closed.merge_s,
+                outer_momentum=closed.outer_momentum,
+                norms=closed.norms,
+                scales=closed.scales,
+            )
+        )
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -1,0 +1,166 @@
+"""The syncer's tensors: what `Fold`, `Close` and the founding do to them.
+
+One thread (the numerics thread of `SyncerService`) calls everything here, in the order in which the machine decided it, so no lock is
+needed. Published tensors are never changed in place: a transfer may still be reading them.
+
+Memory per fragment of N elements: Theta, momentum and shadow in float32 (12 N bytes), the newest difference in the wire dtype, and while
+contributions are folded an accumulator (4 N) and one decoded contribution (4 N).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_diloco.config import SyncConfig
+from lightning_diloco.errors import RemoteProtocolError
+from lightning_diloco.outer import (
+    FragmentState,
+    Layout,
+    MergeAccumulator,
+    contribution_norm,
+    crc32,
+    decode,
+    decode_full,
+    encode_publication,
+    momentum_at,
+    outer_step,
+    sha256_of,
+    static_bytes,
+)
+from lightning_diloco.outer.static import unpack_static
+
+__all__ = ["Closed", "SyncerStore"]
+
+MAX_LAYOUT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """What one merge produced."""
+
+    fragment_id: int
+    difference: Tensor
+    shadow: Tensor
+    crc: int
+    merge_s: float
+    outer_momentum: float
+    norms: tuple[tuple[float, ...], ...]
+    scales: tuple[float, ...]
+
+
+class SyncerStore:
+    """Theta, momentum, shadow and open merges of all fragments of one job.
+
+    Args:
+        layout: the founder's, validated.
+        config: the founder's.
+    """
+
+    def __init__(self, layout: Layout, config: SyncConfig) -> None:
+        self.layout = layout
+        self.config = config
+        self.static = torch.empty(0, dtype=torch.uint8)
+        self._states: list[FragmentState | None] = [None] * len(layout.fragments)
+        self._accumulators = [MergeAccumulator(f) for f in layout.fragments]
+        self._norms: list[list[tuple[float, ...]]] = [[] for _ in layout.fragments]
+
+    def found_fragment(self, fragment_id: int, payload: memoryview, crc: int) -> None:
+        """Take the founder's float32 values of one fragment.
+
+        Raises:
+            RemoteProtocolError: wrong length or checksum, or values that are not finite.
+        """
+        values = decode_full(payload, self.layout.fragments[fragment_id].num_params)
+        if crc32(values) != crc:
+            raise RemoteProtocolError("bad_checksum", f"Fragment {fragment_id} of the founding state does not have its checksum.")
+        if not torch.isfinite(values).all():
+            raise RemoteProtocolError("nonfinite", f"Fragment {fragment_id} of the founding state is not finite. Check the initialization.")
+        self._states[fragment_id] = FragmentState.founded(values)
+
+    def found_static(self, payload: memoryview, crc: int) -> None:
+        """Take the founder's static state.
+
+        Raises:
+            RemoteProtocolError: wrong length or checksum.
+        """
+        static = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if len(payload) else self.static
+        if static.numel() != static_bytes(self.layout) or crc32(static) != crc:
+            raise RemoteProtocolError("bad_checksum", "The static state of the founding does not have its length or checksum.")
+        self.static = static
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every fragment and the static state are here."""
+        return all(s is not None for s in self._states) and self.static.numel() == static_bytes(self.layout)
+
+    def state(self, fragment_id: int) -> FragmentState:
+        """The state of a founded fragment."""
+        state = self._states[fragment_id]
+        if state is None:
+            raise RemoteProtocolError("wrong_layout", f"Fragment {fragment_id} has not been founded.")
+        return state
+
+    def crcs(self) -> tuple[int, ...]:
+        """Checksum of every fragment's shadow."""
+        return tuple(crc32(self.state(i).shadow) for i in range(len(self._states)))
+
+    def decode_contribution(self, fragment_id: int, payload: memoryview, crc: int) -> tuple[Tensor, float, bool]:
+        """Decode and measure one contribution.
+
+        Returns:
+            The decoded pseudo-gradient, float32 [N]; its float64 norm; whether the payload has its checksum.
+        """
+        crc_ok = crc32(payload) == crc
+        d = decode(payload, self.layout.fragments[fragment_id].num_params, self.config.wire_dtype)
+        return d, contribution_norm(d), crc_ok
+
+    def fold(self, fragment_id: int, d: Tensor, weight: float) -> None:
+        """Fold one contribution into the fragment's open merge."""
+        record = self._accumulators[fragment_id].fold(d, weight)
+        self._norms[fragment_id].append(record.norms)
+
+    def close(self, fragment_id: int, merge_index: int) -> Closed:
+        """Merge, take the outer step, and encode the publication."""
+        start_s = time.monotonic()
+        config, before = self.config, self.state(fragment_id)
+        merged, record = self._accumulators[fragment_id].result()
+        momentum = momentum_at(merge_index, config.outer_momentum, config.outer_momentum_warmup)
+        stepped = outer_step(before, merged, lr=config.outer_lr, momentum=momentum)
+        difference, shadow = encode_publication(stepped.theta, before.shadow, config.wire_dtype)
+        self._states[fragment_id] = FragmentState(theta=stepped.theta, momentum=stepped.momentum, shadow=shadow, merge_index=merge_index)
+        norms, self._norms[fragment_id] = tuple(self._norms[fragment_id]), []
+        self._accumulators[fragment_id] = MergeAccumulator(self.layout.fragments[fragment_id])
+        return Closed(
+            fragment_id=fragment_id,
+            difference=difference,
+            shadow=shadow,
+            crc=crc32(shadow),
+            merge_s=time.monotonic() - start_s,
+            outer_momentum=momentum,
+            norms=norms,
+            scales=record.scales,
+        )
+
+    def global_sha256(self) -> str:
+        """SHA-256 of all published fragments in layout order, float32 little endian."""
+        return sha256_of(self.state(i).shadow for i in range(len(self._states)))
+
+    def save_global(self, path: Path) -> None:
+        """Write the published fragments and the static state under the module's names, atomically.
+
+        A tensor stored below float32 by the module stands here in float32; tied tensors stand under their first name.
+        """
+        tensors: dict[str, Tensor] = dict(unpack_static(self.layout, self.static))
+        for fragment in self.layout.fragments:
+            shadow = self.state(fragment.fragment_id).shadow
+            for part, flat in zip(fragment.slices, shadow.split([s.length for s in fragment.slices]), strict=True):
+                tensors[part.name] = flat.reshape(part.global_shape).clone()
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary)
+        temporary.replace(path)
