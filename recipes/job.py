@@ -59,8 +59,6 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> Trainer:
         strategy="auto" if is_single(cfg) else _strategy(cfg, run_dir),
         logger=CSVLogger(save_dir=run_dir, name="logs", version="metrics"),
         callbacks=_progress(),
-        # A terminal gets Lightning's bar; what is read later, as a file or in a job's log, gets lines.
-        enable_progress_bar=sys.stdout.isatty(),
         # The strategy writes checkpoints/last.ckpt from the global weights after the drain.
         enable_checkpointing=False,
         default_root_dir=run_dir,
@@ -84,6 +82,7 @@ def _strategy(cfg: DictConfig, run_dir: Path) -> Any:
 
 
 def _progress() -> list[Callback]:
+    """A terminal gets Lightning's bar; what is read later, as a file or in a job's log, gets lines."""
     if sys.stdout.isatty():
         return []
     from lightning_diloco import LineProgress
