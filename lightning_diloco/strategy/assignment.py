@@ -1,0 +1,53 @@
+"""A process's place in a job: which learner it is, where the syncer answers, where its files go.
+
+Made by whoever starts the learner (supervisor, inline launcher, or the strategy itself for a learner of a foreign syncer), given to the
+strategy, and never pickled with the Trainer: a payload is the same for all learners, an assignment is one process's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_diloco.strategy.options import Role
+
+if TYPE_CHECKING:
+    import zmq
+
+__all__ = ["CHECKPOINT_DUMP", "Assignment"]
+
+CHECKPOINT_DUMP = "fit.ckpt"
+"""Learner 0's training state at its end, in the launch folder; the supervisor makes ``checkpoints/last.ckpt`` of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What one learner process is and knows."""
+
+    role: Role
+    """Never ``supervisor``: a supervisor trains nothing."""
+    endpoint: str
+    """The syncer's control endpoint."""
+    learner_id: int = 0
+    """Its id; for an ``island`` without a given id the syncer decides at the join, and this stays 0."""
+    is_id_given: bool = True
+    """Whether `learner_id` is to be asked for at the join."""
+    num_learners: int = 1
+    """How many learners share the training data."""
+    life: int = 0
+    """How many processes of this learner the supervisor has started before."""
+    token: str = ""
+    """The job's token."""
+    takeover_token: str = ""
+    """Lets this process take over the id of a dead predecessor."""
+    run_dir: Path | None = None
+    """Where counters go; None: nowhere."""
+    launch_dir: Path | None = None
+    """Where learner 0 leaves its final training state; None: nowhere."""
+    context: zmq.Context[Any] | None = None
+    """Shared with the syncer's thread, for inproc endpoints."""
+
+    def counters_path(self) -> Path | None:
+        """The folder for this process's running totals, which survive its death."""
+        return None if self.run_dir is None else self.run_dir / "counters"

@@ -1,0 +1,84 @@
+"""What has to be true of a Trainer and its machine before a job starts; each error says what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch.accelerators import Accelerator, CPUAccelerator
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.data import has_iterable_dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from lightning_diloco.config import SyncConfig
+from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.strategy.registration import wrong_framework
+
+__all__ = ["check_host", "check_island", "check_local", "warn_if_stream"]
+
+
+def check_host(accelerator: Accelerator | None, num_nodes: int) -> None:
+    """Check the framework, the accelerator and the number of nodes.
+
+    Raises:
+        ConfigurationError: a ``pytorch_lightning`` Trainer, an accelerator that has not landed yet, or several nodes.
+    """
+    if type(accelerator).__module__.split(".")[0] == "pytorch_lightning":
+        raise wrong_framework()
+    if not isinstance(accelerator, CPUAccelerator):
+        raise ConfigurationError(
+            f"accelerator={type(accelerator).__name__}: learners run on CPU for now; GPU learners come with the accelerator issue. "
+            "Pass Trainer(accelerator='cpu')."
+        )
+    if num_nodes != 1:
+        raise ConfigurationError(
+            f"num_nodes={num_nodes}: a Trainer is one machine here. Start one Trainer on each and connect them to one syncer (syncer=)."
+        )
+
+
+def check_local(sync: SyncConfig, launch: str, num_devices: int, environment: ClusterEnvironment | None) -> None:
+    """Check a job whose learners this process starts.
+
+    Raises:
+        ConfigurationError: more contributions wanted than there are learners, several devices inline, or a process that an outside
+            launcher started as one of many.
+    """
+    if launch == "inline" and num_devices != 1:
+        raise ConfigurationError(f"launch='inline' with devices={num_devices}: this process is the only learner. Pass Trainer(devices=1).")
+    if sync.min_quorum > num_devices:
+        raise ConfigurationError(
+            f"min_quorum={sync.min_quorum} with devices={num_devices}: a merge cannot need more contributions than there are learners. "
+            f"Lower min_quorum to at most {num_devices} or raise devices."
+        )
+    if environment is not None and environment.creates_processes_externally:
+        size = environment.world_size()
+        if size > 1:
+            raise ConfigurationError(
+                f"{type(environment).__name__}: this process is one of {size} that an outside launcher started, and each would start "
+                f"{num_devices} learners. Start the script once, without a launcher; devices=N is the number of learners."
+            )
+
+
+def check_island(num_devices: int) -> None:
+    """Check a learner of a syncer that someone else started.
+
+    Raises:
+        ConfigurationError: several devices.
+    """
+    if num_devices != 1:
+        raise ConfigurationError(
+            f"syncer= with devices={num_devices}: this Trainer is one learner of one device. Pass devices=1 and start one Trainer for each "
+            "learner; learners of several devices come with the islands issue."
+        )
+
+
+def warn_if_stream(dataloader: Any, trainer: pl.Trainer | None, num_learners: int) -> None:
+    """Say that an iterable dataset is not shared out: Lightning cannot cut a stream, and a stride would depend on worker counts."""
+    if num_learners > 1 and trainer is not None and trainer.state.stage == RunningStage.TRAINING:
+        if isinstance(dataloader, DataLoader) and has_iterable_dataset(dataloader):
+            rank_zero_warn(
+                f"The training data is an IterableDataset, which is not cut into parts: each of the {num_learners} learners reads all of it. "
+                "Give every learner its own part inside the dataset (`trainer.global_rank` is the learner's id), or its own random order."
+            )

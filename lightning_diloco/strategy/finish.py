@@ -1,0 +1,170 @@
+"""The end of a job in the calling process: final weights, ``checkpoints/last.ckpt``, validation of the global model, the run's record.
+
+All of it happens after the drain: every learner has left and the syncer has written ``global.safetensors``, which is newer than what any
+learner holds. So the module gets buffers and other state from learner 0, and then the parameters from that file, bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_diloco.protocol.records import JoinRecord, RunRecord, TapeLine
+from lightning_diloco.runtime.summary import SummaryKeeper
+from lightning_diloco.runtime.tape import TAPE_NAME, TapeTail, append_run_record
+from lightning_diloco.strategy.fit_call import FitCall
+
+__all__ = ["JobRecorder", "load_final_weights", "validate_global", "write_last_checkpoint"]
+
+_log = logging.getLogger(__name__)
+
+
+class JobRecorder:
+    """Keeps what only the calling process knows of a job, and writes it at the end.
+
+    Args:
+        run_dir: the job's directory.
+        called_s: monotonic time at which fit was called.
+    """
+
+    def __init__(self, run_dir: Path, called_s: float) -> None:
+        self._run_dir = run_dir
+        self._called_s = called_s
+        self._keeper = SummaryKeeper(run_dir)
+        self._tail: TapeTail | None = TapeTail(run_dir / TAPE_NAME)
+        self._startup_s: float | None = None
+
+    def tick(self, now_s: float, restarts: dict[str, int]) -> None:
+        """Look for the first join, and keep ``summary.json`` up to date; cheap if nothing is due."""
+        if self._tail is not None and any(isinstance(line.record, JoinRecord) for line in self._tail.read_new()):
+            self._startup_s = now_s - self._called_s
+            self._tail = None
+        self._keeper.known = {"startup_s": self._startup_s, "restarts": dict(restarts)}
+        self._keeper.tick(now_s)
+
+    def on_line(self, line: TapeLine) -> None:
+        """As `tick`, for a caller that is told of every line of the tape."""
+        now_s = time.monotonic()
+        if self._startup_s is None and isinstance(line.record, JoinRecord):
+            self._startup_s = now_s - self._called_s
+            self._tail = None
+        if self._tail is None:
+            self.tick(now_s, {"learners": 0, "syncer": 0})
+
+    def finish(
+        self, status: Literal["finished", "stopped", "failed"], now_s: float, restarts: dict[str, int], val: dict[str, float] | None
+    ) -> dict[str, Any]:
+        """Append the run's record to the tape and write the last summary.
+
+        Returns:
+            The content of ``summary.json``; empty if the job ended before its tape began.
+        """
+        tape = self._run_dir / TAPE_NAME
+        if not tape.exists():
+            return {}
+        startup_s = now_s - self._called_s if self._startup_s is None else self._startup_s
+        append_run_record(tape, RunRecord(status=status, startup_s=startup_s, restarts=dict(restarts), val=val))
+        return self._keeper.finish()
+
+
+def load_final_weights(module: pl.LightningModule, run_dir: Path, dump: dict[str, Any] | None) -> None:
+    """Give the module learner 0's buffers and the syncer's final parameters, in place.
+
+    Args:
+        module: the caller's module.
+        run_dir: holds ``global.safetensors``; nothing is changed if it does not (no learner has trained a step).
+        dump: learner 0's training state, or None.
+    """
+    path = run_dir / "global.safetensors"
+    if not path.exists():
+        _log.info("no learner has joined: there was nothing to train, and the weights are what they were")
+        return
+    state = {} if dump is None else dump["state_dict"]
+    final = load_file(path)
+    if is_overridden("configure_model", module) and not final.keys() <= dict(module.named_parameters(remove_duplicate=False)).keys():
+        # The module makes its layers in the learners; it is made to be called more than once.
+        module.configure_model()
+    if state:
+        module.load_state_dict(state, strict=False)
+    missing = _copy(module, final)
+    if missing:
+        _log.warning("the calling process's module has no parameter %s: its final weights are in %s only", ", ".join(missing), path)
+
+
+def write_last_checkpoint(trainer: pl.Trainer, run_dir: Path, dump: dict[str, Any] | None) -> None:
+    """Write ``checkpoints/last.ckpt``: learner 0's training state with the final weights, as plain Lightning reads it."""
+    path = run_dir / "checkpoints" / "last.ckpt"
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False) if dump is None else dump
+    checkpoint["state_dict"] = trainer.lightning_module.state_dict()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    TorchCheckpointIO().save_checkpoint(checkpoint, path)
+
+
+def validate_global(trainer: pl.Trainer, fit: FitCall, run_dir: Path) -> dict[str, float] | None:
+    """Validate the final global model once, quietly, over the fit's validation data.
+
+    Returns:
+        Metrics by Lightning's names; None if the fit has no validation loop, or if it fails, which costs a warning and not the run.
+    """
+    if not fit.has_validation(trainer):
+        return None
+    rng_states = _collect_rng_states()
+    try:
+        results = _quiet_trainer(trainer, run_dir).validate(
+            fit.model, dataloaders=fit.val_dataloaders, datamodule=fit.datamodule, verbose=False
+        )
+        return {name: float(value) for result in results for name, value in result.items()}
+    except Exception as error:
+        _log.warning("the validation of the final global model failed, summary.json has none: %s: %s", type(error).__name__, error)
+        return None
+    finally:
+        _set_rng_states(rng_states)
+        fit.attach(trainer)
+
+
+def _quiet_trainer(trainer: pl.Trainer, run_dir: Path) -> pl.Trainer:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch.utilities.rank_zero",)}
+        try:
+            for name in levels:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            return pl.Trainer(
+                accelerator="cpu",
+                devices=1,
+                precision=trainer.precision,
+                logger=False,
+                callbacks=[],
+                limit_val_batches=trainer.limit_val_batches,
+                inference_mode=trainer.validate_loop.inference_mode,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                default_root_dir=run_dir,
+            )
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def _copy(module: nn.Module, final: dict[str, torch.Tensor]) -> list[str]:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    # The file holds the founding's buffers too; those of learner 0 are newer, and in the module already.
+    known = parameters.keys() | dict(module.named_buffers(remove_duplicate=False)).keys()
+    missing = [name for name in final if name not in known]
+    with torch.no_grad():
+        for name, value in final.items():
+            if name in parameters:
+                parameters[name].copy_(value)
+    return missing

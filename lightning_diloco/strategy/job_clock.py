@@ -1,0 +1,88 @@
+"""Starting a late learner at the job's step: limits and learning-rate schedules are the job's, not the process's.
+
+A learner that joins (again) when the others have done n inner steps would otherwise start its warm-up anew and train n steps beyond
+the job's end. So its counters are advanced by n: ``global_step``, what loggers use as step, the epochs that lie behind, the position
+in the present epoch, and the schedules, which are stepped n times because many of them cannot jump. Its optimizer state is fresh.
+
+The position inside the epoch only bounds what is left of it: the sampler is not moved, so the learner trains on the epoch's first
+batches where the job is near its end. All access to Lightning's private progress counters is in this file.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import lightning.pytorch as pl
+
+__all__ = ["JobClock"]
+
+
+class JobClock:
+    """Advances a Trainer to the job's step, in two parts: at train start, and at the first batch.
+
+    Args:
+        trainer: the learner's Trainer.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._skipped_batches = 0
+
+    def advance(self, job_step: int) -> None:
+        """Advance counters and schedules by `job_step` inner steps; call it in ``on_train_start``.
+
+        Args:
+            job_step: inner steps that the job has done; 0 changes nothing.
+        """
+        if job_step <= 0:
+            return
+        loop = self._trainer.fit_loop.epoch_loop
+        if self._trainer.lightning_module.automatic_optimization:
+            steps = loop.automatic_optimization.optim_progress.optimizer.step.total
+            steps.ready += job_step
+            steps.completed += job_step
+        else:
+            # One inner step of a manual loop steps each of its optimizers once, as far as anyone can know beforehand.
+            manual = loop.manual_optimization.optim_step_progress.total
+            manual.ready += job_step * max(1, len(self._trainer.optimizers))
+            manual.completed += job_step * max(1, len(self._trainer.optimizers))
+        loop._batches_that_stepped += job_step
+        epochs = self._advance_epochs(job_step)
+        self._advance_schedules(job_step, epochs)
+
+    def on_first_batch(self) -> None:
+        """Set the position inside the epoch; call it in ``on_train_batch_start``. Later calls do nothing."""
+        skipped, self._skipped_batches = self._skipped_batches, 0
+        if skipped:
+            for progress in (self._trainer.fit_loop.epoch_loop.batch_progress.current, self._trainer.fit_loop.epoch_loop.batch_progress.total):
+                progress.ready += skipped
+                progress.started += skipped
+                progress.processed += skipped
+                progress.completed += skipped
+
+    def _advance_epochs(self, job_step: int) -> int:
+        batches = self._trainer.num_training_batches
+        if math.isinf(batches) or batches < 1:
+            return 0
+        accumulate = self._trainer.accumulate_grad_batches
+        steps_per_epoch = math.ceil(batches / accumulate)
+        epochs, rest = divmod(job_step, steps_per_epoch)
+        self._skipped_batches = min(rest * accumulate, int(batches) - 1)
+        for progress in (self._trainer.fit_loop.epoch_progress.current, self._trainer.fit_loop.epoch_progress.total):
+            progress.ready += epochs
+            progress.started += epochs
+            progress.processed += epochs
+            progress.completed += epochs
+        return epochs
+
+    def _advance_schedules(self, job_step: int, epochs: int) -> None:
+        with warnings.catch_warnings():
+            # torch warns that a schedule was stepped before the optimizer: here that is the purpose.
+            warnings.simplefilter("ignore")
+            for config in self._trainer.lr_scheduler_configs:
+                if config.reduce_on_plateau:
+                    continue
+                passed = job_step if config.interval == "step" else epochs
+                for _ in range(passed // max(1, config.frequency)):
+                    config.scheduler.step()

@@ -1,0 +1,131 @@
+"""What one process is told about its part in a job, checked before anything starts.
+
+`SyncConfig` is what all learners of a job agree on. The rest of the strategy's keyword arguments is here: who starts whom, where files
+go, how work is counted. Options of the stable surface whose issue has not landed raise and say so, rather than being ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from lightning_diloco.errors import ConfigurationError
+
+__all__ = ["LaunchMode", "ProcessOptions", "Role", "refuse_what_has_not_landed"]
+
+LaunchMode = Literal["supervised", "inline"]
+"""Who runs the learner: processes started by a supervisor, or this process."""
+
+Role = Literal["supervisor", "learner", "inline", "island"]
+"""`supervisor` starts learners and does not train; `learner` was started by one; `inline` is learner and syncer in one process; `island`
+is one learner of a syncer that someone else started."""
+
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessOptions:
+    """The strategy's own options beside `SyncConfig`.
+
+    Raises:
+        ConfigurationError: a value breaks a rule; the sentence names it and the remedy.
+    """
+
+    syncer: str | None = None
+    """Endpoint of a syncer that runs already, ``tcp://127.0.0.1:PORT``; None: this process brings its own."""
+    launch: LaunchMode = "supervised"
+    """Whether learners are processes of their own (with `syncer` it has no meaning)."""
+    learner_id: int | None = None
+    """With `syncer`: which learner this is; None: the syncer gives the next free id."""
+    num_learners: int | None = None
+    """With `syncer`: how many learners share the training data; None: this learner reads all of it."""
+    max_restarts: int = 3
+    """How often the supervisor starts one learner again after a signal has ended it."""
+    run_dir: Path | None = None
+    """Directory of the run; None: ``outputs/DATE_TIME`` under the working directory."""
+    token_counter: Callable[[Any], int] | None = None
+    """Tokens of a batch; None: see `lightning_diloco.strategy.counting`."""
+
+    def __post_init__(self) -> None:
+        """Check each field, then what they say together."""
+        if self.launch not in ("supervised", "inline"):
+            raise ConfigurationError(f"launch={self.launch!r}: must be 'supervised' or 'inline'.")
+        _need_int("max_restarts", self.max_restarts, 0)
+        if self.token_counter is not None and not callable(self.token_counter):
+            raise ConfigurationError(f"token_counter={self.token_counter!r}: must be a function of a batch that returns its tokens.")
+        if self.syncer is None:
+            for name in ("learner_id", "num_learners"):
+                if getattr(self, name) is not None:
+                    raise ConfigurationError(
+                        f"{name}={getattr(self, name)!r} without syncer=: it numbers learners that are started by hand. In local mode "
+                        "devices=N of the Trainer says how many learners there are."
+                    )
+            return
+        _check_endpoint(self.syncer)
+        if self.launch == "inline":
+            raise ConfigurationError(f"launch='inline' with syncer={self.syncer!r}: an inline run has its own syncer. Leave out one of the two.")
+        self._check_numbering()
+
+    def _check_numbering(self) -> None:
+        if self.learner_id is not None:
+            _need_int("learner_id", self.learner_id, 0)
+        if self.num_learners is not None:
+            _need_int("num_learners", self.num_learners, 1)
+            if self.num_learners > 1 and self.learner_id is None:
+                raise ConfigurationError(f"num_learners={self.num_learners} without learner_id=: say which share of the data this learner has.")
+            if self.learner_id is not None and self.learner_id >= self.num_learners:
+                raise ConfigurationError(f"learner_id={self.learner_id}: must be below num_learners={self.num_learners}.")
+
+
+def refuse_what_has_not_landed(
+    *,
+    keys: Any,
+    devices_per_learner: Any,
+    batch_sizing: Any,
+    target_step_s: Any,
+    tokens_per_step: Any,
+    inner_lr_rule: Any,
+    data: Any,
+) -> None:
+    """Refuse options of the stable surface that come with later issues.
+
+    Raises:
+        ConfigurationError: one of them has another value than its default.
+    """
+    later = (
+        ("keys", keys, None, "the encryption issue", "Leave it out; learners and syncer talk over loopback only."),
+        ("devices_per_learner", devices_per_learner, 1, "the islands issue", "Leave it 1: every learner has one device."),
+        ("batch_sizing", batch_sizing, None, "the mixed-hardware issue", "Leave it out and set the batch size in the DataLoader."),
+        ("target_step_s", target_step_s, None, "the mixed-hardware issue", "Leave it out."),
+        ("tokens_per_step", tokens_per_step, None, "the mixed-hardware issue", "Leave it out."),
+        ("inner_lr_rule", inner_lr_rule, "none", "the mixed-hardware issue", "Leave it 'none'."),
+        ("data", data, "shard", "the data-lease issue", "Leave it 'shard': every learner trains on its part."),
+    )
+    for name, value, default, issue, remedy in later:
+        if value != default:
+            raise ConfigurationError(f"{name}={value!r} has not landed yet: it comes with {issue}. {remedy}")
+
+
+def _need_int(name: str, value: Any, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ConfigurationError(f"{name}={value!r}: must be a whole number of at least {at_least}.")
+
+
+def _check_endpoint(endpoint: Any) -> None:
+    rule = "must be an endpoint such as 'tcp://127.0.0.1:5555'"
+    if not isinstance(endpoint, str):
+        raise ConfigurationError(f"syncer={endpoint!r}: {rule}.")
+    try:
+        parts = urlsplit(endpoint)
+        host, port = parts.netloc.rpartition(":")[0], parts.port
+    except ValueError:
+        parts, host, port = urlsplit(""), "", None
+    if parts.scheme != "tcp" or not host or not port:
+        raise ConfigurationError(f"syncer={endpoint!r}: {rule}; the syncer prints its own when it starts.")
+    if host not in _LOOPBACK:
+        raise ConfigurationError(
+            f"syncer={endpoint!r}: {host} is beyond loopback, which needs keys; they come with the encryption issue. Use 127.0.0.1 for now."
+        )

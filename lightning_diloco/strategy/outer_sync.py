@@ -1,0 +1,262 @@
+"""`OuterSync`: where Lightning's hooks meet the learner client.
+
+One **inner step** is a batch in which at least one optimizer was really stepped. torch's step hook sees every kind of optimization
+(automatic, accumulated, manual with or without Lightning's wrapper, LBFGS, a GradScaler that skips), and the boundary itself waits for
+``on_train_batch_end``: parameters must not change between two optimizers of one manual step, nor before the scaler's update.
+
+| hook | what happens |
+|---|---|
+| ``on_fit_start`` | every learner but the first gets its own random stream |
+| ``on_train_start`` | the client is made and joins: parameters become the global ones, counters and schedules the job's |
+| ``on_train_batch_start`` | tokens of the batch are counted, accumulated micro-batches included |
+| ``on_train_batch_end`` | the boundary, if an optimizer was stepped; then the job's stop is obeyed |
+| ``on_validation_start`` | pause, global weights in (the callback is first in the list) |
+| `end_validation` | global weights out, go on (called by the strategy, whose hook comes after every callback's) |
+| ``on_train_end`` | leave with final contributions, then take the global weights for good |
+| ``on_exception`` | weights out; after SIGTERM leave in order, otherwise close |
+
+The callback has no state of its own in checkpoints, so that they load without this package.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
+
+from lightning_diloco.runtime.client import ClientOptions, Figures, LearnerClient
+from lightning_diloco.strategy.assignment import Assignment
+from lightning_diloco.strategy.counting import count_tokens
+from lightning_diloco.strategy.healing import reset_nonfinite_moments
+from lightning_diloco.strategy.job_clock import JobClock
+from lightning_diloco.strategy.seeding import reseed_learner
+from lightning_diloco.strategy.step_watch import StepWatch
+
+if TYPE_CHECKING:
+    from lightning_diloco.strategy.strategy import DecoupledDiLoCoStrategy
+
+__all__ = ["OuterSync"]
+
+_log = logging.getLogger(__name__)
+
+
+class OuterSync(Callback):
+    """Joins, counts, exchanges and leaves on behalf of one learner; the strategy attaches it to a fit.
+
+    Args:
+        strategy: the strategy of the Trainer that this callback is attached to.
+    """
+
+    def __init__(self, strategy: DecoupledDiLoCoStrategy) -> None:
+        self._strategy = strategy
+        self._client: LearnerClient | None = None
+        self._watch = StepWatch()
+        self._clock: JobClock | None = None
+        self._tokens = 0
+        self._depth = 0
+        self._has_left = False
+        self._has_asked = False
+        self._is_validating = False
+        self.figures: Figures | None = None
+        """The client's figures at the last boundary; None before the first one."""
+
+    @classmethod
+    def attach(cls, trainer: pl.Trainer, strategy: DecoupledDiLoCoStrategy) -> OuterSync:
+        """Put a fresh one at the front of the Trainer's callbacks, in place of one of an earlier fit."""
+        callback = cls(strategy)
+        others = [c for c in trainer.callbacks if not isinstance(c, OuterSync)]  # type: ignore[attr-defined]
+        trainer.callbacks[:] = [callback, *others]  # type: ignore[attr-defined]
+        return callback
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether this learner is a member of its job: joined, not left."""
+        return self._client is not None and not self._has_left
+
+    @property
+    def has_left(self) -> bool:
+        """Whether it was a member and has delivered what it had."""
+        return self._has_left
+
+    @property
+    def is_validating(self) -> bool:
+        """Whether the module holds the global weights for a validation, so that an exception may strike at any moment."""
+        return self._is_validating
+
+    def watch(self, optimizers: list[Optimizer]) -> None:
+        """See the steps of these optimizers from now on."""
+        self._watch.attach(optimizers)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give learners of one job different random streams."""
+        assignment = self._strategy.assignment
+        if assignment is not None and assignment.num_learners > 1:
+            reseed_learner(assignment.learner_id, assignment.life)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Join; on return the module holds the global parameters."""
+        assignment = self._strategy.assignment
+        if assignment is None:
+            return
+        client = LearnerClient(pl_module, self._client_options(trainer, assignment), context=assignment.context)
+        self._client = client
+        client.on_heal = lambda parameters: reset_nonfinite_moments(trainer.optimizers, parameters)
+        info = client.join()
+        _log.info("learner %d joined as %s, incarnation %d, job step %d", info.learner_id, info.role, info.incarnation, info.job_step)
+        self._strategy.on_joined(info.learner_id)
+        self._clock = JobClock(trainer)
+        if self._strategy.sync.lr_clock == "job":
+            self._clock.advance(info.job_step)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the batch."""
+        if self._clock is not None:
+            self._clock.on_first_batch()
+        self._watch.on_batch_start(trainer.scaler)
+        self._tokens += count_tokens(batch, pl_module, self._strategy.process_options.token_counter)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Pass the boundary if an optimizer was stepped, then obey what the job has decided."""
+        if not self.is_joined or not self._watch.has_stepped(trainer.scaler):
+            return
+        assert self._client is not None
+        self._client.boundary(tokens=self._tokens)
+        self._tokens = 0
+        self._obey(trainer)
+        self._report(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validate the global model; not in the sanity check, which comes before the join."""
+        if trainer.sanity_checking or not self.is_joined:
+            return
+        assert self._client is not None
+        self._client.set_paused(True)
+        self._swap_in()
+        self._is_validating = True
+
+    def end_validation(self) -> None:
+        """Go on with the local weights; called after every other hook of the validation's end."""
+        if self._is_validating:
+            self._is_validating = False
+            self._swap_out()
+            if self.is_joined:
+                assert self._client is not None
+                self._client.set_paused(False)
+
+    @contextmanager
+    def global_weights(self) -> Iterator[None]:
+        """The module holds the last published weights inside; nests with a validation."""
+        if not self.is_joined:
+            yield
+            return
+        self._swap_in()
+        try:
+            yield
+        finally:
+            self._swap_out()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pass on a stop that was decided outside of a batch."""
+        self._pass_on_stop(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave, then hold the global model for the hooks and checkpoints that follow."""
+        if not self.is_joined:
+            return
+        assert self._client is not None
+        self._pass_on_stop(trainer)
+        self._leave("stopped" if trainer.should_stop else "limit")
+        self._client.load_global()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Put the local weights back; leave in order if it was a signal. Never raises: the exception on its way is the news."""
+        self._is_validating = False
+        try:
+            while self._depth:
+                self._swap_out()
+            if self.is_joined and isinstance(exception, (SIGTERMException, KeyboardInterrupt)):
+                self._leave("signal")
+        except Exception:
+            _log.exception("leaving after %s failed", type(exception).__name__)
+
+    def close(self) -> None:
+        """Close the client and take the hooks off the optimizers; idempotent."""
+        self._watch.detach()
+        if self._client is not None:
+            self.figures = self._client.figures
+            self._client.close()
+            self._client = None
+
+    def _client_options(self, trainer: pl.Trainer, assignment: Assignment) -> ClientOptions:
+        return ClientOptions(
+            endpoint=assignment.endpoint,
+            config=self._strategy.sync,
+            learner_id=assignment.learner_id if assignment.is_id_given else None,
+            token=assignment.token,
+            takeover_token=assignment.takeover_token,
+            device=str(self._strategy.root_device),
+            batch_size=_batch_size(trainer),
+            counters_path=assignment.counters_path(),
+        )
+
+    def _swap_in(self) -> None:
+        assert self._client is not None
+        self._client.swap_in_global()
+        self._depth += 1
+
+    def _swap_out(self) -> None:
+        assert self._client is not None
+        self._depth -= 1
+        self._client.swap_out_global()
+
+    def _leave(self, reason: Literal["limit", "signal", "stopped"]) -> None:
+        assert self._client is not None
+        self._client.leave(reason)
+        self.figures = self._client.figures
+        self._has_left = True
+
+    def _obey(self, trainer: pl.Trainer) -> None:
+        assert self._client is not None
+        if self._client.fenced is not None:
+            raise self._client.fenced
+        if self._client.stop_reason is not None and not trainer.should_stop:
+            _log.info("the job ends: %s", self._client.stop_reason)
+            trainer.should_stop = True
+        self._pass_on_stop(trainer)
+
+    def _pass_on_stop(self, trainer: pl.Trainer) -> None:
+        """Learner 0's decision ends the job for all, once it is one: below min_steps or min_epochs Lightning goes on, and so do all."""
+        if self._has_asked or not self.is_joined or not trainer.should_stop or not trainer.fit_loop._can_stop_early:
+            return
+        assert self._client is not None
+        self._has_asked = True
+        if self._strategy.is_learner_zero and self._client.stop_reason is None:
+            self._client.request_stop("trainer.should_stop")
+
+    def _report(self, trainer: pl.Trainer) -> None:
+        assert self._client is not None
+        figures = self.figures = self._client.figures
+        bar = {"merges": float(figures.merges), "staleness": float(figures.staleness_versions)}
+        if figures.participation is not None:
+            bar["participation"] = float(figures.participation)
+        # Not through `self.log`: the names would appear among the user's callback metrics.
+        trainer._logger_connector._progress_bar_metrics.update(bar)
+        if trainer.loggers and trainer._logger_connector.should_update_logs:
+            values = {f"diloco/{name}": value for name, value in bar.items()}
+            values |= {"diloco/stall_s": figures.stall_s, "diloco/bytes_up": figures.bytes_up, "diloco/bytes_down": figures.bytes_down}
+            values |= {"diloco/inner_steps": figures.inner_steps, "diloco/tokens": figures.tokens}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _batch_size(trainer: pl.Trainer) -> int:
+    combined = trainer.fit_loop._combined_loader
+    loaders = combined.flattened if combined is not None else []
+    size = getattr(loaders[0], "batch_size", None) if loaders else None
+    return size if isinstance(size, int) else 0

@@ -1,0 +1,377 @@
+"""`DecoupledDiLoCoStrategy`: what Lightning sees of a learner, a supervisor, or both in one.
+
+The strategy is a `DDPStrategy` because Lightning decides by isinstance who may have compiled models, injected samplers and a precision
+plugin. It never makes a process group: a learner is one device and stands alone, so every collective is the identity. Three numbers
+that other strategies have in common differ here on purpose: ``world_size`` is 1 (what a learner reduces over), ``global_rank`` is the
+learner's id (who logs, how workers are seeded), and training data is sharded over all learners.
+
+In the calling process of a supervised run nothing is trained: ``fit`` goes to the launcher, everything else runs here as on one device.
+
+References:
+    Decoupled DiLoCo, arXiv 2604.21428.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies.ddp import DDPStrategy
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_diloco.config import SyncConfig
+from lightning_diloco.runtime.client import Figures
+from lightning_diloco.strategy import checks
+from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
+from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, refuse_what_has_not_landed
+from lightning_diloco.strategy.outer_sync import OuterSync
+
+__all__ = ["DecoupledDiLoCoStrategy"]
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+
+class DecoupledDiLoCoStrategy(DDPStrategy):
+    """Decoupled DiLoCo as a Lightning strategy: ``Trainer(accelerator="cpu", devices=N, strategy="decoupled_diloco")`` trains N learners.
+
+    Args:
+        syncer: endpoint of a syncer that runs already: this process is then one learner of it. None: the Trainer brings its own.
+        keys: not landed yet.
+        devices_per_learner: 1; islands of several devices have not landed yet.
+        launch: ``supervised`` starts learners and syncer as processes; ``inline`` makes this process the only learner.
+        learner_id: with `syncer`: the id of this learner (None: the syncer's choice).
+        num_learners: with `syncer`: how many learners share the training data (None: this one reads all of it).
+        batch_sizing: not landed yet.
+        target_step_s: not landed yet.
+        tokens_per_step: not landed yet.
+        inner_lr_rule: ``none``; the others have not landed yet.
+        data: ``shard``: each learner trains on its part. ``lease`` has not landed yet.
+        max_restarts: how often a learner that a signal has ended is started again.
+        run_dir: where the run's files go (None: ``outputs/DATE_TIME`` under the working directory).
+        token_counter: tokens of a batch (None: see `lightning_diloco.strategy.counting`).
+        accelerator: as for every strategy.
+        parallel_devices: as for every strategy.
+        cluster_environment: as for every strategy.
+        checkpoint_io: as for every strategy.
+        precision_plugin: as for every strategy.
+        **sync: the fields of `lightning_diloco.SyncConfig`.
+
+    Raises:
+        ConfigurationError: an option is unknown, wrong, or has not landed yet; the sentence says which and what to do.
+    """
+
+    strategy_name = "decoupled_diloco"
+
+    def __init__(
+        self,
+        *,
+        syncer: str | None = None,
+        keys: Any = None,
+        devices_per_learner: int = 1,
+        launch: LaunchMode = "supervised",
+        learner_id: int | None = None,
+        num_learners: int | None = None,
+        batch_sizing: Any = None,
+        target_step_s: float | None = None,
+        tokens_per_step: int | None = None,
+        inner_lr_rule: Literal["none", "sqrt", "linear"] = "none",
+        data: Literal["shard", "lease"] = "shard",
+        max_restarts: int = 3,
+        run_dir: str | Path | None = None,
+        token_counter: Callable[[Any], int] | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        **sync: Any,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        refuse_what_has_not_landed(
+            keys=keys,
+            devices_per_learner=devices_per_learner,
+            batch_sizing=batch_sizing,
+            target_step_s=target_step_s,
+            tokens_per_step=tokens_per_step,
+            inner_lr_rule=inner_lr_rule,
+            data=data,
+        )
+        self.sync = SyncConfig.from_options(sync)
+        """What the learners of the job agree on."""
+        self.process_options = ProcessOptions(
+            syncer=syncer,
+            launch=launch,
+            learner_id=learner_id,
+            num_learners=num_learners,
+            max_restarts=max_restarts,
+            run_dir=None if run_dir is None else Path(run_dir),
+            token_counter=token_counter,
+        )
+        """What this process was told about its part."""
+        self.assignment: Assignment | None = None
+        """The place of this process in a running job; None in a supervisor."""
+        self.summary: dict[str, Any] | None = None
+        """The content of ``summary.json`` of the last fit; None before it and in learners."""
+        self.is_saving_blocked = False
+        """Checkpoints are not written: this process holds untrained weights because its learners train, or have failed."""
+        self._joined_id = 0
+        self._outer_sync: OuterSync | None = None
+        self._trainer: pl.Trainer | None = None
+        self._wants_sampler: bool | None = None
+
+    # -- who this process is -------------------------------------------------------------------------------------------------------
+
+    @property
+    def role(self) -> Role:
+        """What this process does in a fit."""
+        return "supervisor" if self.assignment is None else self.assignment.role
+
+    @property
+    def learner_id(self) -> int:
+        """The id of this process's learner; 0 in a supervisor."""
+        return 0 if self.assignment is None else self.assignment.learner_id
+
+    @property
+    def is_learner_zero(self) -> bool:
+        """Whether this learner's decision to stop ends the job for all."""
+        return self._joined_id == 0
+
+    @property
+    def figures(self) -> Figures | None:
+        """What the learner of this process has exchanged so far; None outside of a fit."""
+        return None if self._outer_sync is None else self._outer_sync.figures
+
+    @property
+    @override
+    def world_size(self) -> int:
+        return 1
+
+    @property
+    @override
+    def global_rank(self) -> int:
+        return self.learner_id
+
+    @property
+    @override
+    def local_rank(self) -> int:
+        return 0
+
+    @property
+    @override
+    def node_rank(self) -> int:
+        return self.learner_id
+
+    @property
+    @override
+    def is_global_zero(self) -> bool:
+        return self.learner_id == 0
+
+    @override
+    def set_world_ranks(self) -> None:
+        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        # Only training data is shared out: every learner validates on the whole set, or its metrics would compare with nothing.
+        if self.assignment is not None and self._trainer is not None and self._trainer.state.stage == RunningStage.TRAINING:
+            return {"num_replicas": self.assignment.num_learners, "rank": self.assignment.learner_id}
+        return {"num_replicas": 1, "rank": 0}
+
+    # -- life of a Trainer ---------------------------------------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        num_devices = len(self.parallel_devices or [])
+        checks.check_host(self.accelerator, self.num_nodes)
+        if self.process_options.syncer is not None:
+            checks.check_island(num_devices)
+            self.take(self._island_assignment())
+            return
+        checks.check_local(self.sync, self.process_options.launch, num_devices, self.cluster_environment)
+        if self.process_options.launch == "inline":
+            from lightning_diloco.strategy.inline import InlineLauncher
+
+            self._launcher = InlineLauncher(self)
+        else:
+            from lightning_diloco.strategy.launcher import SupervisorLauncher
+
+            self._launcher = SupervisorLauncher(self)
+
+    def take(self, assignment: Assignment | None) -> None:
+        """Become the learner that `assignment` describes, or a supervisor again (None)."""
+        self.assignment = assignment
+        self._joined_id = self.learner_id
+        self.set_world_ranks()
+
+    def on_joined(self, learner_id: int) -> None:
+        """Note which learner the syncer made of this process; an island's ranks stay what they were, its files have begun."""
+        self._joined_id = learner_id
+
+    @override
+    def connect(self, model: pl.LightningModule) -> None:
+        super().connect(model)
+        self._trainer = trainer = model.trainer
+        connector = trainer._accelerator_connector
+        if self._wants_sampler is None:
+            self._wants_sampler = bool(connector.use_distributed_sampler)
+        is_fit = trainer.state.fn == TrainerFn.FITTING
+        num_learners = 1 if self.assignment is None else self.assignment.num_learners
+        # With one learner the user's loader object stays as it is.
+        connector.use_distributed_sampler = self._wants_sampler and is_fit and num_learners > 1
+        self._outer_sync = OuterSync.attach(trainer, self) if is_fit and self.assignment is not None else None
+
+    @override
+    def setup_distributed(self) -> None:
+        if self.assignment is not None and self.assignment.num_learners > 1:
+            reset_seed()
+        self.set_world_ranks()
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        if self._layer_sync is not None:
+            rank_zero_warn("sync_batchnorm=True has no effect: a learner of one device has nobody to share batch statistics with.")
+        # Not DDP's: it wraps the model and needs a process group even for validation.
+        super(ParallelStrategy, self).setup(trainer)
+        if self._outer_sync is not None:
+            self._outer_sync.watch(self.optimizers)
+
+    @override
+    def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
+        return model
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        checks.warn_if_stream(dataloader, self._trainer, self.distributed_sampler_kwargs["num_replicas"])
+        return super().process_dataloader(dataloader)
+
+    @override
+    def on_validation_end(self) -> None:
+        if self._outer_sync is not None:
+            self._outer_sync.end_validation()
+
+    @override
+    def on_train_end(self) -> None:
+        if self.assignment is not None and self.assignment.launch_dir is not None and self.is_global_zero:
+            self._dump_training_state(self.assignment.launch_dir / CHECKPOINT_DUMP)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        """Nothing to add: the callback has put the weights back, and `teardown` closes the client."""
+
+    @override
+    def teardown(self) -> None:
+        if self._outer_sync is not None:
+            self._outer_sync.close()
+        super().teardown()
+
+    # -- collectives: a learner stands alone ---------------------------------------------------------------------------------------
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Nobody to wait for."""
+
+    @override
+    def broadcast(self, obj: _T, src: int = 0) -> _T:
+        return obj
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return tensor
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return tensor
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------------------
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The global model, as this learner last saw it; during a fit as copies, because the weights are swapped back before writing."""
+        if self._outer_sync is None:
+            return super().lightning_module_state_dict()
+        with self._outer_sync.global_weights():
+            state = super().lightning_module_state_dict()
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    state[name] = value.detach().clone()
+        return state
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if self.is_saving_blocked:
+            rank_zero_warn(f"{filepath} is not written: the weights of this process are not those that its learners train.")
+            return
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if not self.is_saving_blocked:
+            super().remove_checkpoint(filepath)
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        # An assignment is one process's own; a callback with a live client cannot travel.
+        state.update(assignment=None, _outer_sync=None, summary=None)
+        return state
+
+    # -- helpers -------------------------------------------------------------------------------------------------------------------
+
+    def _island_assignment(self) -> Assignment:
+        options = self.process_options
+        assert options.syncer is not None
+        run_dir = options.run_dir
+        if run_dir is not None:
+            (run_dir / "counters").mkdir(parents=True, exist_ok=True)
+        return Assignment(
+            role="island",
+            endpoint=options.syncer,
+            learner_id=options.learner_id or 0,
+            is_id_given=options.learner_id is not None,
+            num_learners=options.num_learners or 1,
+            run_dir=run_dir,
+        )
+
+    def _dump_training_state(self, path: Path) -> None:
+        assert self._trainer is not None
+        try:
+            torch.save(self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False), path)
+        except Exception as error:
+            path.unlink(missing_ok=True)
+            _log.warning("the training state could not be written, last.ckpt will lack the optimizers: %s", error)
+
+
+def _serve_other_framework() -> None:
+    """Let an instance pass ``pytorch_lightning``'s isinstance check, so that our own check can say what is wrong."""
+    other = sys.modules.get("pytorch_lightning.strategies")
+    if other is not None and hasattr(other, "Strategy"):
+        other.Strategy.register(DecoupledDiLoCoStrategy)
+
+
+_serve_other_framework()

@@ -1,0 +1,336 @@
+"""The supervisor of one fit: starts syncer and learners, restarts what a signal has ended, and leaves no process behind.
+
+The rules:
+
+* a learner that returns is done; the job is over when all are done;
+* a learner that a signal has ended (killed, out of memory, a spot instance's SIGTERM) is started again after a growing pause, at most
+  `max_restarts` times; the syncer lets it take over its id, and it goes on from the global model;
+* an exception in a learner ends the job: restarting would raise it again. The others are asked to leave, and the exception is raised here;
+* Ctrl-C and SIGTERM of this process end the job as well: learners leave in order, the run's files say `stopped`;
+* the syncer's end ends the job (its restart comes with the resilience issue).
+
+However the loop ends, every child is asked, then killed with its process group. If this process itself is killed, the children see
+their life lines close (`lightning_diloco.strategy.life_line`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_diloco.errors import LearnerFailedError, SyncerUnavailableError
+from lightning_diloco.strategy.children import Child, ExitStatus, child_environment, start_child
+from lightning_diloco.strategy.results import LearnerResult, as_exception, read_result
+
+__all__ = ["JobPlan", "Supervisor"]
+
+_log = logging.getLogger(__name__)
+
+_TICK_S = 0.05
+_SYNCER_START_S = 60.0
+"""A syncer that has not answered by then never will: importing torch takes seconds, on a loaded machine tens of them."""
+_LEAVE_S = 10.0
+"""Learners that were asked to end have so long for their final contributions; then they are killed."""
+_SYNCER_END_S = 30.0
+"""The syncer writes the global model and its last record in this time, or it is killed."""
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPlan:
+    """What a supervisor starts."""
+
+    num_learners: int
+    run_dir: Path
+    launch_dir: Path
+    payload_path: Path
+    max_restarts: int
+    on_tick: Callable[[dict[str, int]], None]
+    """Called in every turn of the loop with the restarts so far."""
+
+
+@dataclass
+class _Learner:
+    """One learner id over its lives."""
+
+    learner_id: int
+    life: int = 0
+    child: Child | None = None
+    result: LearnerResult | None = None
+    start_at_s: float | None = None
+    """When the next life is due; None while one runs or none is wanted."""
+    is_done: bool = False
+
+
+@dataclass
+class _Signals:
+    """Signals that this process received while the loop ran."""
+
+    received: list[int] = field(default_factory=list)
+    previous: dict[int, Any] = field(default_factory=dict)
+
+
+class Supervisor:
+    """Runs the processes of one job to its end.
+
+    Args:
+        plan: what to start, and where.
+    """
+
+    def __init__(self, plan: JobPlan) -> None:
+        self._plan = plan
+        self._token = secrets.token_hex(32)
+        self._takeover_token = secrets.token_hex(32)
+        self._environment = child_environment(plan.num_learners)
+        self._learners = [_Learner(i) for i in range(plan.num_learners)]
+        self._syncer: Child | None = None
+        self._endpoint = ""
+        self._signals = _Signals()
+        self.restarts = {"learners": 0, "syncer": 0}
+        """How often a process was started again."""
+        self.status: Literal["finished", "stopped", "failed"] = "failed"
+        """How the job ended."""
+
+    def run(self) -> LearnerResult:
+        """Run the job.
+
+        Returns:
+            Learner 0's result.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C.
+            SIGTERMException: this process received SIGTERM.
+            LearnerFailedError: a learner ended without a word, or too often.
+            SyncerUnavailableError: the syncer ended.
+            BaseException: a learner's own exception.
+        """
+        self._catch_signals()
+        try:
+            self._start_syncer()
+            for learner in self._learners:
+                self._start(learner)
+            while not all(learner.is_done for learner in self._learners):
+                self._turn()
+            self._end_syncer("finished")
+            self.status = "finished"
+        except (KeyboardInterrupt, SIGTERMException):
+            self.status = "stopped"
+            raise
+        finally:
+            try:
+                if self.status != "finished":
+                    self._stop_learners()
+                    self._end_syncer(self.status)
+            finally:
+                self._kill_all()
+                self._release_signals()
+        result = self._learners[0].result
+        if result is None:
+            raise LearnerFailedError("Learner 0 ended without bringing a result back (was os._exit called?).")
+        return result
+
+    def forward(self, signum: int) -> None:
+        """Send a signal to every learner that runs."""
+        for learner in self._learners:
+            if learner.child is not None and learner.child.poll() is None:
+                learner.child.signal_group(signum)
+
+    # -- one turn of the loop ------------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        self._obey_signals()
+        for learner in self._learners:
+            self._look_after(learner)
+        assert self._syncer is not None
+        status = self._syncer.poll()
+        if status is not None:
+            raise SyncerUnavailableError(
+                f"The syncer process ended with {status} while learners were training, and with it the job; {self._plan.run_dir}/logs/syncer.log "
+                "may say why. Restarting it comes with the resilience issue."
+            )
+        self._plan.on_tick(self.restarts)
+        time.sleep(_TICK_S)
+
+    def _look_after(self, learner: _Learner) -> None:
+        if learner.start_at_s is not None:
+            if time.monotonic() >= learner.start_at_s:
+                learner.start_at_s = None
+                self._start(learner)
+            return
+        if learner.is_done or learner.child is None:
+            return
+        status = learner.child.poll()
+        if status is None:
+            return
+        result = learner.result = read_result(self._result_path(learner))
+        if result is not None and result.outcome == "done":
+            learner.is_done = True
+        elif result is None and status.code == 0:
+            learner.is_done = True
+            self._tell_lost(learner)
+        else:
+            self._tell_lost(learner)
+            self._restart_or_raise(learner, result, status)
+
+    def _restart_or_raise(self, learner: _Learner, result: LearnerResult | None, status: ExitStatus) -> None:
+        if result is not None and result.outcome == "failed":
+            raise as_exception(learner.learner_id, result)
+        if result is None and status.signal_name is None:
+            raise LearnerFailedError(
+                f"Learner {learner.learner_id} ended with {status} and without an exception.{self._log_hint(learner)}"
+            )
+        name = status.signal_name or "SIGTERM"
+        if learner.life >= self._plan.max_restarts:
+            raise LearnerFailedError(
+                f"Learner {learner.learner_id} was ended by {name}, after {learner.life} restarts (max_restarts={self._plan.max_restarts})."
+                f"{self._log_hint(learner)} SIGKILL without anyone's doing often means that memory ran out."
+            )
+        pause_s = min(_FIRST_PAUSE_S * 2**learner.life, _LONGEST_PAUSE_S)
+        learner.life += 1
+        learner.start_at_s = time.monotonic() + pause_s
+        self.restarts["learners"] += 1
+        _log.warning(
+            "learner %d was ended by %s; restart %d of at most %d in %.1f s",
+            learner.learner_id,
+            name,
+            learner.life,
+            self._plan.max_restarts,
+            pause_s,
+        )
+
+    # -- starting ------------------------------------------------------------------------------------------------------------------
+
+    def _start_syncer(self) -> None:
+        run_dir = self._plan.run_dir
+        ready = run_dir / "syncer.json"
+        ready.unlink(missing_ok=True)
+        arguments = ["syncer", "--bind", "tcp://127.0.0.1:0", "--run-dir", str(run_dir), "--supervised"]
+        syncer = start_child("lightning_diloco", arguments, log=run_dir / "logs" / "syncer.log", environment=self._environment)
+        self._syncer = syncer
+        syncer.send_line({"token": self._token, "takeover_token": self._takeover_token, "num_slots": self._plan.num_learners})
+        deadline_s = time.monotonic() + _SYNCER_START_S
+        while not ready.exists():
+            self._obey_signals()
+            status = syncer.poll()
+            if status is not None:
+                raise SyncerUnavailableError(f"The syncer process ended with {status} at its start; see {run_dir}/logs/syncer.log.")
+            if time.monotonic() > deadline_s:
+                raise SyncerUnavailableError(f"The syncer process was not ready within {_SYNCER_START_S:g} s; see {run_dir}/logs/syncer.log.")
+            time.sleep(_TICK_S)
+        self._endpoint = json.loads(ready.read_text("utf-8"))["endpoint"]
+
+    def _start(self, learner: _Learner) -> None:
+        plan = self._plan
+        log = None if learner.learner_id == 0 else plan.run_dir / "logs" / f"learner_{learner.learner_id}.log"
+        learner.result = None
+        learner.child = start_child("lightning_diloco.strategy.worker", [], log=log, environment=self._environment)
+        learner.child.send_line(
+            {
+                "learner_id": learner.learner_id,
+                "num_learners": plan.num_learners,
+                "life": learner.life,
+                "endpoint": self._endpoint,
+                "token": self._token,
+                "takeover_token": self._takeover_token,
+                "run_dir": str(plan.run_dir),
+                "launch_dir": str(plan.launch_dir),
+                "payload_path": str(plan.payload_path),
+                "result_path": str(self._result_path(learner)),
+                "sys_path": sys.path,
+                "argv": sys.argv,
+                "environment": {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")},
+            }
+        )
+
+    def _result_path(self, learner: _Learner) -> Path:
+        return self._plan.launch_dir / f"result_{learner.learner_id}_{learner.life}.pkl"
+
+    def _log_hint(self, learner: _Learner) -> str:
+        return "" if learner.learner_id == 0 else f" See {self._plan.run_dir}/logs/learner_{learner.learner_id}.log."
+
+    # -- ending --------------------------------------------------------------------------------------------------------------------
+
+    def _tell_lost(self, learner: _Learner) -> None:
+        if self._syncer is not None:
+            self._syncer.send_line({"command": "lost", "learner_id": learner.learner_id})
+
+    def _stop_learners(self) -> None:
+        """Ask all learners to leave, and wait for them; a second signal to this process cuts the wait short."""
+        running = [learner for learner in self._learners if learner.child is not None and learner.child.poll() is None]
+        for learner in running:
+            assert learner.child is not None
+            learner.child.terminate()
+        deadline_s = time.monotonic() + _LEAVE_S
+        heard = len(self._signals.received)
+        while running and time.monotonic() < deadline_s and len(self._signals.received) == heard:
+            running = [learner for learner in running if learner.child is not None and learner.child.poll() is None]
+            time.sleep(_TICK_S)
+        for learner in running:
+            assert learner.child is not None
+            _log.warning("learner %d did not leave within %g s and is killed", learner.learner_id, _LEAVE_S)
+            _kill(learner.child)
+            self._tell_lost(learner)
+
+    def _end_syncer(self, status: Literal["finished", "stopped", "failed"]) -> None:
+        if self._syncer is None:
+            return
+        self._syncer.send_line({"command": "finish", "status": status})
+        deadline_s = time.monotonic() + _SYNCER_END_S
+        heard = len(self._signals.received)
+        while (ended := self._syncer.poll()) is None and time.monotonic() < deadline_s and len(self._signals.received) == heard:
+            time.sleep(_TICK_S)
+        if status == "finished" and (ended is None or ended.code != 0):
+            problem = "did not end" if ended is None else f"ended with {ended}"
+            raise SyncerUnavailableError(
+                f"The syncer process {problem} after the learners had left; the global model may be incomplete. "
+                f"See {self._plan.run_dir}/logs/syncer.log."
+            )
+
+    def _kill_all(self) -> None:
+        for child in (*(learner.child for learner in self._learners), self._syncer):
+            if child is not None and child.poll() is None:
+                _kill(child)
+
+    # -- signals of this process ---------------------------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> None:
+        """Note Ctrl-C and SIGTERM instead of being torn out of the loop; only the main thread may, and only there they arrive."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._signals.previous[signum] = signal.signal(signum, self._on_signal)
+
+    def _release_signals(self) -> None:
+        for signum, handler in self._signals.previous.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        self._signals.previous.clear()
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._signals.received.append(signum)
+
+    def _obey_signals(self) -> None:
+        if self._signals.received:
+            signum = self._signals.received[0]
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SIGTERMException(128 + signum)
+
+
+def _kill(child: Child) -> None:
+    child.signal_group(signal.SIGKILL)
+    while child.poll() is None:
+        time.sleep(0.01)

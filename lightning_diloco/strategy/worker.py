@@ -1,0 +1,133 @@
+"""The learner process: ``python -m lightning_diloco.strategy.worker``, started by the supervisor and never by hand.
+
+The order matters. The assignment is read and the life line held first, so that the process cannot outlive its supervisor. SIGTERM is
+caught before anything slow, because Lightning's own handler comes late. The learner's rank is set before Lightning is imported,
+because loggers and progress bars ask for it. Then the payload is read, and the user's fit runs exactly as in its own process: through
+Lightning's ``_call_and_handle_interrupt``, so that hooks for exceptions and teardown run here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_diloco.strategy.life_line import hold_life_line, read_assignment
+from lightning_diloco.strategy.sigterm import EXIT_SIGTERM, SigtermPolicy, is_sigterm_exit
+
+if TYPE_CHECKING:
+    from lightning_diloco.strategy.outer_sync import OuterSync
+    from lightning_diloco.strategy.results import LearnerResult
+    from lightning_diloco.strategy.strategy import DecoupledDiLoCoStrategy
+
+__all__ = ["main"]
+
+_strategy: DecoupledDiLoCoStrategy | None = None
+
+
+def main() -> int:
+    """Run one learner to its end.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 143 left after SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    SigtermPolicy(_find_sync).install()
+    assigned = read_assignment(0)
+    hold_life_line(0)
+    _restore_surroundings(assigned)
+    result_path = Path(assigned["result_path"])
+    try:
+        _settle_rank(assigned["learner_id"])
+        result = _run(assigned)
+    except BaseException as error:
+        return _end_with(error, result_path)
+    return _write(result, result_path)
+
+
+def _run(assigned: dict[str, Any]) -> LearnerResult:
+    global _strategy
+    from lightning.pytorch.trainer import call
+
+    from lightning_diloco.strategy.assignment import Assignment
+    from lightning_diloco.strategy.csv_logs import keep_csv_logs
+    from lightning_diloco.strategy.payload import load_payload
+    from lightning_diloco.strategy.results import collect
+
+    payload = load_payload(Path(assigned["payload_path"]))
+    trainer = payload.trainer
+    _strategy = trainer.strategy
+    assert _strategy is not None
+    _strategy.take(
+        Assignment(
+            role="learner",
+            endpoint=assigned["endpoint"],
+            learner_id=assigned["learner_id"],
+            num_learners=assigned["num_learners"],
+            life=assigned["life"],
+            token=assigned["token"],
+            takeover_token=assigned["takeover_token"],
+            run_dir=Path(assigned["run_dir"]),
+            launch_dir=Path(assigned["launch_dir"]),
+        )
+    )
+    # The supervisor has run it once for the machine.
+    trainer._data_connector.prepare_data = _nothing
+    if assigned["learner_id"] == 0 and assigned["life"] > 0:
+        keep_csv_logs(trainer.loggers)
+    payload.state.restore()
+    call._call_and_handle_interrupt(trainer, payload.function, *payload.args, **payload.kwargs)
+    return collect(trainer)
+
+
+def _nothing() -> None:
+    """Stand-in for a hook that has run elsewhere."""
+
+
+def _find_sync() -> OuterSync | None:
+    return None if _strategy is None else _strategy._outer_sync
+
+
+def _end_with(error: BaseException, result_path: Path) -> int:
+    from lightning_diloco.strategy.results import LearnerResult, failure
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if is_sigterm_exit(error):
+        return _write(LearnerResult(outcome="signal"), result_path)
+    traceback.print_exception(error)
+    return _write(failure(error), result_path)
+
+
+def _write(result: LearnerResult, path: Path) -> int:
+    from lightning_diloco.strategy.results import write_result
+
+    write_result(result, path)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return {"done": 0, "signal": EXIT_SIGTERM, "failed": 1}[result.outcome]
+
+
+def _restore_surroundings(assigned: dict[str, Any]) -> None:
+    """Undo what was only needed to get here: this process looks for modules where its parent does."""
+    sys.path[:] = assigned["sys_path"]
+    sys.argv[:] = assigned["argv"]
+    for name, value in assigned["environment"].items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _settle_rank(learner_id: int) -> None:
+    from lightning_utilities.core.rank_zero import rank_zero_only
+
+    rank_zero_only.rank = learner_id
+
+
+if __name__ == "__main__":
+    # Other code finds this module by its name, and there has to be one of it: the handler and the run share its globals.
+    sys.modules["lightning_diloco.strategy.worker"] = sys.modules["__main__"]
+    sys.exit(main())
