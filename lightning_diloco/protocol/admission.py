@@ -23,7 +23,7 @@ from lightning_diloco.protocol.messages import (
     Found,
     Hello,
     JoinRefused,
-    Ready,
+    Left,
     Resolved,
     SendState,
     Stop,
@@ -33,7 +33,10 @@ from lightning_diloco.protocol.publisher import Current
 from lightning_diloco.protocol.records import DiscardRecord, JobRecord, JoinRecord, LeaveRecord
 from lightning_diloco.protocol.rounds import Rounds
 
-__all__ = ["Admission"]
+__all__ = ["FENCED", "Admission"]
+
+FENCED = "Another process has taken over this learner's id."
+GIVEN_UP = "This process was given up for dead, and what it had not handed over is discarded. It ends; a new process may join."
 
 
 class Admission:
@@ -43,21 +46,22 @@ class Admission:
         self._job = job
         self._rounds = rounds
         self._hellos: dict[str, Hello] = {}
-        self._found: Found | None = None
+        self._found: tuple[str, Found] | None = None
         self._founding_config = SyncConfig()
 
     def hello(self, session: str, envelope: Envelope, hello: Hello, now_s: float) -> list[SyncerAction]:
         """A process wants in, or is back."""
         job = self._job
-        if job.members.is_fenced(session):
-            return [Reply(session=session, message=Fenced(detail="Another process has taken over this learner's id."))]
+        ended = self.farewell(session)
+        if ended is not None:
+            return [ended]
         refusal = self._refusal(envelope, hello)
         if refusal is not None:
             return [Reply(session=session, message=JoinRefused(reason=refusal[0], detail=refusal[1])), CloseSession(session=session)]
         member = job.members.of(session)
         if member is not None:
             return self._resume(member, hello, now_s)
-        learner_id = job.members.free_id() if hello.learner_id is None else hello.learner_id
+        learner_id = job.members.free_id(job.options.num_slots) if hello.learner_id is None else hello.learner_id
         actions, refusal = self._take_id(learner_id, hello, now_s)
         if refusal is not None:
             return [Reply(session=session, message=JoinRefused(reason=refusal[0], detail=refusal[1])), CloseSession(session=session)]
@@ -66,6 +70,15 @@ class Admission:
         member.device, member.batch_size, member.tokens_per_step = hello.device, hello.batch_size, hello.tokens_per_step
         member.last_heard_s = now_s
         return actions + self._place(member, now_s)
+
+    def farewell(self, session: str) -> Reply | None:
+        """The last word to a session whose incarnation has ended: its account is closed, so it can never rejoin."""
+        reason = self._job.members.end_of(session)
+        if reason is None:
+            return None
+        if reason in ("fenced", "died"):
+            return Reply(session=session, message=Fenced(detail=FENCED if reason == "fenced" else GIVEN_UP))
+        return Reply(session=session, message=Left(versions=tuple(c.version.n for c in self._job.currents)))
 
     def _refusal(self, envelope: Envelope, hello: Hello) -> tuple[str, str] | None:
         job = self._job
@@ -87,16 +100,15 @@ class Admission:
         return self._difference(hello)
 
     def _difference(self, hello: Hello) -> tuple[str, str] | None:
-        try:
-            config = SyncConfig.from_options(json.loads(hello.config))
-        except (ConfigurationError, TypeError, ValueError) as error:
-            return "config", f"The configuration cannot be read: {error}"[:1000]
+        config = _read_config(hello.config)
+        if isinstance(config, str):
+            return "config", config
         field = self._job.config.first_difference(config)
         if field is not None:
             ours, theirs = getattr(self._job.config, field), getattr(config, field)
             return (
                 "config",
-                f"{field}={theirs!r} differs from the job's {ours!r}. The founder's configuration is the job's: use the same value.",
+                f"{field}={theirs!r:.500} differs from the job's {ours!r:.500}. The founder's configuration holds: use the same value.",
             )
         if hello.fingerprint != self._job.fingerprint:
             return (
@@ -117,7 +129,7 @@ class Admission:
             return [], None
         if not options.takeover_token or hello.takeover_token != options.takeover_token:
             return [], ("learner_id", f"learner_id={learner_id} is in use by a live process. Use another id, or none to be given one.")
-        fenced = Reply(session=before.session, message=Fenced(detail="Another process has taken over this learner's id."))
+        fenced = Reply(session=before.session, message=Fenced(detail=FENCED))
         return [fenced, *self.end(before, "fenced", now_s)], None
 
     def _place(self, member: Member, now_s: float) -> list[SyncerAction]:
@@ -126,7 +138,7 @@ class Admission:
         if job.is_founded:
             return self._receive(member, now_s)
         if member.learner_id == job.options.founder_id:
-            member.stage = "founding"
+            member.stage, member.is_founder = "founding", True
             return [self._welcome(member, "founder", now_s), self._begin_founding(member)]
         return [self._welcome(member, "waiting", now_s)]
 
@@ -139,9 +151,7 @@ class Admission:
         member.stage = "receiving"
         difference = self._difference(self._hellos[member.session])
         if difference is not None:
-            job.members.remove(member, fenced=False)
-            refused = JoinRefused(reason=difference[0], detail=difference[1])
-            return [Reply(session=member.session, message=refused), CloseSession(session=member.session)]
+            return self._turn_away(member, difference[0], difference[1], now_s)
         job.publisher.start(member.session, {})
         actions: list[SyncerAction] = [self._welcome(member, "joiner", now_s)]
         if job.static_bytes:
@@ -154,8 +164,10 @@ class Admission:
         """The same process is back: same incarnation, missing versions, an answer for every unresolved contribution."""
         job = self._job
         member.last_heard_s = now_s
-        if not job.is_founded or member.stage == "receiving":
-            return self._place(member, now_s) if member.stage != "founding" else []
+        # A process that holds everything was let in and its `Ready` was lost: it says so again when it is welcomed back.
+        holds_all = bool(hello.lineage) and len(hello.versions) == job.num_fragments
+        if not job.is_founded or (member.stage == "receiving" and not holds_all):
+            return self._welcome_again(member, now_s)
         actions: list[SyncerAction] = [self._welcome(member, "resumed", now_s)]
         for item in hello.unresolved:
             known = job.decisions.get((member.learner_id, item.fragment_id), {}).get(item.seq)
@@ -169,25 +181,44 @@ class Admission:
             actions += job.publisher.offer(member, fragment_id, current)
         return actions
 
-    def found(self, session: str, message: Found) -> list[SyncerAction]:
+    def _welcome_again(self, member: Member, now_s: float) -> list[SyncerAction]:
+        """A hello that was said twice, or whose answer was lost: what is on its way already is not sent again."""
+        job = self._job
+        if member.stage != "receiving":
+            return [self._welcome(member, "founder" if member.stage == "founding" else "waiting", now_s)]
+        actions: list[SyncerAction] = [self._welcome(member, "member" if member.is_founder else "joiner", now_s)]
+        for fragment_id, current in enumerate(job.currents):
+            actions += job.publisher.offer(member, fragment_id, current)
+        return actions
+
+    def found(self, session: str, message: Found, now_s: float) -> list[SyncerAction]:
         """The appointed founder described the job; its payloads follow."""
         member = self._job.members.of(session)
         if member is None or member.stage != "founding" or self._job.is_founded:
             return []
-        try:
-            self._founding_config = SyncConfig.from_options(json.loads(self._hellos[session].config))
-        except (ConfigurationError, TypeError, ValueError) as error:
-            self._job.members.remove(member, fenced=False)
-            return [Reply(session=session, message=JoinRefused(reason="config", detail=str(error)[:1000])), CloseSession(session=session)]
-        self._found = message
+        config = _read_config(self._hellos[session].config)
+        if isinstance(config, str):
+            return self._turn_away(member, "config", config, now_s)
+        ids = [f.fragment_id for f in message.fragments]
+        if ids != list(range(len(ids))) or len(message.versions) not in (0, len(ids)):
+            detail = "The fragments' ids must be 0, 1, 2, ... and there must be one version for each, or none at all."
+            return self._turn_away(member, "wrong_layout", detail, now_s)
+        self._founding_config, self._found = config, (session, message)
         return [Reply(session=session, message=SendState(), incarnation=member.incarnation)]
+
+    def _turn_away(self, member: Member, reason: str, detail: str, now_s: float) -> list[SyncerAction]:
+        """End a session that is not a member yet with a sentence."""
+        refused = Reply(session=member.session, message=JoinRefused(reason=reason, detail=detail), incarnation=member.incarnation)
+        return [refused, *self.end(member, "died", now_s)]
 
     def founded(self, event: FoundingArrived, now_s: float) -> list[SyncerAction]:
         """Everything of the founder is stored: the history begins, and those in line are let in."""
-        job, found = self._job, self._found
+        job, announced = self._job, self._found
         member = job.members.of(event.session)
-        if member is None or found is None or job.is_founded or member.stage != "founding":
+        # The description must be that of this process: an earlier founder may have died after its own.
+        if member is None or announced is None or announced[0] != event.session or job.is_founded or member.stage != "founding":
             return []
+        found, self._found = announced[1], None
         numbers = found.versions or (0,) * len(found.fragments)
         per_element = {"fp32": 4, "bf16": 2}[self._founding_config.wire_dtype]
         currents = [
@@ -230,21 +261,25 @@ class Admission:
             versions=job.options.versions,
         )
 
-    def ready(self, session: str, message: Ready, now_s: float) -> list[SyncerAction]:
+    def ready(self, session: str, now_s: float) -> list[SyncerAction]:
         """All fragments are held: a member from here on."""
         job = self._job
         member = job.members.of(session)
-        if member is None or member.stage != "receiving" or not job.publisher.holds_all(session, job.num_fragments):
+        if member is None or member.stage != "receiving":
+            return []
+        # Its word and the transport's acknowledgements come on two channels: the last of both makes the member.
+        member.is_ready = True
+        if not job.publisher.holds_all(session, job.num_fragments):
             return []
         member.stage, member.last_advance_s, member.last_heard_s = "joined", now_s, now_s
         record = JoinRecord(
             learner_id=member.learner_id,
             incarnation=member.incarnation,
-            role="founder" if member.learner_id == job.options.founder_id and member.incarnation == 0 else "joiner",
+            role="founder" if member.is_founder else "joiner",
             device=member.device,
             batch_size=member.batch_size,
             tokens_per_step=member.tokens_per_step,
-            job_step=job.members.job_step(now_s),
+            job_step=member.joined_at_step,
         )
         actions: list[SyncerAction] = [Tape(record=record)]
         if job.stop_reason is not None:
@@ -255,7 +290,7 @@ class Admission:
         """End an incarnation: its pulls end, and what it had not handed over is discarded with the reason."""
         job = self._job
         was_joined = member.stage == "joined"
-        job.members.remove(member, fenced=reason == "fenced")
+        job.members.remove(member, reason)
         job.publisher.stop(member.session)
         self._hellos.pop(member.session, None)
         actions: list[SyncerAction] = [CloseSession(session=member.session)] if reason == "died" else []
@@ -270,14 +305,24 @@ class Admission:
 
     def _welcome(self, member: Member, role: str, now_s: float) -> Reply:
         job = self._job
+        if role == "joiner":
+            member.joined_at_step = job.members.job_step(now_s)
         message = Welcome(
             role=role,  # type: ignore[arg-type]
             learner_id=member.learner_id,
             incarnation=member.incarnation,
             shards=job.options.shards,
-            job_step=job.members.job_step(now_s),
+            job_step=member.joined_at_step if member.stage == "receiving" else job.members.job_step(now_s),
             next_seq=job.next_seq(member.learner_id),
             static_crc=job.static_crc,
             static_bytes=job.static_bytes,
         )
         return Reply(session=member.session, message=message, incarnation=member.incarnation)
+
+
+def _read_config(data: bytes) -> SyncConfig | str:
+    """The configuration in a hello, or the sentence that says why it cannot be read."""
+    try:
+        return SyncConfig.from_options(json.loads(data))
+    except (ConfigurationError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        return f"The configuration cannot be read: {error}"[:1000]

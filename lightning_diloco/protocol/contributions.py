@@ -8,11 +8,12 @@ only then the values (`nonfinite`, `norm`). Every refusal names the seq, is coun
 from __future__ import annotations
 
 from lightning_diloco.protocol.actions import DropPayload, Fold, Reply, SyncerAction, Tape
+from lightning_diloco.protocol.admission import Admission
 from lightning_diloco.protocol.events import ContributionArrived
 from lightning_diloco.protocol.identity import ContributionKey, Refusal
 from lightning_diloco.protocol.job import Decision, Held, Job
 from lightning_diloco.protocol.members import Member
-from lightning_diloco.protocol.messages import Contribution, Fenced, Resolved, WhoAreYou
+from lightning_diloco.protocol.messages import Contribution, Resolved, WhoAreYou
 from lightning_diloco.protocol.records import ContributionRecord, Outcome
 from lightning_diloco.protocol.rounds import Rounds
 
@@ -31,17 +32,19 @@ def contribution_weight(tokens: int, steps: int) -> float:
 class Contributions:
     """Decides on every contribution of a job exactly once."""
 
-    def __init__(self, job: Job, rounds: Rounds) -> None:
+    def __init__(self, job: Job, rounds: Rounds, admission: Admission) -> None:
         self._job = job
         self._rounds = rounds
+        self._admission = admission
 
     def arrived(self, event: ContributionArrived, now_s: float) -> list[SyncerAction]:
         """Decide on one complete payload."""
         job, header = self._job, event.header
         member = job.members.of(event.session)
-        if member is None or member.stage not in ("joined",):
+        if member is None or member.stage != "joined":
             return self._stranger(event)
         key = ContributionKey(member.learner_id, header.fragment_id, header.seq)
+        member.answered()
         if event.envelope.incarnation == member.incarnation:
             member.advance(header.inner_step, header.total_tokens, now_s)
             job.ledger.trained(member.learner_id, header.total_tokens)
@@ -76,13 +79,15 @@ class Contributions:
         job, learner_id, fragment_id = self._job, member.learner_id, header.fragment_id
         round_ = self._rounds.of(fragment_id)
         held = sum(h.tokens for h in round_.held + round_.merging if h.learner_id == learner_id)
-        if header.tokens > job.ledger.pending(learner_id, fragment_id) - held:
+        if header.tokens > job.ledger.pending(learner_id, fragment_id) - held or header.steps > member.inner_step:
             return True
-        if header.seq < job.last_seq.get((learner_id, fragment_id), 0):
+        last_seq = job.last_seq.get((learner_id, fragment_id), 0)
+        if header.seq < last_seq:
             return True
         if header.after is not None:
             earlier = job.decisions.get((learner_id, fragment_id), {}).get(header.after)
-            return not header.is_final or earlier is None or earlier.outcome == "refused"
+            count = sum(h.learner_id == learner_id for h in round_.held + round_.merging)
+            return not header.is_final or header.after != last_seq or earlier is None or earlier.outcome == "refused" or count > 1
         return round_.holds(learner_id) or header.base_merged_seq != job.merged_seq(learner_id, fragment_id)
 
     def _accept(self, event: ContributionArrived, member: Member, key: ContributionKey, now_s: float) -> list[SyncerAction]:
@@ -102,7 +107,6 @@ class Contributions:
         job.ledger.hold(member.learner_id, header.fragment_id, header.tokens)
         job.decide(member.learner_id, header.fragment_id, header.seq, Decision(crc=header.crc, outcome="held"))
         member.snapshot_step[header.fragment_id] = header.inner_step
-        member.is_silent = False
         actions: list[SyncerAction] = [Fold(key=key, weight=weight), self._tape(event, member, weight, outcome, None)]
         actions.append(self._answer(member, header, "held", None))
         return actions + self._rounds.end_pull(member.learner_id, header.fragment_id, header.round_id, now_s)
@@ -129,11 +133,10 @@ class Contributions:
         return actions + self._rounds.end_pull(member.learner_id, header.fragment_id, header.round_id, now_s)
 
     def _stranger(self, event: ContributionArrived) -> list[SyncerAction]:
-        """No member: a fenced life is told so, anyone else is asked who it is; nothing changes."""
+        """No member: an ended life is told so, anyone else is asked who it is; nothing changes."""
         key = ContributionKey(0, event.header.fragment_id, event.header.seq)
-        fenced = self._job.members.is_fenced(event.session)
-        message = Fenced(detail="Another process has taken over this learner's id.") if fenced else WhoAreYou()
-        return [DropPayload(key=key), Reply(session=event.session, message=message)]
+        farewell = self._admission.farewell(event.session)
+        return [DropPayload(key=key), farewell or Reply(session=event.session, message=WhoAreYou())]
 
     def _answer(self, member: Member, header: Contribution, outcome: str, reason: Refusal | None) -> Reply:
         message = Resolved(fragment_id=header.fragment_id, seq=header.seq, outcome=outcome, reason=reason)  # type: ignore[arg-type]

@@ -99,17 +99,19 @@ class Merged(_Event, frozen=True, kw_only=True):
 
 
 class PublicationDelivered(_Event, frozen=True, kw_only=True):
-    """The transport's end-to-end acknowledgement of one publication to one learner."""
+    """The transport's end-to-end acknowledgement of one publication to one learner (`version`: which one, where it is known)."""
 
     session: str
     fragment_id: int
+    version: Version | None = None
 
 
 class PublicationFailed(_Event, frozen=True, kw_only=True):
-    """The transport gave up on one publication to one learner."""
+    """The transport gave up on one publication to one learner (`version`: which one, where it is known)."""
 
     session: str
     fragment_id: int
+    version: Version | None = None
 
 
 class LearnerLost(_Event, frozen=True, kw_only=True):

@@ -9,8 +9,8 @@
     leaving     final contributions are on their way
     left / refused / fenced: the end
 
-At a boundary, in this order (PROTOCOL.md section 3): count; adopt what is ready; heal what was refused for its values; answer pulls. The answer
-is `busy` with an unresolved contribution, a version received and not adopted, no work, or no room to stage; nothing is dropped.
+At a boundary, in this order (PROTOCOL.md section 3): count; adopt what is ready; heal what was refused for its values; answer pulls. The
+answer is `busy` with an unresolved contribution, a version received and not adopted, no work, or no room to stage; nothing is dropped.
 Whether an own contribution is in a version is decided by `merged_through` alone, never by "members of the round".
 
 Invariants (property tests): versions only grow; parameters = base + local progress that is not merged; at most one unresolved
@@ -34,6 +34,7 @@ from lightning_diloco.protocol.actions import (
     RefuseJoin,
     Send,
     SendFounding,
+    SendLeave,
     StopTraining,
 )
 from lightning_diloco.protocol.events import (
@@ -63,6 +64,7 @@ from lightning_diloco.protocol.messages import (
     JoinRefused,
     Left,
     NeedFull,
+    Paused,
     Pull,
     Ready,
     Released,
@@ -89,6 +91,7 @@ class LearnerMachine:
         self._exchange = Exchange(self.state)
         self._welcome: Welcome | None = None
         self._needs_static = False
+        self._has_static = False
         self._handlers: dict[type, Callable[..., list[LearnerAction]]] = {
             JoinRequested: lambda event: self._say_hello(),
             ControlReceived: self._control,
@@ -98,7 +101,7 @@ class LearnerMachine:
             Boundary: self._exchange.boundary,
             Encoded: self._exchange.encoded,
             PauseChanged: self._exchange.pause,
-            StopRequested: lambda event: [Send(message=StopRequest(reason=event.reason))],
+            StopRequested: self._stop_requested,
             LeaveRequested: self._exchange.leave,
             Tick: lambda event: [],
         }
@@ -110,7 +113,7 @@ class LearnerMachine:
             Pull: self._exchange.pulled,
             Released: self._exchange.released,
             Resolved: self._exchange.resolved,
-            Stop: lambda m: [StopTraining(reason=m.reason)],
+            Stop: self._stopped,
             Left: self._left,
         }
 
@@ -138,7 +141,7 @@ class LearnerMachine:
         return Heartbeat(
             inner_step=self.state.inner_step,
             tokens=self.state.tokens,
-            versions=tuple(f.held.n if f.held is not None else 0 for f in self.state.fragments),
+            versions=tuple(v.n if (v := f.arriving or f.held) is not None else 0 for f in self.state.fragments),
             unresolved=tuple(Unresolved(i, p.header.seq) for i, p in pending),
             discarded=tuple(Discarded(f.fragment_id, r, n) for f in self.state.fragments for r, n in sorted(f.discarded.items())),
             step_gaps_s=step_gaps_s,
@@ -189,27 +192,51 @@ class LearnerMachine:
 
     def _welcomed(self, message: Welcome) -> list[LearnerAction]:
         self._welcome = message
-        if message.role == "resumed" or self.state.stage in ("joined", "leaving"):
+        if self.state.stage in ("joined", "leaving"):
+            return self._say_again()
+        if message.role == "resumed":
             return []
         self.state.learner_id = message.learner_id
         if message.next_seq:
             for fragment, seq in zip(self.state.fragments, message.next_seq, strict=False):
                 fragment.next_seq = seq
         if message.role == "founder":
+            if self.state.stage == "founding":
+                return []
             self.state.stage = "founding"
             return [SendFounding()]
         if message.role == "joiner":
             self.state.stage = "receiving"
-            self._needs_static = message.static_bytes > 0
-            return []
+            self._needs_static = message.static_bytes > 0 and not self._has_static
+            return [*self._ask_for_missed(), *self._maybe_joined()]
         if message.role == "member":
-            for fragment in self.state.fragments:
-                fragment.base = fragment.held = Version(self.state.envelope.epoch, 0)
-            return self._join_done()
+            numbers = self.state.options.founded_n or (0,) * len(self.state.fragments)
+            for fragment, n in zip(self.state.fragments, numbers, strict=True):
+                fragment.base = fragment.held = Version(self.state.envelope.epoch, n)
+            return [*self._join_done(), *self._ask_for_missed()]
         return []
 
+    def _say_again(self) -> list[LearnerAction]:
+        """The session is a new one: what was said once and may be lost with the old one is said again."""
+        state = self.state
+        actions: list[LearnerAction] = [Send(message=Ready(inner_step=state.inner_step))]
+        if state.stage == "joined":
+            actions.append(Send(message=Paused(is_paused=state.is_paused)))
+        if state.wants_stop is not None and not state.is_stopped:
+            actions.append(Send(message=StopRequest(reason=state.wants_stop)))
+        if state.said_leave is not None:
+            actions.append(SendLeave(reason=state.said_leave))
+        return actions
+
+    def _ask_for_missed(self) -> list[LearnerAction]:
+        """Publications that overtook the welcome (two channels) could not be used; the syncer believes that they are held."""
+        missed = [f for f in self.state.fragments if f.is_missed]
+        for fragment in missed:
+            fragment.is_missed = False
+        return [Send(message=NeedFull(fragment_id=f.fragment_id)) for f in missed]
+
     def _static_installed(self, event: StaticInstalled) -> list[LearnerAction]:
-        self._needs_static = False
+        self._needs_static, self._has_static = False, True
         return self._maybe_joined()
 
     def _maybe_joined(self) -> list[LearnerAction]:
@@ -225,6 +252,16 @@ class LearnerMachine:
         joined = Joined(learner_id=self.state.learner_id, incarnation=welcome.incarnation, role=welcome.role, job_step=welcome.job_step)
         return [Send(message=Ready(inner_step=self.state.inner_step)), joined]
 
+    def _stop_requested(self, event: StopRequested) -> list[LearnerAction]:
+        self.state.wants_stop = event.reason
+        return [Send(message=StopRequest(reason=event.reason))]
+
+    def _stopped(self, message: Stop) -> list[LearnerAction]:
+        if self.state.is_stopped:
+            return []
+        self.state.is_stopped = True
+        return [StopTraining(reason=message.reason)]
+
     def _join_refused(self, message: JoinRefused) -> list[LearnerAction]:
         self.state.stage = "refused"
         return [RefuseJoin(reason=message.reason, detail=message.detail)]
@@ -237,7 +274,10 @@ class LearnerMachine:
 
     def _publication(self, event: PublicationArrived) -> list[LearnerAction]:
         header = event.header
-        if self.state.stage not in ("receiving", "joined", "leaving") or header.fragment_id >= len(self.state.fragments):
+        if header.fragment_id >= len(self.state.fragments):
+            return []
+        if self.state.stage not in ("receiving", "joined", "leaving"):
+            self.state.fragments[header.fragment_id].is_missed = True
             return []
         if not self._is_ours(event.envelope) or header.version.epoch != self.state.envelope.epoch:
             return []

@@ -170,9 +170,12 @@ class Exchange:
 
     def leave(self, event: LeaveRequested) -> list[LearnerAction]:
         """Push what is left of every fragment, then say good-bye when each is accounted for."""
+        if self._state.stage == "leaving":
+            return []
         if self._state.stage != "joined":
-            self._state.stage = "left"
-            return [LeftDone()]
+            # Nothing was trained; the syncer should know that nobody comes.
+            was_new, self._state.stage = self._state.stage == "new", "left"
+            return [LeftDone()] if was_new else [SendLeave(reason=event.reason), LeftDone()]
         self._state.stage, self._state.leave_reason = "leaving", event.reason
         actions = self._refuse_pulls()
         for fragment in self._state.fragments:
@@ -183,7 +186,8 @@ class Exchange:
             counted = fragment.unresolved.header.tokens if fragment.unresolved and fragment.unresolved.in_counters else 0
             if self._state.tokens - fragment.since_tokens - counted > 0:
                 fragment.final = Pending(self._header(fragment, None, fragment.unresolved))
-                seq, after = fragment.final.header.seq, fragment.unresolved is not None
+                # After an overwrite the unresolved contribution is not in the parameters any more.
+                seq, after = fragment.final.header.seq, fragment.unresolved is not None and fragment.unresolved.in_counters
                 actions.append(Snapshot(fragment_id=fragment.fragment_id, seq=seq, after_unresolved=after))
         return actions + self._maybe_left()
 
@@ -194,6 +198,7 @@ class Exchange:
         if any(not p.is_acknowledged for p in pending):
             return []
         reason, self._state.leave_reason = self._state.leave_reason, None
+        self._state.said_leave = reason
         return [SendLeave(reason=reason)]
 
 

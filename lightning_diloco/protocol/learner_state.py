@@ -53,6 +53,7 @@ class FragmentState:
     final: Pending | None = None
     pulled_by: int | None = None
     heal: str | None = None
+    is_missed: bool = False
     discarded: dict[DiscardReason, int] = field(default_factory=dict)
 
     @property
@@ -113,6 +114,7 @@ class LearnerOptions:
         config: JSON of its `SyncConfig`.
         adopt: the adoption rule of that configuration.
         learner_id: the id it wants (None: any free one).
+        founded_n: what a founder says in `Found.versions` (founding from a checkpoint).
     """
 
     nonce: str
@@ -126,6 +128,7 @@ class LearnerOptions:
     device: str = ""
     batch_size: int = 0
     tokens_per_step: int = 0
+    founded_n: tuple[int, ...] = ()
 
 
 class LearnerState:
@@ -144,6 +147,9 @@ class LearnerState:
         self.tokens = 0
         self.is_paused = False
         self.leave_reason: Literal["limit", "signal", "stopped"] | None = None
+        self.said_leave: Literal["limit", "signal", "stopped"] | None = None
+        self.wants_stop: str | None = None
+        self.is_stopped = False
         self.fragments = [FragmentState(fragment_id=i) for i in range(options.num_fragments)]
         self.merges_seen = 0
         self.merges_with_us = 0

@@ -1,17 +1,19 @@
 """Who takes part: sessions, incarnations, and when a learner is active (PROTOCOL.md sections 1, 4, 5).
 
 A learner is *active* when it has joined, holds all fragments, its step counter moves (a heartbeat alone is not life), it is not paused,
-and it has not been silent past a round's deadline since its counter last moved. Only active learners are pulled, count for the quorum
-and pace the rounds. A live learner's id is refused to another nonce unless the newcomer shows the takeover token.
+and it has not been silent past a round's deadline: then its counter must move and it must answer again. Only
+active learners are pulled, count for the quorum and pace the rounds. A live learner's id is refused to another nonce unless the newcomer shows the takeover token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Literal
 
 from lightning_diloco.protocol.grace import MovingAverage
+from lightning_diloco.protocol.identity import LeaveReason
 
 __all__ = ["Member", "Membership", "Stage"]
 
@@ -22,6 +24,8 @@ joined: a member; gone: left, died or fenced."""
 STILL_STEPS = 10
 """A counter that has not moved for so many of its own step times (at least `STILL_S`) is not life."""
 STILL_S = 10.0
+MAX_ENDED = 1024
+"""Ended sessions that are remembered."""
 
 
 @dataclass(slots=True)
@@ -35,13 +39,18 @@ class Member:
     device: str = ""
     batch_size: int = 0
     tokens_per_step: int = 0
+    joined_at_step: int = 0
     inner_step: int = 0
     tokens: int = 0
     last_advance_s: float = 0.0
     last_heard_s: float = 0.0
     is_paused: bool = False
     is_silent: bool = False
+    has_moved: bool = False
+    has_answered: bool = False
     is_admitted: bool = False
+    is_founder: bool = False
+    is_ready: bool = False
     step_time: MovingAverage = field(default_factory=MovingAverage)
     snapshot_step: dict[int, int] = field(default_factory=dict)
 
@@ -54,13 +63,31 @@ class Member:
             self.step_time.add((now_s - self.last_advance_s) / (inner_step - self.inner_step))
         self.inner_step, self.tokens = inner_step, max(tokens, self.tokens)
         self.last_advance_s = now_s
-        self.is_silent = False
+        self.has_moved = True
+        self._speak_again()
+
+    def answered(self) -> None:
+        """It showed that nothing of it is stuck on the bulk channel."""
+        self.has_answered = True
+        self._speak_again()
+
+    def fall_silent(self) -> None:
+        """A round's deadline passed without its answer: it is not active until its counter moves and it answers."""
+        self.is_silent, self.has_moved, self.has_answered = True, False, False
+
+    def _speak_again(self) -> None:
+        if self.has_moved and self.has_answered:
+            self.is_silent = False
 
     def is_active(self, now_s: float) -> bool:
         """Whether it is pulled and counts for the quorum."""
         if self.stage != "joined" or self.is_paused or self.is_silent or self.inner_step == 0:
             return False
-        return now_s - self.last_advance_s <= self.still_after_s
+        return not self.is_still(now_s)
+
+    def is_still(self, now_s: float) -> bool:
+        """Whether its step counter has stopped without a word."""
+        return not self.is_paused and now_s - self.last_advance_s > self.still_after_s
 
     @property
     def still_after_s(self) -> float:
@@ -79,7 +106,8 @@ class Membership:
         self._by_id: dict[int, Member] = {}
         self._by_session: dict[str, Member] = {}
         self._next_incarnation: dict[int, int] = {}
-        self._fenced: dict[str, int] = {}
+        self._ended: dict[str, LeaveReason] = {}
+        self._job_step = 0
 
     def add(self, learner_id: int, session: str, stage: Stage) -> Member:
         """A new incarnation of this id; an earlier one must have been removed."""
@@ -89,15 +117,17 @@ class Membership:
         self._by_id[learner_id] = self._by_session[session] = member
         return member
 
-    def remove(self, member: Member, *, fenced: bool) -> None:
-        """End an incarnation; a fenced session is remembered and stays out."""
+    def remove(self, member: Member, reason: LeaveReason) -> None:
+        """End an incarnation; its session is remembered and stays out: its account is closed."""
+        if self.joined() == [member]:
+            # The only one that knows how far the job is.
+            self._job_step = member.joined_at_step + member.inner_step
         member.stage = "gone"
         self._by_id.pop(member.learner_id, None)
         self._by_session.pop(member.session, None)
-        if fenced:
-            self._fenced[member.session] = member.learner_id
-            while len(self._fenced) > 1024:
-                self._fenced.pop(next(iter(self._fenced)))
+        self._ended[member.session] = reason
+        while len(self._ended) > MAX_ENDED:
+            self._ended.pop(next(iter(self._ended)))
 
     def of(self, session: str) -> Member | None:
         """The present incarnation behind this session."""
@@ -107,14 +137,19 @@ class Membership:
         """The present incarnation of this learner."""
         return self._by_id.get(learner_id)
 
-    def is_fenced(self, session: str) -> bool:
-        """Whether another process took this session's id."""
-        return session in self._fenced
+    def end_of(self, session: str) -> LeaveReason | None:
+        """Why this session's incarnation ended, or None for one that has not, or that was never seen."""
+        return self._ended.get(session)
 
-    def free_id(self) -> int:
-        """The smallest id that nobody ever had."""
+    def free_id(self, num_slots: int | None) -> int:
+        """The smallest id that nobody ever had; if all slots were used, the smallest one that nobody has now."""
+        learner_id = self._smallest_not_in(self._next_incarnation)
+        return learner_id if num_slots is None or learner_id < num_slots else self._smallest_not_in(self._by_id)
+
+    @staticmethod
+    def _smallest_not_in(ids: Container[int]) -> int:
         learner_id = 0
-        while learner_id in self._next_incarnation:
+        while learner_id in ids:
             learner_id += 1
         return learner_id
 
@@ -131,9 +166,11 @@ class Membership:
         return [m for m in self.joined() if m.is_active(now_s)]
 
     def job_step(self, now_s: float) -> int:
-        """The job's inner step: the median of the active learners' (0 if there is none)."""
-        steps = [m.inner_step for m in self.active(now_s)]
-        return median_low(steps) if steps else 0
+        """The job's inner step: the median of the active learners', or the last known one while there is none."""
+        steps = [m.joined_at_step + m.inner_step for m in self.active(now_s)]
+        if steps:
+            self._job_step = median_low(steps)
+        return self._job_step
 
     def step_time_s(self, now_s: float) -> float | None:
         """Step time of the fastest active learner."""

@@ -104,7 +104,7 @@ class Pace:
             self._fastest = fastest
 
     def _rest(self, learner_id: int) -> None:
-        """Take a learner off the common scale; the next fastest leads from where it is (waiting for its arrival at the gone one's place
-        would stop all rounds)."""
+        """Take a learner off the common scale; the next fastest leads from where it is."""
+        # Waiting until it has reached the gone one's place would stop all rounds for so long.
         self._shift.pop(learner_id, None)
         self._fastest = max((self._steps[i] + shift for i, shift in self._shift.items()), default=self._fastest)

@@ -36,14 +36,16 @@ class Publisher:
         self._held: dict[str, dict[int, Version]] = {}
         self._on_way: dict[str, dict[int, Version]] = {}
         self._wants_full: dict[str, dict[int, bool]] = {}
+        # What a report said against what was acknowledged; believed when the next report says it again.
+        self._doubted: dict[str, dict[int, Version]] = {}
 
     def start(self, session: str, held: dict[int, Version]) -> None:
         """A session begins with these versions in its hands."""
-        self._held[session], self._on_way[session], self._wants_full[session] = dict(held), {}, {}
+        self._held[session], self._on_way[session], self._wants_full[session], self._doubted[session] = dict(held), {}, {}, {}
 
     def stop(self, session: str) -> None:
         """A session ended."""
-        for table in (self._held, self._on_way, self._wants_full):
+        for table in (self._held, self._on_way, self._wants_full, self._doubted):
             table.pop(session, None)
 
     def offer(self, member: Member, fragment_id: int, current: Current) -> list[SyncerAction]:
@@ -78,17 +80,18 @@ class Publisher:
             ),
         ]
 
-    def delivered(self, member: Member, fragment_id: int, current: Current) -> list[SyncerAction]:
+    def delivered(self, member: Member, fragment_id: int, current: Current, version: Version | None = None) -> list[SyncerAction]:
         """The one on its way has arrived; send the newest if there is a newer one."""
-        version = self._on_way.get(member.session, {}).pop(fragment_id, None)
-        if version is None:
+        arrived = self._take_off_way(member.session, fragment_id, version)
+        if arrived is None:
             return []
-        self._held[member.session][fragment_id] = version
+        self._held[member.session][fragment_id] = arrived
+        self._doubted[member.session].pop(fragment_id, None)
         return self.offer(member, fragment_id, current)
 
-    def failed(self, member: Member, fragment_id: int, current: Current) -> list[SyncerAction]:
+    def failed(self, member: Member, fragment_id: int, current: Current, version: Version | None = None) -> list[SyncerAction]:
         """The transport gave up on the one on its way: what is held there is unknown, so send the full state."""
-        if self._on_way.get(member.session, {}).pop(fragment_id, None) is None:
+        if self._take_off_way(member.session, fragment_id, version) is None:
             return []
         self._held[member.session].pop(fragment_id, None)
         return self.offer(member, fragment_id, current)
@@ -104,8 +107,21 @@ class Publisher:
         held = self._held.get(member.session)
         if held is None or fragment_id in self._on_way[member.session]:
             return []
+        doubted = self._doubted[member.session]
+        if held.get(fragment_id) == current.version and doubted.get(fragment_id) != version:
+            # The report may be older than the acknowledgement: they come on two channels.
+            doubted[fragment_id] = version
+            return []
+        doubted.pop(fragment_id, None)
         held[fragment_id] = version
         return self.offer(member, fragment_id, current)
+
+    def _take_off_way(self, session: str, fragment_id: int, version: Version | None) -> Version | None:
+        """End the transfer that is on its way; None if the word is about an earlier one of a session that was resumed."""
+        on_way = self._on_way.get(session, {})
+        if version is not None and on_way.get(fragment_id) != version:
+            return None
+        return on_way.pop(fragment_id, None)
 
     def holds(self, session: str, fragment_id: int, version: Version) -> bool:
         """Whether this version has been delivered to this session (True for a session that is not known: nothing can be sent)."""

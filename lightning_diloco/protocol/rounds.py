@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_diloco.errors import LocalProtocolError
 from lightning_diloco.protocol.actions import Close, Reply, SyncerAction, Tape
 from lightning_diloco.protocol.events import Merged
 from lightning_diloco.protocol.identity import Version
@@ -73,6 +74,8 @@ class Rounds:
         self._rounds: list[FragmentRound] = []
         self._published_s: dict[int, float] = {}
         self._sync_s: dict[int, float] = {}
+        # Whose adoption of the newest version measures the time of a synchronization: a paused learner's would measure its pause.
+        self._awaited: dict[int, set[int]] = {}
 
     def start(self) -> None:
         """The job was founded."""
@@ -99,6 +102,10 @@ class Rounds:
         active = job.members.active(now_s)
         if not active:
             return actions
+        for member in job.members.joined():
+            if member.is_admitted and member.is_still(now_s):
+                job.pace.remove(member.learner_id)
+                member.is_admitted = False
         for member in active:
             if not member.is_admitted:
                 alone = not any(m.is_admitted for m in active)
@@ -146,6 +153,7 @@ class Rounds:
     def drop_learner(self, learner_id: int, now_s: float) -> list[SyncerAction]:
         """A learner is not active any more: its pulls end, quorums are recomputed."""
         self._job.pace.remove(learner_id)
+        self.not_awaited(learner_id)
         actions: list[SyncerAction] = []
         for round_ in self._rounds:
             if round_.is_collecting:
@@ -179,7 +187,7 @@ class Rounds:
                 for learner_id in list(round_.open_pulls):
                     member = self._job.members.by_id(learner_id)
                     if member is not None:
-                        member.is_silent = True
+                        member.fall_silent()
                 actions += self._release(round_)
             actions += self.progress(round_, now_s)
         return actions
@@ -247,6 +255,8 @@ class Rounds:
     def merged(self, event: Merged, now_s: float) -> list[SyncerAction]:
         """The merge is done: account for it, publish it to all, write it down."""
         job, round_ = self._job, self._rounds[event.fragment_id]
+        if round_.stage != "merging":
+            raise LocalProtocolError(f"Fragment {event.fragment_id} was merged, but no Close was asked for (stage {round_.stage}).")
         before = job.currents[event.fragment_id]
         version = next_version(before.version, job.epoch)
         job.currents[event.fragment_id] = Current(
@@ -263,6 +273,7 @@ class Rounds:
             self._remember_merged(held, event.fragment_id)
         round_.stage, round_.merging = "idle", []
         self._finish_sync(event.fragment_id)
+        self._awaited[event.fragment_id] = {m.learner_id for m in job.members.active(now_s)}
         self._published_s[event.fragment_id], self._sync_s[event.fragment_id] = round_.closed_s, event.merge_s
         return actions + job.offer_all(event.fragment_id)
 
@@ -294,9 +305,15 @@ class Rounds:
         if known is not None:
             self._job.decide(held.learner_id, fragment_id, held.seq, Decision(crc=known.crc, outcome="merged"))
 
-    def adopted(self, fragment_id: int, now_s: float) -> None:
+    def not_awaited(self, learner_id: int) -> None:
+        """What this learner adopts later says nothing of the time that a synchronization takes."""
+        for awaited in self._awaited.values():
+            awaited.discard(learner_id)
+
+    def adopted(self, learner_id: int, fragment_id: int, now_s: float) -> None:
         """A learner acknowledged the current version: the slowest such time is the fragment's sync time."""
-        if fragment_id in self._published_s:
+        if learner_id in self._awaited.get(fragment_id, ()):
+            self._awaited[fragment_id].discard(learner_id)
             self._sync_s[fragment_id] = max(self._sync_s[fragment_id], now_s - self._published_s[fragment_id])
 
     def _finish_sync(self, fragment_id: int) -> None:

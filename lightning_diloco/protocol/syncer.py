@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_diloco.protocol.actions import CloseSession, Ended, Reply, SyncerAction, Tape
+from lightning_diloco.protocol.actions import CloseSession, DropPayload, Ended, Reply, SyncerAction, Tape
 from lightning_diloco.protocol.admission import Admission
 from lightning_diloco.protocol.contributions import Contributions
 from lightning_diloco.protocol.events import (
@@ -34,14 +34,15 @@ from lightning_diloco.protocol.events import (
     SyncerEvent,
     Tick,
 )
-from lightning_diloco.protocol.identity import Version
+from lightning_diloco.protocol.identity import ContributionKey, Version
 from lightning_diloco.protocol.job import Job, JobOptions
 from lightning_diloco.protocol.members import Member
 from lightning_diloco.protocol.messages import (
     Adopted,
     Busy,
-    Fenced,
+    Contribution,
     Found,
+    FromLearner,
     Heartbeat,
     Hello,
     JoinRefused,
@@ -63,6 +64,11 @@ from lightning_diloco.protocol.rounds import Rounds
 
 __all__ = ["SyncerMachine"]
 
+MAX_TOTAL = 2**53
+"""No counter of a learner gets above this: weights are floats, and sums of a few of them must stay within the wire's 62 bits."""
+SILENT_HEARTBEATS = 10
+"""A learner that was not heard for so many heartbeats is not waited for at the end of an unsupervised job."""
+
 
 class SyncerMachine:
     """The syncer's state and rules.
@@ -75,12 +81,12 @@ class SyncerMachine:
         self.job = Job(options)
         self.rounds = Rounds(self.job)
         self._admission = Admission(self.job, self.rounds)
-        self._contributions = Contributions(self.job, self.rounds)
+        self._contributions = Contributions(self.job, self.rounds, self._admission)
         self._leaving: dict[str, Leave] = {}
         self._leave_until_s: dict[str, float] = {}
         self._handlers: dict[type, Callable[..., list[SyncerAction]]] = {
             MessageReceived: self._message,
-            ContributionArrived: self._contributions.arrived,
+            ContributionArrived: self._contribution,
             PayloadFailed: self._payload_failed,
             FoundingArrived: self._admission.founded,
             Merged: self.rounds.merged,
@@ -135,21 +141,42 @@ class SyncerMachine:
             return [Reply(session=session, message=Pong(number=message.number))]
         member = self.job.members.of(session)
         if member is None or event.envelope.incarnation != member.incarnation:
-            if self.job.members.is_fenced(session):
-                return [Reply(session=session, message=Fenced(detail="Another process has taken over this learner's id."))]
             # A leave that was completed is told so again: the answer may have been lost.
-            return [Reply(session=session, message=self._left() if isinstance(message, Leave) else WhoAreYou())]
+            return [self._admission.farewell(session) or Reply(session=session, message=WhoAreYou())]
+        member.last_heard_s = now_s
         if isinstance(message, Found):
-            return self._admission.found(session, message)
-        if isinstance(message, Ready):
-            return self._admission.ready(session, message, now_s)
+            return self._admission.found(session, message, now_s)
+        actions: list[SyncerAction] = []
+        if isinstance(message, Ready | Progress):
+            # Only a learner that has joined counts steps: a lost `Ready` is made up for by the next report.
+            actions += self._admission.ready(session, now_s)
         handler = self._messages.get(type(message))
-        if handler is None or member.stage != "joined":
-            return []
-        fragment_id = getattr(message, "fragment_id", 0)
+        may_speak = member.stage == "joined" or (member.stage == "receiving" and isinstance(message, NeedFull))
+        if isinstance(message, Leave) and not may_speak:
+            return [*self._admission.end(member, message.reason, now_s), self._admission.farewell(session)]
+        if handler is None or not may_speak:
+            return actions
+        fault = self._fault(message)
+        return actions + (self._close_session(member, "wrong_layout", fault, now_s) if fault else handler(member, message, now_s))
+
+    def _fault(self, message: FromLearner | Contribution) -> str:
+        """What of this message no learner of this job can say, or nothing. The limits of the wire are wider."""
+        report = message.report if isinstance(message, Leave) else message
+        fragment_id = getattr(report, "fragment_id", 0)
         if fragment_id >= self.job.num_fragments:
-            return self._close_session(member, "wrong_layout", f"fragment_id={fragment_id}: the job has {self.job.num_fragments}.", now_s)
-        return handler(member, message, now_s)
+            return f"fragment_id={fragment_id}: the job has {self.job.num_fragments} fragments."
+        for name in ("inner_step", "tokens", "total_tokens", "seq"):
+            if getattr(report, name, 0) > MAX_TOTAL:
+                return f"{name}={getattr(report, name)}: no learner gets above {MAX_TOTAL}; totals must stay exact in 64 bits."
+        return ""
+
+    def _contribution(self, event: ContributionArrived, now_s: float) -> list[SyncerAction]:
+        member = self.job.members.of(event.session)
+        fault = self._fault(event.header) if member is not None and member.stage == "joined" else ""
+        if member is None or not fault:
+            return self._contributions.arrived(event, now_s)
+        key = ContributionKey(member.learner_id, event.header.fragment_id, event.header.seq)
+        return [DropPayload(key=key), *self._close_session(member, "wrong_layout", fault, now_s)]
 
     def _progress(self, member: Member, message: Progress, now_s: float) -> list[SyncerAction]:
         member.advance(message.inner_step, message.tokens, now_s)
@@ -162,11 +189,21 @@ class SyncerMachine:
             current = self.job.currents[fragment_id]
             if n != current.version.n:
                 actions += self.job.publisher.reported(member, fragment_id, Version(self.job.epoch, n), current)
+        on_way = 0
         for item in message.unresolved:
             known = self.job.decisions.get((member.learner_id, item.fragment_id), {}).get(item.seq)
-            if known is not None and known.outcome == "refused":
-                answer = Resolved(fragment_id=item.fragment_id, seq=item.seq, outcome="refused", reason=known.reason)
-                actions.append(Reply(session=member.session, message=answer, incarnation=member.incarnation))
+            if known is None:
+                on_way += 1
+                continue
+            answer = Resolved(fragment_id=item.fragment_id, seq=item.seq, outcome=known.outcome, reason=known.reason)
+            actions.append(Reply(session=member.session, message=answer, incarnation=member.incarnation))
+        if on_way == 0:
+            member.answered()
+        if member.session not in self._leaving:
+            if message.is_paused != member.is_paused:
+                actions += self._paused(member, Paused(is_paused=message.is_paused), now_s)
+            if self.job.stop_reason is not None:
+                actions.append(Reply(session=member.session, message=Stop(reason=self.job.stop_reason), incarnation=member.incarnation))
         return actions + self._check_budget()
 
     def _report(self, member: Member, message: Heartbeat, now_s: float) -> list[SyncerAction]:
@@ -195,6 +232,7 @@ class SyncerMachine:
         return actions
 
     def _end_pull(self, member: Member, message: Busy, now_s: float) -> list[SyncerAction]:
+        member.answered()
         return self.rounds.end_pull(member.learner_id, message.fragment_id, message.round_id, now_s)
 
     def _adopted(self, member: Member, message: Adopted, now_s: float) -> list[SyncerAction]:
@@ -202,7 +240,7 @@ class SyncerMachine:
         if message.version != current.version:
             return []
         if member.is_active(now_s):
-            self.rounds.adopted(message.fragment_id, now_s)
+            self.rounds.adopted(member.learner_id, message.fragment_id, now_s)
         return [] if message.crc == current.crc else self.job.publisher.needs_full(member, message.fragment_id, current)
 
     def _need_full(self, member: Member, message: NeedFull, now_s: float) -> list[SyncerAction]:
@@ -214,6 +252,7 @@ class SyncerMachine:
             # The pause is not a step time, and the counter gets its full patience again.
             member.last_advance_s = now_s
             return []
+        self.rounds.not_awaited(member.learner_id)
         actions: list[SyncerAction] = []
         for round_ in self.rounds.all:
             if round_.is_collecting:
@@ -252,7 +291,12 @@ class SyncerMachine:
 
     def _complete_leaves(self, now_s: float) -> list[SyncerAction]:
         job, actions = self.job, list[SyncerAction]()
-        staying = [m for m in job.members.present() if m.session not in self._leaving]
+        for session in [s for s in self._leaving if job.members.of(s) is None]:
+            self._forget_leave(session)
+        # The last one to leave does not wait for learners that fell silent; whoever knows that they are gone is the supervisor.
+        silent_s = SILENT_HEARTBEATS * job.config.heartbeat_s
+        others = [m for m in job.members.present() if m.session not in self._leaving]
+        staying = [m for m in others if job.options.is_supervised or m.stage != "joined" or now_s - m.last_heard_s <= silent_s]
         if not staying and (self._leaving or job.finish_status is not None):
             for round_ in self.rounds.all:
                 actions += self.rounds.force(round_, now_s)
@@ -261,17 +305,21 @@ class SyncerMachine:
         reasons = []
         for session, message in list(self._leaving.items()):
             member = job.members.of(session)
-            if member is None:
-                del self._leaving[session]
-            elif staying or self._has_everything(session) or now_s >= self._leave_until_s[session]:
-                del self._leaving[session]
+            if member is not None and (staying or self._has_everything(session) or now_s >= self._leave_until_s[session]):
+                self._forget_leave(session)
                 reasons.append(message.reason)
                 actions += self._admission.end(member, message.reason, now_s)
                 actions.append(Reply(session=session, message=self._left(), incarnation=member.incarnation))
-        is_over = any(r != "signal" for r in reasons) and not job.options.is_supervised and not job.members.present()
+        is_over = any(r != "signal" for r in reasons) and not job.options.is_supervised and not staying
         if not self._leaving and (is_over or (job.finish_status is not None and not job.members.present())):
+            for member in job.members.present():
+                actions += self._admission.end(member, "died", now_s)
             actions += self._end()
         return actions
+
+    def _forget_leave(self, session: str) -> None:
+        self._leaving.pop(session, None)
+        self._leave_until_s.pop(session, None)
 
     def _has_everything(self, session: str) -> bool:
         return all(self.job.publisher.holds(session, i, c.version) for i, c in enumerate(self.job.currents))
@@ -300,7 +348,7 @@ class SyncerMachine:
         member = self.job.members.by_id(event.learner_id)
         if member is None:
             return []
-        self._leaving.pop(member.session, None)
+        self._forget_leave(member.session)
         return self._admission.end(member, event.reason, now_s)
 
     def _counters(self, event: CountersRead, now_s: float) -> list[SyncerAction]:
@@ -320,13 +368,15 @@ class SyncerMachine:
         member = self.job.members.of(event.session)
         if member is None:
             return []
-        return self.job.publisher.delivered(member, event.fragment_id, self.job.currents[event.fragment_id])
+        member.answered()
+        actions = self.job.publisher.delivered(member, event.fragment_id, self.job.currents[event.fragment_id], event.version)
+        return actions + (self._admission.ready(event.session, now_s) if member.is_ready else [])
 
     def _delivery_failed(self, event: PublicationFailed, now_s: float) -> list[SyncerAction]:
         member = self.job.members.of(event.session)
         if member is None:
             return []
-        return self.job.publisher.failed(member, event.fragment_id, self.job.currents[event.fragment_id])
+        return self.job.publisher.failed(member, event.fragment_id, self.job.currents[event.fragment_id], event.version)
 
     def _payload_failed(self, event: PayloadFailed, now_s: float) -> list[SyncerAction]:
         member = self.job.members.of(event.session)
@@ -336,5 +386,5 @@ class SyncerMachine:
 
     def _close_session(self, member: Member, reason: str, detail: str, now_s: float) -> list[SyncerAction]:
         refused = Reply(session=member.session, message=JoinRefused(reason=reason, detail=detail), incarnation=member.incarnation)
-        self._leaving.pop(member.session, None)
+        self._forget_leave(member.session)
         return [refused, *self._admission.end(member, "died", now_s)]
