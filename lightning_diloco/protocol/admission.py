@@ -173,7 +173,7 @@ class Admission:
             known = job.decisions.get((member.learner_id, item.fragment_id), {}).get(item.seq)
             outcome = "unknown" if known is None else known.outcome
             reason = known.reason if known is not None else None
-            answer = Resolved(fragment_id=item.fragment_id, seq=item.seq, outcome=outcome, reason=reason)  # type: ignore[arg-type]
+            answer = Resolved(fragment_id=item.fragment_id, seq=item.seq, outcome=outcome, reason=reason)
             actions.append(Reply(session=member.session, message=answer, incarnation=member.incarnation))
         held = {i: v for i, v in enumerate(hello.versions[: job.num_fragments]) if v.epoch == job.epoch}
         job.publisher.start(member.session, held)

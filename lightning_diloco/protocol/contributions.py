@@ -114,8 +114,7 @@ class Contributions:
     def _again(self, event: ContributionArrived, member: Member, key: ContributionKey, known: Decision, now_s: float) -> list[SyncerAction]:
         """A copy of a known contribution: the same answer, and nothing else."""
         header = event.header
-        outcome = "merged" if known.outcome == "merged" else "refused" if known.outcome == "refused" else "held"
-        answer = Resolved(fragment_id=header.fragment_id, seq=header.seq, outcome=outcome, reason=known.reason)  # type: ignore[arg-type]
+        answer = Resolved(fragment_id=header.fragment_id, seq=header.seq, outcome=known.outcome, reason=known.reason)
         actions: list[SyncerAction] = [DropPayload(key=key), self._tape(event, member, 0.0, "duplicate", None)]
         actions.append(Reply(session=member.session, message=answer, incarnation=member.incarnation))
         return actions + self._rounds.end_pull(member.learner_id, header.fragment_id, header.round_id, now_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.protocol.actions import SyncerAction
@@ -62,7 +63,7 @@ class Decision:
     """What was decided on one seq; a later copy gets the same answer."""
 
     crc: int
-    outcome: str
+    outcome: Literal["held", "merged", "refused"]
     reason: Refusal | None = None
 
 

@@ -2,7 +2,8 @@
 
 A learner is *active* when it has joined, holds all fragments, its step counter moves (a heartbeat alone is not life), it is not paused,
 and it has not been silent past a round's deadline: then its counter must move and it must answer again. Only
-active learners are pulled, count for the quorum and pace the rounds. A live learner's id is refused to another nonce unless the newcomer shows the takeover token.
+active learners are pulled, count for the quorum and pace the rounds. A live learner's id is refused to another nonce unless the
+newcomer shows the takeover token.
 """
 
 from __future__ import annotations

@@ -61,8 +61,12 @@ class Pace:
 
     def opened(self, fragment_id: int, steps: Mapping[int, int]) -> None:
         """A round of this fragment opened (or was cancelled at once), with these inner steps of the active learners."""
-        # Those that rest (validation) did no step since either: what they had done before counted for this round.
-        self._since[fragment_id].update(self._steps | dict(steps))
+        since = self._since[fragment_id]
+        for learner_id, step in (self._steps | dict(steps)).items():
+            # Who is short of H is in the middle of a step that began before this opening. If it counted, two equal learners whose
+            # reports alternate would open a round every H - 1 steps, twice as many as wanted at H = 1.
+            is_midway = learner_id in steps and step - since.get(learner_id, step) < self._interval
+            since[learner_id] = step + 1 if is_midway else step
         self._allowance -= 1
 
     def due(self, steps: Mapping[int, int], quorum: int) -> list[int]:

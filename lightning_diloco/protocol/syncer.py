@@ -153,7 +153,8 @@ class SyncerMachine:
         handler = self._messages.get(type(message))
         may_speak = member.stage == "joined" or (member.stage == "receiving" and isinstance(message, NeedFull))
         if isinstance(message, Leave) and not may_speak:
-            return [*self._admission.end(member, message.reason, now_s), self._admission.farewell(session)]
+            left = Reply(session=session, message=self._left(), incarnation=member.incarnation)
+            return [*self._admission.end(member, message.reason, now_s), left]
         if handler is None or not may_speak:
             return actions
         fault = self._fault(message)
