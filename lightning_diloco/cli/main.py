@@ -43,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 success, 1 a run that failed, 2 wrong use.
     """
     parser = _build_parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
     if args.command in _LATER:
         sys.stderr.write(f"lightning-diloco: {args.command} has not landed yet: {_LATER[args.command]}.\n")
         return 2
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         code: int = args.run(args)
     except DiLoCoError as error:

@@ -34,7 +34,10 @@ def run(args: argparse.Namespace) -> int:
     learners = tuple(SimLearner(max_steps=args.steps) for _ in range(args.learners))
     result = simulate(SimOptions(config=SyncConfig(min_quorum=args.quorum), learners=learners, seed=args.seed))
     if args.tape is not None:
-        args.tape.write_bytes(result.trace)
+        try:
+            args.tape.write_bytes(result.trace)
+        except OSError as error:
+            raise ConfigurationError(f"--tape {args.tape}: cannot be written ({error}). Give a file in a folder that exists.") from error
     summary = result.summary()
     if args.json:
         sys.stdout.write(json.dumps(summary) + "\n")

@@ -10,16 +10,22 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lightning_diloco.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from lightning_diloco.runtime.service import SyncerService
 
 __all__ = ["add_parser", "run"]
 
 _log = logging.getLogger(__name__)
 
+_STARTED_S = time.monotonic()
+"""The process began about now: torch, which takes longest, is imported later."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -51,10 +57,13 @@ def run(args: argparse.Namespace) -> int:
     # Late imports: `--help` and wrong use need no torch.
     import torch
 
+    from lightning_diloco.runtime.alone import LoneSyncer
     from lightning_diloco.runtime.service import ServiceOptions, SyncerService
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    hello = _read_line() if args.supervised else {}
+    torch.set_num_threads(_num_threads())
+    lines = _stdin_lines() if args.supervised else iter(())
+    hello = _first_line(lines) if args.supervised else {}
+    _make_dir(args.run_dir)
     options = ServiceOptions(
         run_dir=args.run_dir,
         bind=args.bind,
@@ -63,20 +72,34 @@ def run(args: argparse.Namespace) -> int:
         num_slots=hello.get("num_slots"),
         supervised=args.supervised,
     )
-    args.run_dir.mkdir(parents=True, exist_ok=True)
-    (args.run_dir / "counters").mkdir(exist_ok=True)
-    service = SyncerService(options)
+    lone = None if args.supervised else LoneSyncer(options, _STARTED_S)
+    service = SyncerService(options) if lone is None else lone.service
     endpoint = service.bind()
-    _announce(args, endpoint)
-    if args.supervised:
-        threading.Thread(target=_obey, args=(service,), name="diloco-supervisor", daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: service.finish("stopped"))
-    if args.supervised:
+        # On a thread: the handler may run while this one holds the lock that `finish` needs.
+        signal.signal(number, lambda *_: threading.Thread(target=service.finish, args=("stopped",), daemon=True).start())
+    _announce(args, endpoint)
+    if lone is not None:
+        return 1 if lone.run() == "failed" else 0
+    threading.Thread(target=_obey, args=(service, lines), name="diloco-supervisor", daemon=True).start()
+    try:
         service.run()
-    else:
-        _run_alone(service, args.run_dir)
-    return 0 if service.status in ("finished", "stopped") or args.supervised else 1
+    except Exception:  # the service has logged it
+        return 1
+    return 0
+
+
+def _num_threads() -> int:
+    """As many as the launcher gave this process; one otherwise."""
+    value = os.environ.get("OMP_NUM_THREADS", "1").split(",")[0].strip()
+    return int(value) if value.isdigit() and int(value) else 1
+
+
+def _make_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--run-dir {run_dir}: cannot be created ({error}). Give a directory that can be written to.") from error
 
 
 def _refuse(args: argparse.Namespace) -> None:
@@ -111,10 +134,17 @@ def _announce(args: argparse.Namespace, endpoint: str) -> None:
         sys.stdout.flush()
 
 
-def _read_line() -> dict[str, Any]:
-    line = sys.stdin.readline()
+def _stdin_lines() -> Iterator[bytes]:
+    """Lines of standard input. Without Python's buffer: a thread that waits in it would hold its lock when the interpreter ends."""
+    pending = b""
+    while block := os.read(0, 65536):
+        *lines, pending = (pending + block).split(b"\n")
+        yield from lines
+
+
+def _first_line(lines: Iterator[bytes]) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = json.loads(next(lines, b""))
     except ValueError:
         value = None
     if not isinstance(value, dict):
@@ -122,41 +152,20 @@ def _read_line() -> dict[str, Any]:
     return value
 
 
-def _obey(service: Any) -> None:
+def _obey(service: SyncerService, lines: Iterator[bytes]) -> None:
     """Follow the supervisor's commands; the end of its pipe is the end of the supervisor, and of this process."""
     is_finishing = False
-    for line in sys.stdin:
-        command = json.loads(line)
-        if command["command"] == "lost":
-            service.learner_lost(int(command["learner_id"]))
-        elif command["command"] == "finish":
-            is_finishing = True
-            service.finish(command["status"])
+    for line in lines:
+        try:
+            command = json.loads(line)
+            if command["command"] == "lost":
+                service.learner_lost(int(command["learner_id"]))
+            elif command["command"] == "finish" and command["status"] in ("finished", "stopped", "failed"):
+                is_finishing = True
+                service.finish(command["status"])
+            else:
+                raise ValueError("unknown")
+        except (ValueError, TypeError, KeyError):
+            _log.error("The supervisor's command %.200r was not understood.", line)
     if not is_finishing:
         os._exit(1)
-
-
-def _run_alone(service: Any, run_dir: Path) -> None:
-    """Without a supervisor this process keeps summary.json itself."""
-    from lightning_diloco.protocol.records import RunRecord
-    from lightning_diloco.runtime.summary import SUMMARY_PERIOD_S, SummaryKeeper
-    from lightning_diloco.runtime.tape import TAPE_NAME, append_run_record, read_tape
-
-    keeper = SummaryKeeper(run_dir)
-    stop = threading.Event()
-
-    def keep() -> None:
-        while not stop.wait(SUMMARY_PERIOD_S):
-            keeper.tick(time.monotonic())
-
-    thread = threading.Thread(target=keep, name="diloco-summary", daemon=True)
-    thread.start()
-    try:
-        service.run()
-    finally:
-        stop.set()
-        thread.join()
-    first = next((line.t_s for line in read_tape(run_dir / TAPE_NAME) if type(line.record).__name__ == "JoinRecord"), 0.0)
-    status = service.status or "failed"
-    append_run_record(run_dir / TAPE_NAME, RunRecord(status=status, startup_s=first, restarts={"learners": 0, "syncer": 0}, val=None))
-    keeper.finish()

@@ -5,9 +5,10 @@ Two threads share one `LearnerMachine`:
 - the **training thread** calls `boundary` at the end of each inner step: count, adopt what was prepared, copy a pulled fragment aside;
 - the **background thread** (`client_loop.ClientLoop`) owns the sockets, decodes, encodes, sends.
 
-They meet under one lock that is only held while the machine thinks and references change hands: no tensor is touched, no socket is used under
-it. At a boundary the training thread does not wait for it either: if the lock is taken at that moment, the step is counted and the exchange is
-left to the next boundary. So no step can ever be longer than its own arithmetic plus one addition and one copy per fragment exchanged.
+They meet under one lock that is only held while the machine thinks and references change hands: no tensor is touched, no socket is used
+under it. At a boundary the training thread does not wait for it either: if the lock is taken at that moment, the step is counted and the
+exchange is left to the next boundary. So no step can ever be longer than its own arithmetic plus one addition and one copy per fragment
+exchanged.
 
 Only `join`, `leave` and `close` wait, each with a stated limit.
 
@@ -43,7 +44,7 @@ from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
 from lightning_diloco.runtime.learner_store import Adoption, LearnerStore
 
-__all__ = ["ClientOptions", "JoinInfo", "LearnerClient"]
+__all__ = ["ClientOptions", "Figures", "JoinInfo", "LearnerClient"]
 
 _log = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ class LearnerClient:
             nonce=self._nonce,
             config=config,
             context=context,
+            patience_s=self._patience_s,
         )
         self._counters: CounterFile | None = None
         self._inner_steps = 0
@@ -166,14 +168,13 @@ class LearnerClient:
             JoinRefusedError: the syncer said no; the sentence says why.
             SyncerUnavailableError: nobody answered in time.
         """
-        if self._options.counters_path is not None:
-            self._counters = CounterFile(self._options.counters_path / f"{self._nonce.hex()}.bin")
-        self._loop.heard_s = time.monotonic()
-        self._loop.start()
-        self._loop.handle(JoinRequested())
-        timeout_s = JOIN_TIMEOUT_S if self._options.join_timeout_s is None else self._options.join_timeout_s
         try:
-            self._wait_for_join(timeout_s)
+            if self._options.counters_path is not None:
+                self._counters = CounterFile(self._options.counters_path / f"{self._nonce.hex()}.bin")
+            self._loop.heard_s = time.monotonic()
+            self._loop.start()
+            self._loop.handle(JoinRequested())
+            self._wait_for_join(self._patience_s)
         except BaseException:
             self.close()
             raise
@@ -186,6 +187,10 @@ class LearnerClient:
             self._counters.set_incarnation(joined.incarnation)
         self._times.start()
         return JoinInfo(learner_id=joined.learner_id, incarnation=joined.incarnation, role=joined.role, job_step=joined.job_step)
+
+    @property
+    def _patience_s(self) -> float:
+        return JOIN_TIMEOUT_S if self._options.join_timeout_s is None else self._options.join_timeout_s
 
     def _wait_for_join(self, timeout_s: float) -> None:
         # A syncer that answers is waited for without limit: minutes may lie between a slow founder and a fast joiner.

@@ -1,7 +1,10 @@
 """The learner's background thread: sockets, encoding, decoding, reports.
 
-It takes the lock for each call of the machine and for handing references over, and never while it computes or sends. Work from the training
-thread comes through one queue (`later`), in order. Progress messages are coalesced: only the newest one is sent.
+It takes the lock for each call of the machine and for handing references over, and never while it computes or sends. Work from the
+training thread comes through one queue (`later`), in order. Progress messages are coalesced: only the newest one is sent.
+
+A message may be lost with its connection. What matters is therefore in every report, or said again with it (a leave, a request to stop),
+until the syncer has answered.
 """
 
 from __future__ import annotations
@@ -13,13 +16,12 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import zmq
 from torch import Tensor, nn
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import DiLoCoError, FencedError, JoinRefusedError, RemoteProtocolError
-from lightning_diloco.outer import buffer_of, crc32, load_static, pack_static, payload_bytes, static_bytes
+from lightning_diloco.outer import payload_bytes, static_bytes
 from lightning_diloco.protocol.actions import (
     Decode,
     Fence,
@@ -39,17 +41,11 @@ from lightning_diloco.protocol.events import (
     ControlReceived,
     Decoded,
     Encoded,
-    JoinRequested,
     LearnerEvent,
     PublicationArrived,
-    StaticInstalled,
 )
-from lightning_diloco.protocol.identity import FragmentInfo
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.messages import (
-    Found,
-    FoundingFragment,
-    FoundingStatic,
     Leave,
     Message,
     Ping,
@@ -57,9 +53,11 @@ from lightning_diloco.protocol.messages import (
     Publication,
     SendState,
     StaticState,
+    StopRequest,
     Welcome,
 )
 from lightning_diloco.protocol.wire import decode_from_syncer, decode_syncer_header, encode
+from lightning_diloco.runtime.client_joining import Joining
 from lightning_diloco.runtime.figures import StepTimes
 from lightning_diloco.runtime.learner_store import LearnerStore
 from lightning_diloco.runtime.transport import SYNCER, LearnerTransport, PayloadReceived, TransportEvent
@@ -69,8 +67,6 @@ __all__ = ["ClientLoop", "Encode"]
 
 _log = logging.getLogger(__name__)
 
-HELLO_AGAIN_S = 5.0
-"""A hello without an answer is repeated after so long: a control message may be lost."""
 SILENT_HEARTBEATS = 10
 """After so many heartbeats (at least `SILENT_S`) without a word the syncer counts as lost."""
 SILENT_S = 10.0
@@ -101,6 +97,7 @@ class ClientLoop:
         nonce: bytes,
         config: SyncConfig,
         context: zmq.Context[zmq.Socket[bytes]] | None,
+        patience_s: float,
     ) -> None:
         self.lock = threading.Lock()
         self.settled = threading.Event()
@@ -108,10 +105,8 @@ class ClientLoop:
         self.joined: Joined | None = None
         self.fatal: DiLoCoError | None = None
         self.stop_reason: str | None = None
-        self.was_answered = False
         self.lost_syncer = False
         self.staleness_versions = 0.0
-        self._module = module
         self._machine = machine
         self._store = store
         self._times = times
@@ -120,11 +115,19 @@ class ClientLoop:
         self._queue: deque[LearnerAction | Encode] = deque()
         self._waiting: dict[int, tuple[Publication, memoryview]] = {}
         self._bases: dict[tuple[int, int], int] = {}
-        self._founding: list[tuple[Message, Tensor]] = []
+        self._joining = Joining(
+            module=module,
+            store=store,
+            feed=self._feed,
+            send=self._send,
+            send_payload=self._send_payload,
+            patience_s=patience_s,
+        )
+        self._leave: Leave | None = None
+        self._is_over = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="diloco-client", daemon=True)
         self._heartbeat_at_s = 0.0
-        self._hello_at_s = 0.0
         self.heard_s = time.monotonic()
         self._pings = 0
 
@@ -141,19 +144,24 @@ class ClientLoop:
         self._transport.wake()
         if self._thread.is_alive():
             self._thread.join(5.0)
+        elif not self._is_over:
+            self._is_over = True
+            self._transport.close()
 
     def wake(self) -> None:
         """There is something in the queue."""
         self._transport.wake()
 
     def later(self, action: LearnerAction | Encode) -> None:
-        """Leave an action to this thread, in order."""
-        self._queue.append(action)
+        """Leave an action to this thread, in order; dropped if it has ended, or the queue would grow for ever."""
+        if not self._is_over:
+            self._queue.append(action)
 
     def handle(self, event: LearnerEvent) -> None:
         """Give the machine an event from the training thread and leave its actions to this one."""
         with self.lock:
-            self._queue.extend(self._machine.handle(event, time.monotonic()))
+            for action in self._machine.handle(event, time.monotonic()):
+                self.later(action)
         self._transport.wake()
 
     def encode_job(self, action: Snapshot) -> Encode:
@@ -194,24 +202,23 @@ class ClientLoop:
             _log.exception("The background thread of the learner failed.")
             self.fatal = DiLoCoError(f"The background thread of the learner failed: {error!r}")
         finally:
+            self._is_over = True
+            self._queue.clear()
             self.settled.set()
             self.left.set()
             self._transport.close()
 
     def _turn(self) -> None:
-        timeout_s = 0.0 if self._queue else min(self._config.heartbeat_s / 4, 0.25)
+        patience_s = self._joining.ping_s if self.joined is None else self._config.heartbeat_s / 4
+        timeout_s = 0.0 if self._queue else min(patience_s, 0.25)
         for event in self._transport.poll(timeout_s):
             self._take(event)
         self._drain_queue()
         now_s = time.monotonic()
         if self.joined is not None and (now_s >= self._heartbeat_at_s or self._times.is_full) and not self.left.is_set():
             self._report(now_s)
-        elif self.joined is None and now_s >= self._hello_at_s:
-            if self._hello_at_s and not self.was_answered:
-                self._feed(JoinRequested())
-            # While another learner founds, the answer to this is the sign that the syncer lives.
-            self._send(Ping(number=0))
-            self._hello_at_s = now_s + HELLO_AGAIN_S
+        elif self.joined is None:
+            self._joining.tick(now_s)
 
     def _drain_queue(self) -> None:
         newest: Send | None = None
@@ -229,8 +236,12 @@ class ClientLoop:
     def _report(self, now_s: float) -> None:
         self._heartbeat_at_s = now_s + self._config.heartbeat_s
         self._pings += 1
-        self._send(self._make_report())
+        # Once the leave was said, it is the report that is repeated: its figures are the last ones.
+        self._send(self._make_report() if self._leave is None else self._leave)
         self._send(Ping(number=self._pings))
+        state = self._machine.state
+        if state.wants_stop is not None and not state.is_stopped:
+            self._send(StopRequest(reason=state.wants_stop))
         silent_s = max(SILENT_S, SILENT_HEARTBEATS * self._config.heartbeat_s)
         if not self.lost_syncer and now_s - self.heard_s > silent_s:
             self.lost_syncer = True
@@ -268,11 +279,11 @@ class ClientLoop:
             except RemoteProtocolError as error:
                 _log.warning("A message of the syncer was dropped: %s", error)
                 return
-            self.heard_s, self.was_answered = time.monotonic(), True
+            self.heard_s = time.monotonic()
             if isinstance(message, Welcome) and message.shards:
                 self._transport.connect_bulk(message.shards[0].bulk_endpoint)
             if isinstance(message, SendState):
-                self._send_founding()
+                self._joining.send_state()
             self._feed(ControlReceived(envelope=envelope, message=message))
         elif isinstance(event, PayloadReceived):
             self.heard_s = time.monotonic()
@@ -281,16 +292,8 @@ class ClientLoop:
                 self._waiting[header.fragment_id] = (header, event.payload)
                 self._feed(PublicationArrived(envelope=envelope, header=header))
                 self._waiting.pop(header.fragment_id, None)
-            elif isinstance(header, StaticState):
-                self._install_static(header, event.payload)
-
-    def _install_static(self, header: StaticState, payload: memoryview) -> None:
-        if self.joined is not None or crc32(payload) != header.crc:
-            return
-        # The training thread waits inside `join`, so its module may be written here.
-        raw = torch.frombuffer(payload, dtype=torch.uint8) if len(payload) else torch.empty(0, dtype=torch.uint8)
-        load_static(self._module, self._store.layout, raw)
-        self._feed(StaticInstalled())
+            elif isinstance(header, StaticState) and self.joined is None:
+                self._joining.install_static(header, event.payload)
 
     # ---- actions ------------------------------------------------------------------------------------------------------------
 
@@ -306,10 +309,11 @@ class ClientLoop:
             self._store.forget(action.fragment_id, action.seq)
             self._bases.pop((action.fragment_id, action.seq), None)
         elif isinstance(action, SendLeave):
-            report = self._make_report()
-            self._send(Leave(reason=action.reason, report=report))  # type: ignore[arg-type]
+            if self._leave is None:
+                self._leave = Leave(reason=action.reason, report=self._make_report())  # type: ignore[arg-type]
+            self._send(self._leave)
         elif isinstance(action, SendFounding):
-            self._found()
+            self._joining.describe()
         else:
             self._settle(action)
 
@@ -317,6 +321,7 @@ class ClientLoop:
         """Ends of a phase that somebody waits for."""
         if isinstance(action, Joined):
             self.joined = action
+            self._joining.end()
             self.settled.set()
         elif isinstance(action, RefuseJoin):
             self.fatal = JoinRefusedError(f"{action.reason}: {action.detail}")
@@ -359,20 +364,3 @@ class ClientLoop:
         if base_n is not None:
             newest = float(max(0, action.version.n - 1 - base_n))
             self.staleness_versions += 0.1 * (newest - self.staleness_versions)
-
-    def _found(self) -> None:
-        """Describe the job, with the state of this moment; the training thread waits inside `join`."""
-        layout = self._store.layout
-        static = pack_static(self._module, layout)
-        values = [self._store.found(f.fragment_id) for f in layout.fragments]
-        infos = tuple(FragmentInfo(fragment_id=f.fragment_id, num_params=f.num_params, kind=f.kind) for f in layout.fragments)
-        self._founding = [(FoundingFragment(fragment_id=i, crc=crc32(flat)), flat) for i, flat in enumerate(values)]
-        if static.numel():
-            self._founding.append((FoundingStatic(crc=crc32(static)), static))
-        found = Found(layout=layout.to_bytes(), fragments=infos, static_bytes=static.numel(), static_crc=crc32(static))
-        self._send(found)
-
-    def _send_founding(self) -> None:
-        for header, payload in self._founding:
-            self._send_payload(header, buffer_of(payload))
-        self._founding = []

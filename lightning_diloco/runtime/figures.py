@@ -13,6 +13,8 @@ from dataclasses import dataclass
 __all__ = ["Figures", "StepTimes"]
 
 MAX_STEPS_PER_REPORT = 4096
+MAX_WAITING = 16 * MAX_STEPS_PER_REPORT
+"""Steps that wait for a report; above that (the background thread has died) the oldest are forgotten."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +39,8 @@ class StepTimes:
     """Times of the inner steps since the last report."""
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[float, float, float]] = deque()
+        self._steps: deque[tuple[float, float, float, float]] = deque(maxlen=MAX_WAITING)
+        self._reported_end_s: float | None = None
         self._last_end_s: float | None = None
         self._paused_s = 0.0
         self._pause_began_s: float | None = None
@@ -45,7 +48,7 @@ class StepTimes:
 
     def start(self) -> None:
         """The join is complete: the first gap begins."""
-        self._last_end_s = time.monotonic()
+        self._last_end_s = self._reported_end_s = time.monotonic()
 
     def pause(self, is_paused: bool) -> None:
         """Validation or a checkpoint begins or ends."""
@@ -60,7 +63,7 @@ class StepTimes:
         """An inner step ended; `stall_s` of it passed in outer-sync code."""
         now_s = time.monotonic()
         gap_s = now_s - (self._last_end_s if self._last_end_s is not None else now_s)
-        self._steps.append((gap_s, min(self._paused_s, gap_s), stall_s))
+        self._steps.append((gap_s, min(self._paused_s, gap_s), stall_s, now_s))
         self._last_end_s, self._paused_s = now_s, 0.0
         self.stall_s += stall_s
 
@@ -70,11 +73,13 @@ class StepTimes:
         return len(self._steps) >= MAX_STEPS_PER_REPORT
 
     def take(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], float]:
-        """Gaps, paused parts, stalls since the last call (seconds, to the microsecond), and the age of the last end of a step."""
-        taken: list[tuple[float, float, float]] = []
-        # The age is read first: a step that ends in between belongs to the next report's walk back in time.
+        """Gaps, paused parts, stalls since the last call (seconds, to the microsecond), and the age of the end of the last of them."""
+        taken: list[tuple[float, float, float, float]] = []
         while self._steps and len(taken) < MAX_STEPS_PER_REPORT:
             taken.append(self._steps.popleft())
-        age_s = 0.0 if self._last_end_s is None else max(0.0, time.monotonic() - self._last_end_s)
-        gaps, paused, stalls = (tuple(round(v, 6) for v in column) for column in zip(*taken, strict=True)) if taken else ((), (), ())
-        return gaps, paused, stalls, age_s
+        if taken:
+            # Of the last step in this report: one that has ended meanwhile belongs to the next report's walk back in time.
+            self._reported_end_s = taken[-1][3]
+        age_s = 0.0 if self._reported_end_s is None else max(0.0, time.monotonic() - self._reported_end_s)
+        columns = [tuple(round(step[i], 6) for step in taken) for i in range(3)]
+        return columns[0], columns[1], columns[2], age_s

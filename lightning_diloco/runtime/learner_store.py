@@ -1,9 +1,9 @@
 """A learner's tensors: bases, published copies, prepared adoptions, staging buffers, decoded contributions.
 
-Ownership (DESIGN.md section 4): the training thread owns the parameters; the background thread owns everything here and computes in it. The two
-meet only under the client's lock, and under it only references change hands: `take` gives a prepared adoption to the training thread and
-makes the published copy the base; `set_prepared` puts one there. Tensors that were published or are a base are never changed in place, so
-an encoder may still read a base that has been replaced.
+Ownership (DESIGN.md section 4): the training thread owns the parameters; the background thread owns everything here and computes in it.
+The two meet only under the client's lock, and under it only references change hands: `take` gives a prepared adoption to the training
+thread and makes the published copy the base; `set_prepared` puts one there. Tensors that were published or are a base are never changed
+in place, so an encoder may still read a base that has been replaced.
 
 Memory for N parameters: base 4 N, published copies up to 4 N more where they are ahead, prepared differences and unresolved contributions
 4 bytes per element of the fragments under way, staging likewise; buffers of staging are reused.

@@ -77,6 +77,7 @@ class Performer:
         tape: open.
         submit: runs (work, then) on the numerics thread and back.
         on_merged: called on the loop thread when a merge is done.
+        on_refused: called on the loop thread with a session that broke the rules and was told so.
         on_line: called with every line of the tape.
     """
 
@@ -88,6 +89,7 @@ class Performer:
         tape: TapeWriter,
         submit: Callable[[Callable[[], Any], Callable[[Any], None]], None],
         on_merged: Callable[[Closed], None],
+        on_refused: Callable[[str], None],
         on_line: Callable[[TapeLine], None] | None,
     ) -> None:
         self._options = options
@@ -95,17 +97,17 @@ class Performer:
         self._tape = tape
         self._submit = submit
         self._on_merged = on_merged
+        self._on_refused = on_refused
         self._on_line = on_line
         self._job_id = secrets.token_hex(8)
         self._lineage = secrets.token_hex(8)
         self._founder: BeginFounding | None = None
-        self._founding_bytes = 0
         self._is_founded = False
         self._envelope = Envelope(self._job_id, self._lineage, 0, 0)
         self._published: list[_Published] = []
         self.store: SyncerStore | None = None
         self.ended: Ended | None = None
-        self.transfers: dict[tuple[str, int], int] = {}
+        self.transfers: dict[tuple[str, int], tuple[int, Version]] = {}
 
     def job_options(self) -> JobOptions:
         """The identity of a new job, for its machine."""
@@ -159,28 +161,43 @@ class Performer:
             return "The layout does not have the sizes or the fingerprint that go with it."
         if static_bytes(layout) != message.static_bytes:
             return f"static_bytes={message.static_bytes}: the layout has {static_bytes(layout)}."
-        self.store, self._founding_bytes = SyncerStore(layout, config), 0
+        if message.has_momentum:
+            return "has_momentum=True: founding from a checkpoint comes with the resilience issue. Found from the weights alone."
+        self.store = SyncerStore(layout, config)
         return None
 
-    def take_founding(self, session: str, header: LearnerHeader, payload: memoryview) -> tuple[tuple[int, ...], int] | None:
-        """Store one founding payload; returns (crc of every fragment, payload bytes) when it was the last one.
+    def take_founding(self, session: str, header: LearnerHeader, payload: memoryview, done: Callable[[tuple[int, ...], int], None]) -> None:
+        """Store one founding payload on the numerics thread.
 
-        Raises:
-            RemoteProtocolError: the payload is not what its header says.
+        A payload that is not what its header says costs its sender the session; `done(crc of every fragment, payload bytes)` is called on
+        the loop thread after the last one.
         """
-        if self.store is None or self._is_founded or not self._is_founder(session):
-            return None
-        if isinstance(header, FoundingFragment):
-            self.store.found_fragment(header.fragment_id, payload, header.crc)
-        elif isinstance(header, FoundingStatic):
-            self.store.found_static(payload, header.crc)
-        self._founding_bytes += len(payload)
-        if not self.store.is_complete:
-            return None
-        self._is_founded = True
-        count = len(self.store.layout.fragments)
-        self._published = [_Published(self.store.state(i).shadow, None) for i in range(count)]
-        return self.store.crcs(), self._founding_bytes
+        store = self.store
+        if store is None or self._is_founded or not self._is_founder(session):
+            return
+
+        def work() -> tuple[int, ...] | RemoteProtocolError | None:
+            try:
+                if isinstance(header, FoundingFragment):
+                    store.found_fragment(header.fragment_id, payload, header.crc)
+                elif isinstance(header, FoundingStatic):
+                    store.found_static(payload, header.crc)
+            except RemoteProtocolError as error:
+                return error
+            return store.crcs() if store.is_complete else None
+
+        def then(result: tuple[int, ...] | RemoteProtocolError | None) -> None:
+            # Meanwhile another founder, or the same one again, may have begun anew.
+            if result is None or store is not self.store or self._is_founded or not self._is_founder(session):
+                return
+            if isinstance(result, RemoteProtocolError):
+                self.refuse(session, result.reason, result.detail)
+                return
+            self._is_founded = True
+            self._published = [_Published(store.state(i).shadow, None) for i in range(len(result))]
+            done(result, store.founding_bytes)
+
+        self._submit(work, then)
 
     def accepts(self, session: str, data: bytes, total_bytes: int) -> bool | str:
         """Whether memory may be given to a payload of this header and size."""
@@ -195,7 +212,7 @@ class Performer:
             expected = static_bytes(self.store.layout) if is_founder else -1
         elif isinstance(header, Contribution | FoundingFragment) and header.fragment_id < len(sizes):
             is_founding = isinstance(header, FoundingFragment)
-            if is_founding != is_founder:
+            if is_founding != is_founder or (isinstance(header, FoundingFragment) and header.part != "values"):
                 return "refused"
             expected = payload_bytes(sizes[header.fragment_id], "fp32" if is_founding else self.store.config.wire_dtype)
         else:
@@ -205,10 +222,11 @@ class Performer:
     def _is_founder(self, session: str) -> bool:
         return self._founder is not None and session == self._founder.session
 
-    def refuse(self, session: str, sentence: str) -> None:
-        """Tell a process that it may not go on."""
+    def refuse(self, session: str, reason: str, sentence: str) -> None:
+        """Tell a process that it may not go on, and end its session."""
         _log.warning("Session %s was refused: %s", session[:8], sentence)
-        self._send(session, JoinRefused(reason="wrong_layout", detail=sentence[:2000]), 0)
+        self._send(session, JoinRefused(reason=reason, detail=sentence[:2000]), 0)
+        self._on_refused(session)
 
     # ---- actions ------------------------------------------------------------------------------------------------------------
 
@@ -249,7 +267,7 @@ class Performer:
         )
         peer = bytes.fromhex(action.session)
         transfer_id = self._transport.send_payload(peer, encode(self._envelope, header), buffer_of(payload))
-        self.transfers[action.session, transfer_id] = action.fragment_id
+        self.transfers[action.session, transfer_id] = (action.fragment_id, action.version)
 
     def _transmit_static(self, session: str) -> None:
         static = self._founded_store().static
@@ -264,7 +282,11 @@ class Performer:
         if self._is_founded:
             store = self._founded_store()
             sha256 = store.global_sha256()
-            store.save_global(self._options.run_dir / GLOBAL_NAME)
+            try:
+                store.save_global(self._options.run_dir / GLOBAL_NAME)
+            except OSError as error:
+                _log.error("The global model could not be written to %s: %s. The run has failed.", self._options.run_dir, error)
+                action = Ended(status="failed", versions=action.versions)
         self._record(EndRecord(status=action.status, versions=action.versions, global_sha256=sha256))
         self.ended = action
 

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import zmq
 
-from lightning_diloco.errors import RemoteProtocolError
+from lightning_diloco.errors import ConfigurationError, RemoteProtocolError
 from lightning_diloco.protocol.events import (
     ContributionArrived,
     CountersRead,
@@ -42,7 +42,8 @@ from lightning_diloco.protocol.events import (
     SyncerEvent,
     Tick,
 )
-from lightning_diloco.protocol.messages import Contribution, Envelope, Found, LearnerHeader
+from lightning_diloco.protocol.identity import Version
+from lightning_diloco.protocol.messages import Contribution, Envelope, Found, FromLearner, Heartbeat, Hello, Leave
 from lightning_diloco.protocol.records import TapeLine
 from lightning_diloco.protocol.syncer import SyncerMachine
 from lightning_diloco.protocol.wire import decode_from_learner, decode_learner_header
@@ -65,6 +66,10 @@ __all__ = ["ServiceOptions", "SyncerService"]
 
 _log = logging.getLogger(__name__)
 
+MIN_DECODING = 32
+"""Twice so many payloads of one learner may wait for decoding, and twice so many items may stand in its reports, whatever the layout."""
+MAX_FAILURES = 64
+"""A learner that refuses so many publications in a row is told to end."""
 IDLE_S = 0.25
 """Longest sleep of the loop; deadlines of the machine are met earlier."""
 
@@ -107,10 +112,12 @@ class SyncerService:
     ) -> None:
         self.options = options
         self.error: BaseException | None = None
-        self.status: str | None = None
+        self.status: Literal["finished", "stopped", "failed"] | None = None
         self._start_s = time.monotonic()
         self._transport = SyncerTransport(options.bind, accept=self._accept, context=context)
         self._results: deque[Callable[[], None]] = deque()
+        self._decoding: dict[str, int] = {}
+        self._failures: dict[str, int] = {}
         self._commands: deque[SyncerEvent] = deque()
         self._numerics = ThreadPoolExecutor(max_workers=1, thread_name_prefix="diloco-numerics")
         self._thread: threading.Thread | None = None
@@ -122,21 +129,37 @@ class SyncerService:
         """Open the sockets, lock the folder, open the tape; returns the control endpoint with its real port.
 
         Raises:
-            ConfigurationError: the address cannot be bound, or the folder belongs to another syncer.
+            ConfigurationError: the address cannot be bound, or the folder belongs to another syncer or to an earlier job.
         """
         self._lock = lock_run_dir(self.options.run_dir)
+        try:
+            self._open()
+        except BaseException:
+            self._transport.close()
+            self._lock.close()
+            raise
+        return self._transport.control_endpoint
+
+    def _open(self) -> None:
+        path = self.options.run_dir / TAPE_NAME
+        if path.exists() and path.stat().st_size:
+            raise ConfigurationError(
+                f"{self.options.run_dir}: holds the tape of an earlier job. Going on with it (--resume) comes with the resilience issue; "
+                "give a new directory."
+            )
+        (self.options.run_dir / "counters").mkdir(exist_ok=True)
         self._transport.bind()
-        self._tape = TapeWriter(self.options.run_dir / TAPE_NAME, t0_s=self._start_s)
+        self._tape = TapeWriter(path, t0_s=self._start_s)
         self._performer = Performer(
             options=self.options,
             transport=self._transport,
             tape=self._tape,
             submit=self._submit,
             on_merged=self._merged,
+            on_refused=self._refused,
             on_line=self._on_line,
         )
         self._machine = SyncerMachine(self._performer.job_options())
-        return self._transport.control_endpoint
 
     def start(self) -> str:
         """Bind, and serve on a thread of this process; returns the control endpoint."""
@@ -248,7 +271,11 @@ class SyncerService:
     # ---- events of the transport --------------------------------------------------------------------------------------------
 
     def _accept(self, peer: bytes, header: bytes, total_bytes: int) -> bool | str:
-        return self._performer.accepts(peer.hex(), header, total_bytes)
+        session, job = peer.hex(), self._machine.job
+        # Memory is for members alone, and only for what a learner can have on its way: two contributions of each fragment.
+        if job.members.of(session) is None or self._decoding.get(session, 0) > 2 * max(job.num_fragments, MIN_DECODING):
+            return "refused"
+        return self._performer.accepts(session, header, total_bytes)
 
     def _take(self, event: TransportEvent) -> None:
         session = event.peer.hex()
@@ -260,10 +287,22 @@ class SyncerService:
             if event.reason != "refused":
                 self._handle(PayloadFailed(session=session, reason=event.reason))
         elif isinstance(event, PayloadDelivered | TransportFailed):
-            fragment_id = self._performer.transfers.pop((session, event.transfer_id), None)
-            if fragment_id is not None:
-                kind = PublicationDelivered if isinstance(event, PayloadDelivered) else PublicationFailed
-                self._handle(kind(session=session, fragment_id=fragment_id))
+            sent = self._performer.transfers.pop((session, event.transfer_id), None)
+            if sent is not None and isinstance(event, PayloadDelivered):
+                self._failures.pop(session, None)
+                self._handle(PublicationDelivered(session=session, fragment_id=sent[0], version=sent[1]))
+            elif sent is not None:
+                self._publication_failed(session, *sent)
+
+    def _publication_failed(self, session: str, fragment_id: int, version: Version) -> None:
+        """The rules send it again; a learner that refuses whatever it is sent would keep that up for ever."""
+        if self._machine.job.members.of(session) is None:
+            return
+        self._failures[session] = self._failures.get(session, 0) + 1
+        if self._failures[session] < MAX_FAILURES:
+            self._handle(PublicationFailed(session=session, fragment_id=fragment_id, version=version))
+        else:
+            self._performer.refuse(session, "wrong_layout", f"{MAX_FAILURES} publications in a row were refused. Use the same release.")
 
     def _control(self, session: str, data: bytes) -> None:
         try:
@@ -271,20 +310,34 @@ class SyncerService:
         except RemoteProtocolError as error:
             _log.warning("A message of session %s was dropped: %s", session[:8], error)
             return
+        if self._is_excessive(message):
+            _log.warning("A message of session %s was dropped: its lists are longer than any that a learner has use for.", session[:8])
+            return
         if isinstance(message, Found):
             refusal = self._performer.begin_founding(session, message)
             if refusal is not None:
-                self._performer.refuse(session, refusal)
-                self._handle(PayloadFailed(session=session, reason="wrong_layout"))
+                self._performer.refuse(session, "wrong_layout", refusal)
                 return
         self._handle(MessageReceived(session=session, envelope=envelope, message=message))
+
+    def _is_excessive(self, message: FromLearner) -> bool:
+        """Whether one message asks for more answers than a learner has use for."""
+        report = message.report if isinstance(message, Leave) else message
+        if not isinstance(report, Heartbeat | Hello):
+            return False
+        return len(report.unresolved) > 2 * max(self._machine.job.num_fragments, MIN_DECODING)
+
+    def _refused(self, session: str) -> None:
+        """A session was told to end."""
+        self._failures.pop(session, None)
+        self._handle(PayloadFailed(session=session, reason="wrong_layout"))
 
     def _payload(self, session: str, data: bytes, payload: memoryview) -> None:
         envelope, header = decode_learner_header(data)  # `accepts` has decoded it once, so it is valid
         if isinstance(header, Contribution):
             self._contribution(session, envelope, header, payload)
         else:
-            self._founding(session, header, payload)
+            self._performer.take_founding(session, header, payload, lambda crcs, size: self._founded(session, crcs, size))
 
     def _contribution(self, session: str, envelope: Envelope, header: Contribution, payload: memoryview) -> None:
         store = self._performer.store
@@ -293,6 +346,9 @@ class SyncerService:
 
         def then(result: tuple[Any, float, bool]) -> None:
             decoded, norm, crc_ok = result
+            self._decoding[session] -= 1
+            if not self._decoding[session]:
+                del self._decoding[session]
             event = ContributionArrived(
                 session=session,
                 envelope=envelope,
@@ -304,17 +360,11 @@ class SyncerService:
             )
             self._handle(event, decoded)
 
+        self._decoding[session] = self._decoding.get(session, 0) + 1
         self._submit(lambda: store.decode_contribution(header.fragment_id, payload, header.crc), then)
 
-    def _founding(self, session: str, header: LearnerHeader, payload: memoryview) -> None:
-        try:
-            complete = self._performer.take_founding(session, header, payload)
-        except RemoteProtocolError as error:
-            self._performer.refuse(session, str(error))
-            self._handle(PayloadFailed(session=session, reason="bad_checksum"))
-            return
-        if complete is not None:
-            self._handle(FoundingArrived(session=session, crcs=complete[0], payload_bytes=complete[1]))
+    def _founded(self, session: str, crcs: tuple[int, ...], founding_bytes: int) -> None:
+        self._handle(FoundingArrived(session=session, crcs=crcs, payload_bytes=founding_bytes))
 
     def _merged(self, closed: Closed) -> None:
         """A merge is done: publish it."""

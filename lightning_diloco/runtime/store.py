@@ -76,6 +76,8 @@ class SyncerStore:
         Raises:
             RemoteProtocolError: wrong length or checksum, or values that are not finite.
         """
+        if self._states[fragment_id] is not None:
+            return  # a copy: the founder said it again
         values = decode_full(payload, self.layout.fragments[fragment_id].num_params)
         if crc32(values) != crc:
             raise RemoteProtocolError("bad_checksum", f"Fragment {fragment_id} of the founding state does not have its checksum.")
@@ -93,6 +95,11 @@ class SyncerStore:
         if static.numel() != static_bytes(self.layout) or crc32(static) != crc:
             raise RemoteProtocolError("bad_checksum", "The static state of the founding does not have its length or checksum.")
         self.static = static
+
+    @property
+    def founding_bytes(self) -> int:
+        """Payload bytes of a founding: float32 values and the static state."""
+        return 4 * sum(f.num_params for f in self.layout.fragments) + static_bytes(self.layout)
 
     @property
     def is_complete(self) -> bool:
@@ -159,7 +166,7 @@ class SyncerStore:
         tensors: dict[str, Tensor] = dict(unpack_static(self.layout, self.static))
         for fragment in self.layout.fragments:
             shadow = self.state(fragment.fragment_id).shadow
-            for part, flat in zip(fragment.slices, shadow.split([s.length for s in fragment.slices]), strict=True):
+            for part, flat in zip(fragment.slices, shadow.split_with_sizes([s.length for s in fragment.slices]), strict=True):
                 tensors[part.name] = flat.reshape(part.global_shape).clone()
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary)
