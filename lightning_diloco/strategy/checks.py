@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.data import has_iterable_dataset
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.data import has_iterable_dataset
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_diloco.config import SyncConfig
@@ -79,6 +79,6 @@ def warn_if_stream(dataloader: Any, trainer: pl.Trainer | None, num_learners: in
     if num_learners > 1 and trainer is not None and trainer.state.stage == RunningStage.TRAINING:
         if isinstance(dataloader, DataLoader) and has_iterable_dataset(dataloader):
             rank_zero_warn(
-                f"The training data is an IterableDataset, which is not cut into parts: each of the {num_learners} learners reads all of it. "
-                "Give every learner its own part inside the dataset (`trainer.global_rank` is the learner's id), or its own random order."
+                f"The training data is an IterableDataset, which is not cut into parts: each of the {num_learners} learners reads all "
+                "of it. Give every learner its own part inside the dataset (`trainer.global_rank` is the learner's id), or its own order."
             )

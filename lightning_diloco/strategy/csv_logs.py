@@ -1,8 +1,8 @@
 """Keeping the CSV logs of an earlier process.
 
-Lightning's CSVLogger, when it starts to write, removes the ``metrics.csv`` of its version: right for a new run, wrong for the second process
-of the same run, which is what a restarted learner is, or the calling process that validates after a fit. There the writer is made
-beforehand, with the old rows put back.
+Lightning's CSVLogger, when it starts to write, removes the ``metrics.csv`` of its version: right for a new run, wrong for the second
+process of the same run, which is what a restarted learner is, or the calling process that validates after a fit. There the writer is
+made beforehand, with the old rows put back.
 """
 
 from __future__ import annotations

@@ -41,5 +41,7 @@ class FitCall:
     def has_validation(self, trainer: pl.Trainer) -> bool:
         """Whether the fit has a validation loop."""
         source: Any = self.datamodule if self.datamodule is not None else self.model
-        has_data = self.val_dataloaders is not None or is_overridden("val_dataloader", source) or is_overridden("val_dataloader", self.model)
+        has_data = (
+            self.val_dataloaders is not None or is_overridden("val_dataloader", source) or is_overridden("val_dataloader", self.model)
+        )
         return has_data and is_overridden("validation_step", self.model) and trainer.limit_val_batches > 0

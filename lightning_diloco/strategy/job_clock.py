@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import lightning.pytorch as pl
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 __all__ = ["JobClock"]
 
@@ -55,11 +57,9 @@ class JobClock:
         """Set the position inside the epoch; call it in ``on_train_batch_start``. Later calls do nothing."""
         skipped, self._skipped_batches = self._skipped_batches, 0
         if skipped:
-            for progress in (self._trainer.fit_loop.epoch_loop.batch_progress.current, self._trainer.fit_loop.epoch_loop.batch_progress.total):
-                progress.ready += skipped
-                progress.started += skipped
-                progress.processed += skipped
-                progress.completed += skipped
+            progress = self._trainer.fit_loop.epoch_loop.batch_progress
+            _move(progress.current, skipped)
+            _move(progress.total, skipped)
 
     def _advance_epochs(self, job_step: int) -> int:
         batches = self._trainer.num_training_batches
@@ -69,11 +69,8 @@ class JobClock:
         steps_per_epoch = math.ceil(batches / accumulate)
         epochs, rest = divmod(job_step, steps_per_epoch)
         self._skipped_batches = min(rest * accumulate, int(batches) - 1)
-        for progress in (self._trainer.fit_loop.epoch_progress.current, self._trainer.fit_loop.epoch_progress.total):
-            progress.ready += epochs
-            progress.started += epochs
-            progress.processed += epochs
-            progress.completed += epochs
+        _move(self._trainer.fit_loop.epoch_progress.current, epochs)
+        _move(self._trainer.fit_loop.epoch_progress.total, epochs)
         return epochs
 
     def _advance_schedules(self, job_step: int, epochs: int) -> None:
@@ -81,8 +78,16 @@ class JobClock:
             # torch warns that a schedule was stepped before the optimizer: here that is the purpose.
             warnings.simplefilter("ignore")
             for config in self._trainer.lr_scheduler_configs:
-                if config.reduce_on_plateau:
+                if config.reduce_on_plateau or isinstance(config.scheduler, ReduceLROnPlateau):
                     continue
                 passed = job_step if config.interval == "step" else epochs
                 for _ in range(passed // max(1, config.frequency)):
                     config.scheduler.step()
+
+
+def _move(progress: Any, count: int) -> None:
+    """Count things that happened elsewhere as ready, started, processed and completed."""
+    progress.ready += count
+    progress.started += count
+    progress.processed += count
+    progress.completed += count

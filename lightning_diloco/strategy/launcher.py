@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.connectors.signal_connector import _SIGNUM
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_diloco.runtime.rundir import make_run_dir
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP

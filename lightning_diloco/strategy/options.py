@@ -66,7 +66,9 @@ class ProcessOptions:
             return
         _check_endpoint(self.syncer)
         if self.launch == "inline":
-            raise ConfigurationError(f"launch='inline' with syncer={self.syncer!r}: an inline run has its own syncer. Leave out one of the two.")
+            raise ConfigurationError(
+                f"launch='inline' with syncer={self.syncer!r}: an inline run has its own syncer. Leave out one of the two."
+            )
         self._check_numbering()
 
     def _check_numbering(self) -> None:
@@ -75,7 +77,9 @@ class ProcessOptions:
         if self.num_learners is not None:
             _need_int("num_learners", self.num_learners, 1)
             if self.num_learners > 1 and self.learner_id is None:
-                raise ConfigurationError(f"num_learners={self.num_learners} without learner_id=: say which share of the data this learner has.")
+                raise ConfigurationError(
+                    f"num_learners={self.num_learners} without learner_id=: say which share of the data this learner has."
+                )
             if self.learner_id is not None and self.learner_id >= self.num_learners:
                 raise ConfigurationError(f"learner_id={self.learner_id}: must be below num_learners={self.num_learners}.")
 

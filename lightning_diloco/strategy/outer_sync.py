@@ -30,7 +30,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
-from lightning_diloco.runtime.client import ClientOptions, Figures, LearnerClient
+from lightning_diloco.runtime.client import ClientOptions, LearnerClient
+from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.strategy.assignment import Assignment
 from lightning_diloco.strategy.counting import count_tokens
 from lightning_diloco.strategy.healing import reset_nonfinite_moments

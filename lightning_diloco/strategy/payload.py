@@ -151,7 +151,7 @@ def _log_levels() -> dict[str, int]:
 
 
 def _foreign_state() -> list[tuple[Callable[[Any], Any], Any]]:
-    """hydra's singletons (its configuration, OmegaConf's resolvers), if this is a hydra job; hydra itself is not imported for it."""
+    """Hydra's singletons (its configuration, OmegaConf's resolvers), if this is a hydra job; hydra itself is not imported for it."""
     module = sys.modules.get("hydra.core.singleton")
     if module is None:
         return []

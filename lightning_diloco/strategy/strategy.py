@@ -22,19 +22,18 @@ from typing import Any, Literal, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.runtime.client import Figures
+from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.strategy import checks
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
 from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, refuse_what_has_not_landed
@@ -189,7 +188,8 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
 
     @override
     def set_world_ranks(self) -> None:
-        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
+        # One function object under every name that Lightning gives it; its attribute is how the rank is passed around.
+        vars(rank_zero_only)["rank"] = self.global_rank
 
     @property
     @override

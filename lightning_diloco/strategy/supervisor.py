@@ -15,7 +15,6 @@ their life lines close (`lightning_diloco.strategy.life_line`).
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -34,6 +33,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_diloco.errors import LearnerFailedError, SyncerUnavailableError
 from lightning_diloco.strategy.children import Child, ExitStatus, child_environment, start_child
 from lightning_diloco.strategy.results import LearnerResult, as_exception, read_result
+from lightning_diloco.strategy.sigterm import EXIT_SIGTERM
 
 __all__ = ["JobPlan", "Supervisor"]
 
@@ -98,7 +98,9 @@ class Supervisor:
         self._environment = child_environment(plan.num_learners)
         self._learners = [_Learner(i) for i in range(plan.num_learners)]
         self._syncer: Child | None = None
-        self._endpoint = ""
+        self._ready_path = plan.run_dir / "syncer.json"
+        self._is_syncer_ready = False
+        self._syncer_deadline_s = 0.0
         self._signals = _Signals()
         self.restarts = {"learners": 0, "syncer": 0}
         """How often a process was started again."""
@@ -126,6 +128,7 @@ class Supervisor:
             while not all(learner.is_done for learner in self._learners):
                 self._turn()
             self._end_syncer("finished")
+            self._await_exits()
             self.status = "finished"
         except (KeyboardInterrupt, SIGTERMException):
             self.status = "stopped"
@@ -155,15 +158,22 @@ class Supervisor:
         self._obey_signals()
         for learner in self._learners:
             self._look_after(learner)
-        assert self._syncer is not None
-        status = self._syncer.poll()
-        if status is not None:
-            raise SyncerUnavailableError(
-                f"The syncer process ended with {status} while learners were training, and with it the job; {self._plan.run_dir}/logs/syncer.log "
-                "may say why. Restarting it comes with the resilience issue."
-            )
+        self._look_after_syncer()
         self._plan.on_tick(self.restarts)
         time.sleep(_TICK_S)
+
+    def _look_after_syncer(self) -> None:
+        assert self._syncer is not None
+        status, log = self._syncer.poll(), f"{self._plan.run_dir}/logs/syncer.log"
+        if status is not None:
+            raise SyncerUnavailableError(
+                f"The syncer process ended with {status}, and with it the job; {log} may say why. "
+                "Restarting it comes with the resilience issue."
+            )
+        if not self._is_syncer_ready:
+            self._is_syncer_ready = self._ready_path.exists()
+            if not self._is_syncer_ready and time.monotonic() > self._syncer_deadline_s:
+                raise SyncerUnavailableError(f"The syncer process was not ready within {_SYNCER_START_S:g} s; see {log}.")
 
     def _look_after(self, learner: _Learner) -> None:
         if learner.start_at_s is not None:
@@ -174,11 +184,14 @@ class Supervisor:
         if learner.is_done or learner.child is None:
             return
         status = learner.child.poll()
-        if status is None:
+        if status is None and not self._result_path(learner).exists():
             return
         result = learner.result = read_result(self._result_path(learner))
         if result is not None and result.outcome == "done":
+            # Its interpreter may take a second more to end; the syncer need not wait for that.
             learner.is_done = True
+        elif status is None:
+            return
         elif result is None and status.code == 0:
             learner.is_done = True
             self._tell_lost(learner)
@@ -189,10 +202,8 @@ class Supervisor:
     def _restart_or_raise(self, learner: _Learner, result: LearnerResult | None, status: ExitStatus) -> None:
         if result is not None and result.outcome == "failed":
             raise as_exception(learner.learner_id, result)
-        if result is None and status.signal_name is None:
-            raise LearnerFailedError(
-                f"Learner {learner.learner_id} ended with {status} and without an exception.{self._log_hint(learner)}"
-            )
+        if result is None and status.signal_name is None and status.code != EXIT_SIGTERM:
+            raise LearnerFailedError(f"Learner {learner.learner_id} ended with {status} and without an exception.{self._log_hint(learner)}")
         name = status.signal_name or "SIGTERM"
         if learner.life >= self._plan.max_restarts:
             raise LearnerFailedError(
@@ -215,23 +226,13 @@ class Supervisor:
     # -- starting ------------------------------------------------------------------------------------------------------------------
 
     def _start_syncer(self) -> None:
+        """Start the syncer; learners start beside it and look for its address when they need it."""
         run_dir = self._plan.run_dir
-        ready = run_dir / "syncer.json"
-        ready.unlink(missing_ok=True)
+        self._ready_path.unlink(missing_ok=True)
         arguments = ["syncer", "--bind", "tcp://127.0.0.1:0", "--run-dir", str(run_dir), "--supervised"]
-        syncer = start_child("lightning_diloco", arguments, log=run_dir / "logs" / "syncer.log", environment=self._environment)
-        self._syncer = syncer
-        syncer.send_line({"token": self._token, "takeover_token": self._takeover_token, "num_slots": self._plan.num_learners})
-        deadline_s = time.monotonic() + _SYNCER_START_S
-        while not ready.exists():
-            self._obey_signals()
-            status = syncer.poll()
-            if status is not None:
-                raise SyncerUnavailableError(f"The syncer process ended with {status} at its start; see {run_dir}/logs/syncer.log.")
-            if time.monotonic() > deadline_s:
-                raise SyncerUnavailableError(f"The syncer process was not ready within {_SYNCER_START_S:g} s; see {run_dir}/logs/syncer.log.")
-            time.sleep(_TICK_S)
-        self._endpoint = json.loads(ready.read_text("utf-8"))["endpoint"]
+        self._syncer = start_child("lightning_diloco", arguments, log=run_dir / "logs" / "syncer.log", environment=self._environment)
+        self._syncer.send_line({"token": self._token, "takeover_token": self._takeover_token, "num_slots": self._plan.num_learners})
+        self._syncer_deadline_s = time.monotonic() + _SYNCER_START_S
 
     def _start(self, learner: _Learner) -> None:
         plan = self._plan
@@ -243,7 +244,7 @@ class Supervisor:
                 "learner_id": learner.learner_id,
                 "num_learners": plan.num_learners,
                 "life": learner.life,
-                "endpoint": self._endpoint,
+                "syncer_path": str(self._ready_path),
                 "token": self._token,
                 "takeover_token": self._takeover_token,
                 "run_dir": str(plan.run_dir),
@@ -299,6 +300,14 @@ class Supervisor:
                 f"The syncer process {problem} after the learners had left; the global model may be incomplete. "
                 f"See {self._plan.run_dir}/logs/syncer.log."
             )
+
+    def _await_exits(self) -> None:
+        """Let learners whose fit has returned end in their own time, within reason: they flush logs, and exit handlers run."""
+        deadline_s = time.monotonic() + _LEAVE_S
+        children = [learner.child for learner in self._learners if learner.child is not None]
+        while any(child.poll() is None for child in children) and time.monotonic() < deadline_s:
+            self._obey_signals()
+            time.sleep(_TICK_S)
 
     def _kill_all(self) -> None:
         for child in (*(learner.child for learner in self._learners), self._syncer):

@@ -8,9 +8,13 @@ Lightning's ``_call_and_handle_interrupt``, so that hooks for exceptions and tea
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +39,8 @@ def main() -> int:
         The exit code: 0 done, 1 failed, 143 left after SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    SigtermPolicy(_find_sync).install()
+    # Nothing to clean up yet, and an exception in the middle of an import leaves half a module behind.
+    signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(EXIT_SIGTERM))
     assigned = read_assignment(0)
     hold_life_line(0)
     _restore_surroundings(assigned)
@@ -64,7 +69,7 @@ def _run(assigned: dict[str, Any]) -> LearnerResult:
     _strategy.take(
         Assignment(
             role="learner",
-            endpoint=assigned["endpoint"],
+            endpoint=_await_endpoint(Path(assigned["syncer_path"])),
             learner_id=assigned["learner_id"],
             num_learners=assigned["num_learners"],
             life=assigned["life"],
@@ -79,12 +84,31 @@ def _run(assigned: dict[str, Any]) -> LearnerResult:
     if assigned["learner_id"] == 0 and assigned["life"] > 0:
         keep_csv_logs(trainer.loggers)
     payload.state.restore()
+    SigtermPolicy(_find_sync).install()
     call._call_and_handle_interrupt(trainer, payload.function, *payload.args, **payload.kwargs)
     return collect(trainer)
 
 
+def _await_endpoint(path: Path) -> str:
+    """The syncer's address, which it writes when it is ready; the supervisor ends this process if that never happens."""
+    while not path.exists():
+        time.sleep(0.02)
+    return str(json.loads(path.read_text("utf-8"))["endpoint"])
+
+
 def _nothing() -> None:
     """Stand-in for a hook that has run elsewhere."""
+
+
+def _end_process(code: int) -> None:
+    """End as the interpreter would, without taking every module apart first: that takes a second, and nothing is left to be saved."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _find_sync() -> OuterSync | None:
@@ -124,10 +148,10 @@ def _restore_surroundings(assigned: dict[str, Any]) -> None:
 def _settle_rank(learner_id: int) -> None:
     from lightning_utilities.core.rank_zero import rank_zero_only
 
-    rank_zero_only.rank = learner_id
+    vars(rank_zero_only)["rank"] = learner_id
 
 
 if __name__ == "__main__":
     # Other code finds this module by its name, and there has to be one of it: the handler and the run share its globals.
     sys.modules["lightning_diloco.strategy.worker"] = sys.modules["__main__"]
-    sys.exit(main())
+    _end_process(main())
