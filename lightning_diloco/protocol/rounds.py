@@ -109,7 +109,8 @@ class Rounds:
         for member in active:
             if not member.is_admitted:
                 alone = not any(m.is_admitted for m in active)
-                job.pace.admit(member.learner_id, member.inner_step - 1, staggered=alone)
+                # Alone: its interval began before the step that has made it active.
+                job.pace.admit(member.learner_id, member.inner_step - alone, staggered=alone)
                 member.is_admitted = True
         steps = {m.learner_id: m.inner_step for m in active}
         for fragment_id in job.pace.due(steps, self._quorum(now_s)):
