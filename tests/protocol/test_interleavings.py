@@ -1,0 +1,584 @@
+"""The interleavings of PROTOCOL.md section 12, on the two machines. Each broke a simpler version of the rules.
+
+5, 6, 7, 9, 14 and 23 need a restart of the syncer or a rejoin checkpoint, 17 an island: they come with their own issues. 16 is the
+transport's (tests/runtime/transport).
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_diloco.protocol import events as ev
+from lightning_diloco.protocol.identity import Version
+from lightning_diloco.protocol.messages import Busy, Contribution, Publication, Pull, Released
+from lightning_diloco.protocol.records import ContributionRecord, JoinRecord, LeaveRecord, RoundOpenRecord
+from lightning_diloco.protocol.wire import decode_from_learner, decode_from_syncer, decode_learner_header, decode_syncer_header
+from tests.protocol.invariants import check_end, check_tape
+from tests.protocol.pair import TOKENS, Node, Pair
+
+
+def down(node: Node) -> list:
+    """Control messages on their way to a learner."""
+    return [decode_from_syncer(data)[1] for data in node.control_down]
+
+
+def up(node: Node) -> list:
+    """Control messages on their way to the syncer."""
+    return [decode_from_learner(data)[1] for data in node.control_up]
+
+
+def payloads(node: Node) -> list[Contribution]:
+    """Contributions on their way to the syncer."""
+    return [decode_learner_header(data)[1] for kind, data, _ in node.bulk_up if kind == "contribution"]
+
+
+def publications(node: Node) -> list[Publication]:
+    """Publications on their way to a learner."""
+    return [h for h in (decode_syncer_header(data)[1] for data, _ in node.bulk_down) if isinstance(h, Publication)]
+
+
+def control(pair: Pair, node: Node) -> None:
+    """Both control queues of one learner are emptied, bulk is left alone."""
+    while node.control_up or node.control_down:
+        while node.control_up:
+            pair.deliver_control_up(node)
+        while node.control_down:
+            pair.deliver_control_down(node)
+
+
+def bulk_up(pair: Pair, node: Node) -> None:
+    """What the learner sent on bulk arrives."""
+    while node.bulk_up:
+        pair.deliver_bulk_up(node)
+
+
+def contribute(pair: Pair, node: Node) -> None:
+    """Step until a contribution of this learner is in flight."""
+    for _ in range(3 * pair.config.sync_interval_steps):
+        pair.step(node)
+        control(pair, node)
+        if payloads(node):
+            return
+    raise AssertionError("nobody asked for a contribution")
+
+
+def pull(pair: Pair, *nodes: Node) -> None:
+    """Bring a job with one fragment to the moment at which all of these learners are asked for a contribution."""
+    pair.steps(list(nodes), 4)
+    pair.step(nodes[0])
+    for node in nodes:
+        control(pair, node)
+    assert all(n.machine.state.fragments[0].pulled_by is not None for n in nodes)
+
+
+def atoms(pair: Pair, learner_id: int) -> list[int]:
+    """All work of one learner."""
+    return [a for a, (m, _) in pair.tokens_of.items() if m == learner_id]
+
+
+@pytest.fixture
+def pair() -> Pair:
+    return Pair(num_fragments=1)
+
+
+def test_work_is_in_the_model_once_when_its_publication_is_lost_and_the_next_one_does_not_name_its_learner(pair):
+    """Interleaving 1."""
+    a, b = pair.found(2)
+    contribute(pair, a)
+    bulk_up(pair, a)
+    assert pair.version(0) == 1 and pair.merges()[0].members[0].learner_id == a.learner_id
+    pair.drop_bulk_down(a)
+    bulk_up(pair, a)
+    a.bulk_down.clear()  # the full one is lost without a word as well
+    while pair.version(0) < 2:
+        pair.step(b)
+        pair.advance(1.0)
+        control(pair, b)
+        bulk_up(pair, b)
+        while b.bulk_down:
+            pair.deliver_bulk_down(b)
+    assert [m.learner_id for m in pair.merges()[1].members] == [b.learner_id]
+    for _ in range(2):
+        pair.heartbeat(a)
+        pair.settle()
+    pair.take(ev.PublicationFailed(session=a.nonce, fragment_id=0))
+    pair.settle()
+    pair.step(a)
+    assert a.machine.state.fragments[0].base == Version(0, 2)
+    pair.steps([a, b], 8)
+    assert all(pair.shadow(0)[x] <= 1 for x in atoms(pair, a.learner_id))
+    check_tape(pair)
+
+
+def test_the_next_pull_is_answered_busy_while_the_publication_with_the_own_work_is_on_its_way(pair):
+    """Interleaving 2."""
+    (a,) = pair.found(1)
+    contribute(pair, a)
+    bulk_up(pair, a)
+    assert len(publications(a)) == 1
+    first = a.machine.state.fragments[0].unresolved
+    for _ in range(8):
+        pair.step(a)
+        control(pair, a)
+    assert not payloads(a)
+    assert a.machine.state.fragments[0].unresolved is first
+    assert len(pair.of(RoundOpenRecord)) == 3 and len(pair.merges()) == 1
+    pair.settle()
+    pair.steps([a], 8)
+    assert len(pair.merges()) == 3
+    check_tape(pair)
+
+
+def test_a_pull_that_arrives_with_the_publication_is_answered_after_the_adoption(pair):
+    """Interleaving 2, the other outcome: adopt first."""
+    (a,) = pair.found(1)
+    contribute(pair, a)
+    bulk_up(pair, a)
+    for _ in range(3):
+        pair.step(a)
+        while a.control_up:
+            pair.deliver_control_up(a)
+    pair.step(a)
+    while a.control_up:
+        pair.deliver_control_up(a)
+    assert [m for m in down(a) if isinstance(m, Pull)]
+    while a.control_down:
+        pair.deliver_control_down(a)
+    pair.deliver_bulk_down(a)
+    pair.step(a)
+    (header,) = payloads(a)
+    assert header.base == Version(0, 1) and header.base_merged_seq == 1 and header.steps == 5
+    pair.settle()
+    assert pair.version(0) == 2
+
+
+def test_an_always_late_learner_does_not_raise_the_pace_and_its_work_is_merged(pair):
+    """Interleaving 3: K = 1, and everything of b on bulk arrives one interval late."""
+    a, b = pair.found(2)
+    for _ in range(48):
+        for node in (a, b):
+            pair.step(node)
+        pair.advance(1.0)
+        for _ in range(3):
+            for node in (a, b):
+                control(pair, node)
+            bulk_up(pair, a)
+            while a.bulk_down:
+                pair.deliver_bulk_down(a)
+        if len(a.live[0]) % 5 == 0:
+            bulk_up(pair, b)
+            while b.bulk_down:
+                pair.deliver_bulk_down(b)
+    opened = [r for r in pair.of(RoundOpenRecord) if r.fragment_id == 0]
+    assert len(opened) == 48 // 4
+    assert any(r.outcome == "carried" for r in pair.of(ContributionRecord) if r.learner_id == b.learner_id)
+    assert pair.syncer.job.ledger.merged(b.learner_id, 0) > 20 * TOKENS
+    check_tape(pair)
+
+
+def test_a_carried_contribution_is_merged_once_into_the_next_round(pair):
+    """Interleaving 3 and 20: a contribution that arrives outside a round."""
+    a, b = pair.found(2)
+    pull(pair, a, b)
+    for node in (a, b):
+        pair.step(node)
+        assert payloads(node)
+    before = len(pair.merges())
+    bulk_up(pair, a)
+    control(pair, a)
+    assert len(pair.merges()) == before + 1
+    pair.settle()
+    late = [r for r in pair.of(ContributionRecord) if r.learner_id == b.learner_id][-1]
+    assert late.outcome == "carried"
+    pair.steps([a, b], 4)
+    assert [(m.learner_id, m.seq) for m in pair.merges()[before + 1].members][0] == (b.learner_id, late.seq)
+    pair.steps([a, b], 8)
+    check_tape(pair)
+
+
+@pytest.mark.parametrize("way", ["restart", "outage"])
+def test_not_all_fragments_go_out_at_once_after_a(way):
+    """Interleaving 4: one learner restarted, or an outage."""
+    pair = Pair(num_fragments=8, sync_interval_steps=8)
+    (a,) = pair.found(1)
+    pair.steps([a], 20)
+    if way == "restart":
+        pair.kill(a)
+        pair.take(ev.LearnerLost(learner_id=0))
+        a = pair.add(0)
+    else:
+        for _ in range(40):
+            pair.step(a)
+            a.control_up.clear()
+        pair.advance(40.0)
+    for _ in range(24):
+        before = len(pair.of(RoundOpenRecord))
+        pair.steps([a], 1)
+        assert len(pair.of(RoundOpenRecord)) - before <= 2
+    assert all(pair.version(i) >= 4 for i in range(8))
+
+
+def test_a_publication_that_overtakes_the_full_transfer_of_a_joiner_is_not_lost(pair):
+    """Interleaving 8: v1 comes while the joiner's full v0 is on its way."""
+    (a,) = pair.found(1)
+    b = pair.add(1, joins=False)
+    pair.hello(b)
+    control(pair, b)
+    assert [p.version.n for p in publications(b)] == [0] and publications(b)[0].parent is None
+    contribute(pair, a)
+    bulk_up(pair, a)
+    assert pair.version(0) == 1
+    assert [p.version.n for p in publications(b)] == [0], "at most one is on its way"
+    pair.settle()
+    assert b.is_joined and b.machine.state.fragments[0].held == Version(0, 1)
+    pair.steps([a, b], 8)
+    check_tape(pair)
+
+
+def test_full_transfers_that_overtake_the_welcome_are_asked_for_again():
+    """Interleaving 8, on the other channel: bulk is faster than control."""
+    pair = Pair(num_fragments=3)
+    pair.static_bytes = 8
+    pair.found(1)
+    b = pair.add(1, joins=False)
+    pair.hello(b)
+    pair.deliver_control_up(b)
+    while b.bulk_down:
+        pair.deliver_bulk_down(b)
+    bulk_up(pair, b)
+    assert b.stage == "greeting"
+    pair.settle()
+    assert b.is_joined
+    assert pair.syncer.job.members.by_id(1).stage == "joined"
+
+
+def test_ready_that_overtakes_the_last_acknowledgement_still_makes_a_member(pair):
+    """Control is faster than bulk: `Ready` comes before the last full transfer is known to have arrived."""
+    pair.found(1)
+    b = pair.add(1, joins=False)
+    pair.hello(b)
+    control(pair, b)
+    pair.deliver_bulk_down(b)
+    control(pair, b)
+    assert b.is_joined and pair.syncer.job.members.by_id(1).stage == "receiving"
+    bulk_up(pair, b)
+    assert pair.syncer.job.members.by_id(1).stage == "joined"
+    assert [r.role for r in pair.of(JoinRecord)] == ["founder", "joiner"]
+
+
+def test_the_second_process_that_claims_an_id_is_refused(pair):
+    """Interleaving 10."""
+    (a,) = pair.found(1)
+    twin = pair.add(0)
+    assert twin.stage == "refused" and "learner_id=0" in twin.detail
+    pair.steps([a], 8)
+    assert len(pair.merges()) == 2
+
+
+def test_a_takeover_fences_the_first_process_and_what_it_sends_afterwards_changes_nothing():
+    """Interleaving 10 with the supervisor's token."""
+    pair = Pair(num_fragments=1, options={"takeover_token": "secret"})
+    (a,) = pair.found(1, takeover_token="secret")
+    contribute(pair, a)
+    twin = pair.add(0, joins=False, takeover_token="secret")
+    pair.hello(twin)
+    pair.deliver_control_up(twin)
+    before = (pair.version(0), pair.syncer.job.ledger.tokens(0), pair.syncer.job.ledger.pending(0, 0))
+    assert before[2] == 0 and pair.discarded(0, 0) == {"fenced": before[1]}
+    bulk_up(pair, a)
+    a.control_down.clear()
+    pair.heartbeat(a)
+    pair.settle()
+    assert a.stage == "fenced" and "taken over" in a.detail
+    assert (pair.version(0), pair.syncer.job.ledger.tokens(0), pair.syncer.job.ledger.pending(0, 0)) == before
+    assert twin.is_joined and twin.joined.incarnation == 1
+    pair.hello(a)
+    assert a.stage == "fenced"
+    assert [r.reason for r in pair.of(LeaveRecord)] == ["fenced"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("kind", ["nonfinite", "norm"])
+def test_a_bad_value_is_refused_once_and_its_learner_heals(kind, count):
+    """Interleaving 11: NaN (or an outlier) in one learner for one step, also in the only one."""
+    pair = Pair(num_fragments=1)
+    nodes = pair.found(count)
+    pair.steps(nodes, 40)
+    pair.step(nodes[-1], nan=kind == "nonfinite", loud=kind == "norm")
+    bad = nodes[-1].learner_id
+    pair.steps(nodes, 24)
+    refused = [r for r in pair.of(ContributionRecord) if r.outcome == "refused"]
+    assert [(r.learner_id, r.reason) for r in refused] == [(bad, kind)]
+    assert not nodes[-1].poisoned and not nodes[-1].loud
+    for node in nodes:
+        pair.heartbeat(node)
+    pair.settle()
+    assert list(pair.discarded(bad, 0)) == [kind]
+    assert pair.discarded(bad, 0)[kind] >= refused[0].tokens
+    assert pair.merges()[-1].members[-1].learner_id == bad, "it takes part again"
+    check_tape(pair)
+
+
+def test_no_round_is_stuck_while_all_learners_validate():
+    """Interleaving 12: the pulls end at once, the rounds are cancelled, and the pace goes on afterwards."""
+    pair = Pair(num_fragments=2, min_quorum=2)
+    nodes = pair.found(2)
+    pair.steps(nodes, 9)
+    for node in nodes:
+        pair.step(node)
+        pair.feed(node, ev.PauseChanged(is_paused=True))
+    pair.settle()
+    assert all(r.stage == "idle" for r in pair.syncer.rounds.all)
+    assert not pair.syncer.job.members.active(pair.now_s)
+    pair.advance(600.0)
+    for node in nodes:
+        pair.feed(node, ev.PauseChanged(is_paused=False))
+    pair.settle()
+    before = len(pair.of(RoundOpenRecord))
+    pair.steps(nodes, 4)
+    assert len(pair.of(RoundOpenRecord)) - before == 2
+    window = pair.syncer.job.members.step_time_s(pair.now_s)
+    assert window < 10.0, "a pause is no step time"
+    assert (pair.syncer.job.grace.sync.value or 0.0) < 10.0, "a pause is no time of synchronization"
+    check_tape(pair)
+
+
+@pytest.mark.parametrize("order", ["contribution first", "final first answered late", "all at once"])
+def test_a_learner_that_leaves_with_an_unresolved_contribution_hands_over_everything(order):
+    """Interleaving 13."""
+    pair = Pair(num_fragments=1)
+    a, b = pair.found(2)
+    contribute(pair, b)
+    pair.step(b)
+    pair.step(b)
+    if order == "contribution first":
+        bulk_up(pair, b)
+    pair.leave(b)
+    assert [h.after for h in payloads(b)][-1] is not None
+    if order == "final first answered late":
+        bulk_up(pair, b)
+        b.control_down.clear()
+        assert b.stage == "leaving"
+        pair.heartbeat(b)
+    pair.settle()
+    assert b.stage == "left"
+    assert pair.discarded(1, 0) == {}
+    pair.steps([a], 8)
+    assert all(pair.shadow(0)[x] == 1 for x in atoms(pair, 1))
+    assert pair.syncer.job.ledger.pending(1, 0) == 0
+    pair.leave(a)
+    pair.settle()
+    check_end(pair)
+
+
+def test_the_last_learner_that_leaves_closes_what_remains():
+    """Interleaving 13: nobody else will come, so the last one's work is merged at once and published to it."""
+    pair = Pair(num_fragments=3, min_quorum=2)
+    a, b = pair.found(2)
+    pair.steps([a, b], 6)
+    pair.step(b)
+    pair.leave(a)
+    pair.settle()
+    assert a.stage == "left" and pair.ended is None
+    pair.leave(b)
+    pair.settle()
+    assert b.stage == "left"
+    check_end(pair)
+    for i in range(3):
+        assert sorted(pair.shadow(i)) == sorted(pair.tokens_of), "all work of both is in the model"
+        assert b.published[i] == pair.shadow(i)
+
+
+def test_two_learners_that_leave_at_the_same_moment_lose_nothing():
+    """Interleaving 13: both say good-bye before either is answered."""
+    pair = Pair(num_fragments=2)
+    pair.manual_merge = True
+    a, b = pair.found(2)
+    pair.steps([a, b], 3)
+    pair.merge()
+    pair.settle()
+    for node in (a, b):
+        pair.step(node)
+        pair.leave(node)
+    for node in (a, b):
+        bulk_up(pair, node)
+    for node in (a, b):
+        control(pair, node)
+    assert pair.ended is None and pair.closing
+    pair.merge()
+    pair.settle()
+    assert a.stage == b.stage == "left"
+    check_end(pair)
+    assert all(sorted(pair.shadow(i)) == sorted(pair.tokens_of) for i in range(2))
+
+
+def test_a_full_staging_queue_answers_busy_and_drops_nothing(pair):
+    """Interleaving 15."""
+    (a,) = pair.found(1)
+    pair.step(a)
+    control(pair, a)
+    pair.tokens_of[1000] = (0, TOKENS)
+    a.theta[0][1000] += 1
+    a.live[0].add(1000)
+    pair.feed(a, ev.Boundary(tokens=TOKENS, can_snapshot=False))
+    assert [m for m in up(a) if isinstance(m, Busy)]
+    pair.settle()
+    assert not pair.merges()
+    pair.steps([a], 8)
+    assert pair.shadow(0)[1000] == 1
+    check_tape(pair)
+
+
+def test_the_death_of_one_learner_does_not_stop_the_rounds_of_a_full_quorum():
+    """Interleaving 18: K = M; without a supervisor the deadline of the round decides."""
+    pair = Pair(num_fragments=1, min_quorum=2)
+    a, b = pair.found(2)
+    pair.steps([a, b], 12)
+    pair.kill(b)
+    before = len(pair.merges())
+    pair.steps([a], 40)
+    later = pair.merges()[before:]
+    assert len(later) >= 6
+    assert {r.quorum for r in later} == {1}
+    check_tape(pair)
+
+
+def test_a_supervisors_word_ends_the_pulls_of_the_dead_at_once():
+    """Interleaving 18 with a supervisor."""
+    pair = Pair(num_fragments=1, min_quorum=2)
+    a, b = pair.found(2)
+    contribute(pair, a)
+    bulk_up(pair, a)
+    assert pair.syncer.rounds.of(0).stage == "grace" or pair.merges() or pair.syncer.rounds.of(0).open_pulls
+    pair.kill(b)
+    pair.take(ev.LearnerLost(learner_id=1))
+    assert len(pair.merges()) == 1 and pair.merges()[0].quorum == 1
+
+
+def test_a_lost_refusal_is_told_again_after_the_next_report(pair):
+    """Interleaving 19."""
+    (a,) = pair.found(1)
+    pair.step(a, nan=True)
+    control(pair, a)
+    pair.step(a)
+    bulk_up(pair, a)
+    a.control_down.clear()
+    assert a.machine.state.fragments[0].unresolved is not None
+    pair.heartbeat(a)
+    pair.settle()
+    assert a.machine.state.fragments[0].unresolved is None
+    pair.steps([a], 5)
+    assert not a.poisoned and len(pair.merges()) >= 1
+
+
+@pytest.mark.parametrize("fate", ["held", "merged"])
+def test_a_lost_answer_to_a_final_contribution_is_told_again(fate):
+    """Interleaving 19, for a learner that waits for the answer in order to leave."""
+    pair = Pair(num_fragments=1)
+    a, b = pair.found(2)
+    pair.steps([a, b], 3)
+    pair.step(b)
+    pair.leave(b)
+    bulk_up(pair, b)
+    while fate == "merged" and pair.syncer.rounds.of(0).holds(1):
+        pair.step(a)
+        control(pair, a)
+        bulk_up(pair, a)
+    b.control_down.clear()
+    assert b.stage == "leaving"
+    pair.heartbeat(b)
+    pair.settle()
+    assert b.stage == "left"
+
+
+def test_released_that_crosses_a_contribution_does_not_end_the_contribution():
+    """Interleaving 20."""
+    pair = Pair(num_fragments=1)
+    a, b = pair.found(2)
+    pull(pair, a, b)
+    pair.step(b)
+    mine = payloads(b)[0]
+    pair.step(a)
+    bulk_up(pair, a)
+    assert [m for m in down(b) if isinstance(m, Released)], "the round closed without b"
+    control(pair, b)
+    assert b.machine.state.fragments[0].unresolved is not None
+    pair.settle()
+    pair.steps([a, b], 8)
+    (record,) = [r for r in pair.of(ContributionRecord) if (r.learner_id, r.seq) == (1, mine.seq)]
+    assert record.outcome == "carried"
+    assert all(pair.shadow(0)[x] == 1 for x in atoms(pair, 1)[:5])
+
+
+def test_released_that_comes_before_the_boundary_ends_the_pull():
+    """Interleaving 20, earlier: nothing was copied yet."""
+    pair = Pair(num_fragments=1)
+    a, b = pair.found(2)
+    pull(pair, a, b)
+    pair.step(a)
+    bulk_up(pair, a)
+    control(pair, b)
+    assert b.machine.state.fragments[0].pulled_by is None
+    pair.step(b)
+    assert not payloads(b)
+
+
+def test_a_copy_of_a_payload_whose_first_one_was_refused_gets_the_same_answer(pair):
+    """Interleaving 21: bad bytes the first time, good ones the second: decided once, and the work comes again under a new seq."""
+    (a,) = pair.found(1)
+    contribute(pair, a)
+    pair.deliver_bulk_up(a, keep=True, crc_ok=False)
+    pair.deliver_bulk_up(a)
+    assert [(r.outcome, r.reason) for r in pair.of(ContributionRecord)] == [("refused", "bad_checksum"), ("duplicate", None)]
+    assert not pair.merges()
+    pair.steps([a], 8)
+    assert sorted(pair.shadow(0)) == sorted(pair.tokens_of)[: len(pair.shadow(0))] and len(pair.merges()) >= 1
+    assert not pair.discarded(0, 0)
+
+
+def test_a_payload_that_arrives_twice_is_merged_once(pair):
+    """Interleaving 21, both good."""
+    (a,) = pair.found(1)
+    contribute(pair, a)
+    pair.deliver_bulk_up(a, keep=True)
+    pair.deliver_bulk_up(a)
+    assert [r.outcome for r in pair.of(ContributionRecord)] == ["folded", "duplicate"]
+    pair.steps([a], 4)
+    check_tape(pair)
+
+
+def test_a_new_life_never_takes_a_seq_of_an_old_one(pair):
+    """Interleaving 22: next_seq comes with the welcome, and what the dead one had in flight is not taken for the new one's."""
+    a, b = pair.found(2)
+    pair.steps([a, b], 9)
+    used = pair.syncer.job.last_seq[1, 0]
+    contribute(pair, b)
+    lost = payloads(b)[0].seq
+    pair.kill(b)
+    pair.take(ev.LearnerLost(learner_id=1))
+    again = pair.add(1, joins=False)
+    pair.hello(again)
+    control(pair, again)
+    assert again.machine.state.fragments[0].next_seq == used + 1 == lost
+    before = pair.syncer.job.ledger.pending(1, 0)
+    bulk_up(pair, b)
+    assert pair.syncer.job.ledger.pending(1, 0) == before
+    assert not pair.syncer.rounds.of(0).holds(1)
+    pair.settle()
+    pair.steps([a, again], 9)
+    check_tape(pair)
+
+
+def test_a_known_seq_with_other_bytes_is_a_conflict_and_changes_nothing(pair):
+    """Interleaving 22, with a learner that breaks the rule."""
+    (a,) = pair.found(1)
+    contribute(pair, a)
+    header = payloads(a)[0]
+    bulk_up(pair, a)
+    envelope = pair._envelope_up(a)
+    forged = Contribution(**{**{n: getattr(header, n) for n in header.__struct_fields__}, "crc": header.crc ^ 1})
+    event = ev.ContributionArrived(session=a.nonce, envelope=envelope, header=forged, norm=1.0, is_finite=True, payload_bytes=1)
+    merges = len(pair.merges())
+    pair.take(event)
+    assert pair.of(ContributionRecord)[-1].reason == "conflict"
+    assert len(pair.merges()) == merges
