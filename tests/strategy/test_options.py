@@ -1,0 +1,163 @@
+"""What is wrong is said at once, in a sentence that names value, rule and remedy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+from lightning.pytorch import Trainer
+
+from lightning_diloco import ConfigurationError, DecoupledDiLoCoStrategy, SyncConfig
+from tests.strategy.kit import ROOT, TinyModel, loader, quiet
+
+WRONG = [
+    ({"sync_interval_step": 5}, "did you mean 'sync_interval_steps'"),
+    ({"outer_lr": 0.0}, "outer_lr=0.0"),
+    ({"keys": "keys.json"}, "encryption issue"),
+    ({"devices_per_learner": 2}, "islands issue"),
+    ({"batch_sizing": "auto"}, "mixed-hardware issue"),
+    ({"target_step_s": 0.5}, "mixed-hardware issue"),
+    ({"tokens_per_step": 64}, "mixed-hardware issue"),
+    ({"inner_lr_rule": "sqrt"}, "mixed-hardware issue"),
+    ({"data": "lease"}, "data-lease issue"),
+    ({"launch": "spawn"}, "must be 'supervised' or 'inline'"),
+    ({"max_restarts": -1}, "max_restarts=-1"),
+    ({"token_counter": 3}, "token_counter=3"),
+    ({"learner_id": 1}, "without syncer="),
+    ({"syncer": "tcp://10.0.0.1:5555"}, "beyond loopback"),
+    ({"syncer": "127.0.0.1:5555"}, "must be an endpoint"),
+    ({"syncer": "tcp://127.0.0.1"}, "must be an endpoint"),
+    ({"syncer": "tcp://127.0.0.1:notaport"}, "must be an endpoint"),
+    ({"syncer": "tcp://127.0.0.1:5555", "launch": "inline"}, "Leave out one of the two"),
+    ({"syncer": "tcp://127.0.0.1:5555", "num_learners": 2}, "without learner_id="),
+    ({"syncer": "tcp://127.0.0.1:5555", "num_learners": 2, "learner_id": 2}, "below num_learners=2"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), WRONG)
+def test_a_wrong_option_is_refused_in_the_constructor(options, sentence):
+    with pytest.raises(ConfigurationError) as caught:
+        DecoupledDiLoCoStrategy(**options)
+    assert sentence in str(caught.value)
+
+
+def test_sync_options_reach_the_configuration():
+    strategy = DecoupledDiLoCoStrategy(outer_lr=0.5, num_fragments=3)
+    assert strategy.sync == SyncConfig(outer_lr=0.5, num_fragments=3)
+
+
+def test_more_contributions_than_learners_are_refused_when_the_trainer_is_built():
+    with pytest.raises(ConfigurationError, match=r"min_quorum=3 with devices=2.*Lower min_quorum to at most 2"):
+        Trainer(**quiet(devices=2, strategy=DecoupledDiLoCoStrategy(min_quorum=3)))
+
+
+def test_inline_with_two_devices_is_refused():
+    with pytest.raises(ConfigurationError, match=r"launch='inline' with devices=2"):
+        Trainer(**quiet(devices=2, strategy=DecoupledDiLoCoStrategy(launch="inline")))
+
+
+def test_an_island_of_two_devices_is_refused():
+    with pytest.raises(ConfigurationError, match=r"syncer= with devices=2"):
+        Trainer(**quiet(devices=2, strategy=DecoupledDiLoCoStrategy(syncer="tcp://127.0.0.1:5555")))
+
+
+def test_several_nodes_are_refused():
+    with pytest.raises(ConfigurationError, match=r"num_nodes=2"):
+        Trainer(**quiet(devices=2, num_nodes=2, strategy="decoupled_diloco"))
+
+
+def test_a_process_that_a_launcher_started_as_one_of_many_is_refused(monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ConfigurationError, match=r"one of 2 that an outside launcher started"):
+        Trainer(**quiet(devices=2, strategy="decoupled_diloco"))
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+BOTH_ORDERS = [
+    "import lightning_diloco\nimport lightning.pytorch as pl",
+    "import lightning.pytorch as pl\nimport lightning_diloco",
+    "import lightning_diloco.runtime.tape\nimport lightning.pytorch as pl",
+]
+
+
+@pytest.mark.parametrize("imports", BOTH_ORDERS)
+def test_the_name_is_registered_whichever_is_imported_first(imports):
+    code = f"{imports}\nt = pl.Trainer(accelerator='cpu', logger=False, strategy='decoupled_diloco')\nprint(type(t.strategy).__name__)"
+    done = run_python(code)
+    assert "DecoupledDiLoCoStrategy" in done.stdout, done.stderr
+
+
+def test_the_import_loads_neither_lightning_nor_torch_and_starts_nothing():
+    code = (
+        "import sys, threading, lightning_diloco\n"
+        "assert not {'lightning', 'torch', 'zmq'} & set(sys.modules)\n"
+        "assert threading.active_count() == 1\n"
+        "assert 'DecoupledDiLoCoStrategy' in dir(lightning_diloco)\n"
+        "assert 'lightning' not in sys.modules"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_finder_leaves_when_it_has_done_its_work():
+    code = (
+        "import sys, lightning_diloco\n"
+        "import lightning.pytorch.strategies as s\n"
+        "names = [f.name for f in sys.meta_path if type(f).__name__ == '_WaitingFinder']\n"
+        "assert names == ['pytorch_lightning.strategies'], names\n"
+        "assert type(s.__spec__.loader).__name__ == 'SourceFileLoader', s.__spec__\n"
+        "assert s.__loader__ is s.__spec__.loader\n"
+        "import importlib; importlib.reload(lightning_diloco)"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["'decoupled_diloco'", "lightning_diloco.DecoupledDiLoCoStrategy()"])
+@pytest.mark.parametrize("first", ["import lightning_diloco; lightning_diloco.DecoupledDiLoCoStrategy", "pass"])
+def test_a_trainer_of_the_other_package_gets_a_sentence(strategy, first):
+    code = (
+        f"{first}\nimport pytorch_lightning, lightning_diloco\n"
+        f"try:\n    pytorch_lightning.Trainer(accelerator='cpu', logger=False, strategy={strategy})\n"
+        "except lightning_diloco.ConfigurationError as error:\n    print(error)"
+    )
+    done = run_python(code)
+    assert "from lightning.pytorch import Trainer" in done.stdout, done.stderr
+
+
+class Holder:
+    def __init__(self):
+        self.handles = {"first": threading.Lock()}
+
+
+def test_a_module_that_cannot_be_sent_is_named_by_its_attribute(tmp_path):
+    model = TinyModel()
+    model.head.lock = threading.Lock()
+    trainer = Trainer(**quiet(devices=2, max_steps=1, strategy=DecoupledDiLoCoStrategy(run_dir=tmp_path / "run")))
+    with pytest.raises(ConfigurationError, match=r"model\.head\.lock \(type _thread\.lock\) cannot be sent to the learner processes"):
+        trainer.fit(model, loader())
+
+
+def test_a_container_in_an_attribute_is_named_down_to_its_key(tmp_path):
+    model = TinyModel()
+    model.holder = Holder()
+    trainer = Trainer(**quiet(devices=2, max_steps=1, strategy=DecoupledDiLoCoStrategy(run_dir=tmp_path / "run")))
+    with pytest.raises(ConfigurationError, match=r"model\.holder\.handles\['first'\] \(type _thread\.lock\)"):
+        trainer.fit(model, loader())
+
+
+def test_data_that_cannot_be_sent_is_named_too(tmp_path):
+    data = loader()
+    data.dataset.lock = threading.Lock()
+    trainer = Trainer(**quiet(devices=2, max_steps=1, strategy=DecoupledDiLoCoStrategy(run_dir=tmp_path / "run")))
+    with pytest.raises(ConfigurationError, match=r"train_dataloaders\.dataset\.lock"):
+        trainer.fit(TinyModel(), data)
