@@ -48,9 +48,15 @@ class GraceWindow:
         self.quorum = MovingAverage()
         self.sync = MovingAverage()
 
-    def window_s(self, step_time_s: float | None) -> float:
-        """Seconds to wait after the quorum; 0 if no step time is known or the slack is used up."""
+    def window_s(self, step_time_s: float | None, quorum_s: float | None = None) -> float:
+        """Seconds to wait after the quorum; 0 if no step time is known or the slack is used up.
+
+        Args:
+            step_time_s: of the fastest active learner.
+            quorum_s: this round's own time to its quorum where the average does not apply.
+        """
         if step_time_s is None:
             return 0.0
-        slack_s = self._tau * step_time_s - (self.quorum.value or 0.0) - (self.sync.value or 0.0)
+        quorum_s = (self.quorum.value or 0.0) if quorum_s is None else quorum_s
+        slack_s = self._tau * step_time_s - quorum_s - (self.sync.value or 0.0)
         return min(max(self._gamma * slack_s, 0.0), self._cap_steps * step_time_s)

@@ -170,8 +170,13 @@ class Rounds:
                 round_.stage = "grace"
                 round_.grace_opened_s = now_s
                 round_.quorum_s = now_s - round_.opened_s
-                self._job.grace.quorum.add(round_.quorum_s)
-                round_.window_s = self._job.grace.window_s(self._job.members.step_time_s(now_s))
+                # Carried contributions can make the quorum at the opening. That is no measurement, and the time that the average has set
+                # aside for it is free: otherwise this merge would be theirs alone, and those pulled be late for the next one.
+                is_carried = round_.quorum_s == 0.0
+                if not is_carried:
+                    self._job.grace.quorum.add(round_.quorum_s)
+                step_time_s = self._job.members.step_time_s(now_s)
+                round_.window_s = self._job.grace.window_s(step_time_s, quorum_s=0.0 if is_carried else None)
             elif not round_.open_pulls:
                 return self._cancel(round_, contributors)
         if round_.stage == "grace" and (not round_.open_pulls or now_s >= round_.grace_opened_s + round_.window_s):
