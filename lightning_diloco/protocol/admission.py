@@ -30,7 +30,7 @@ from lightning_diloco.protocol.messages import (
     Welcome,
 )
 from lightning_diloco.protocol.publisher import Current
-from lightning_diloco.protocol.records import DiscardRecord, JobRecord, JoinRecord, LeaveRecord
+from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, JobRecord, JoinRecord, LeaveRecord
 from lightning_diloco.protocol.rounds import Rounds
 
 __all__ = ["FENCED", "Admission"]
@@ -296,6 +296,12 @@ class Admission:
         actions: list[SyncerAction] = [CloseSession(session=member.session)] if reason == "died" else []
         if not was_joined:
             return actions
+        if member.tokens > member.taped_tokens:
+            # Totals that came with a `Progress` or a contribution: what is discarded below must have been trained on the tape.
+            counters = CountersRecord(
+                learner_id=member.learner_id, incarnation=member.incarnation, inner_steps=member.inner_step, tokens=member.tokens
+            )
+            actions.append(Tape(record=counters))
         actions.append(Tape(record=LeaveRecord(learner_id=member.learner_id, incarnation=member.incarnation, reason=reason)))
         lost = "fenced" if reason == "fenced" else "died" if reason == "died" else "drain"
         for fragment_id, tokens in job.ledger.end_incarnation(member.learner_id):

@@ -52,6 +52,7 @@ class Member:
     is_admitted: bool = False
     is_founder: bool = False
     is_ready: bool = False
+    taped_tokens: int = 0
     step_time: MovingAverage = field(default_factory=MovingAverage)
     snapshot_step: dict[int, int] = field(default_factory=dict)
 

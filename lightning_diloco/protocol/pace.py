@@ -49,7 +49,8 @@ class Pace:
             others = [self._steps[i] - since.get(i, self._steps[i]) for i in self._shift if i != learner_id]
             staggered_lead = self._interval - self._offsets[fragment_id]
             since[learner_id] = inner_step - (staggered_lead if staggered or not others else max(others))
-        self._shift[learner_id] = self._fastest - inner_step
+        # Its first step is the one that the fastest is in: a newcomer grants no rounds of its own.
+        self._shift[learner_id] = self._fastest - inner_step - (0 if staggered or not self._shift else 1)
         self._steps[learner_id] = inner_step
 
     def remove(self, learner_id: int) -> None:
@@ -98,7 +99,7 @@ class Pace:
         for learner_id, step in steps.items():
             if learner_id not in self._shift:
                 moved = step > self._steps.get(learner_id, step)
-                self._shift[learner_id] = self._fastest - step + (1 if moved else 0)
+                self._shift[learner_id] = self._fastest - step + (1 if moved and not self._shift else 0)
             self._steps[learner_id] = step
         fastest = max((step + self._shift[i] for i, step in steps.items()), default=self._fastest)
         done = fastest - self._fastest

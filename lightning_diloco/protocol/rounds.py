@@ -243,7 +243,9 @@ class Rounds:
         return [Tape(record=record)]
 
     def _close(self, round_: FragmentRound, now_s: float) -> list[SyncerAction]:
-        actions = self._release(round_)
+        # No `Released`: who is late answers at its next boundary all the same, and is carried.
+        actions: list[SyncerAction] = []
+        round_.open_pulls = {}
         current = self._job.currents[round_.fragment_id]
         round_.stage, round_.closed_s = "merging", now_s
         round_.merging, round_.held = round_.held, []

@@ -211,6 +211,7 @@ class SyncerMachine:
         member.advance(message.inner_step, message.tokens, now_s)
         member.batch_size = message.batch_size or member.batch_size
         self.job.ledger.trained(member.learner_id, message.tokens)
+        member.taped_tokens = max(member.taped_tokens, message.tokens)
         record = ProgressRecord(
             learner_id=member.learner_id,
             incarnation=member.incarnation,
@@ -354,9 +355,10 @@ class SyncerMachine:
 
     def _counters(self, event: CountersRead, now_s: float) -> list[SyncerAction]:
         member = self.job.members.by_id(event.learner_id)
-        if member is None or member.incarnation != event.incarnation or event.tokens <= member.tokens or member.stage != "joined":
+        if member is None or member.incarnation != event.incarnation or event.tokens <= member.taped_tokens or member.stage != "joined":
             return []
-        member.tokens, member.inner_step = event.tokens, max(member.inner_step, event.inner_steps)
+        member.tokens, member.inner_step = max(member.tokens, event.tokens), max(member.inner_step, event.inner_steps)
+        member.taped_tokens = event.tokens
         self.job.ledger.trained(event.learner_id, event.tokens)
         record = CountersRecord(
             learner_id=event.learner_id, incarnation=event.incarnation, inner_steps=event.inner_steps, tokens=event.tokens
