@@ -25,7 +25,7 @@ def keep_csv_logs(loggers: Iterable[Any]) -> None:
         loggers: a Trainer's loggers; others than CSV ones are left alone, they append by themselves.
     """
     for logger in loggers:
-        if isinstance(logger, CSVLogger) and logger._experiment is None:
+        if isinstance(logger, CSVLogger):
             _keep(logger)
 
 
@@ -33,11 +33,14 @@ def _keep(logger: CSVLogger) -> None:
     path = Path(logger.log_dir) / "metrics.csv"
     if not path.is_file():
         return
-    content = path.read_bytes()
-    with warnings.catch_warnings():
-        # It warns that it is about to remove what is put back two lines below.
-        warnings.simplefilter("ignore")
-        writer: Any = logger.experiment
-    path.write_bytes(content)
+    if logger._experiment is None:
+        content = path.read_bytes()
+        with warnings.catch_warnings():
+            # It warns that it is about to remove what is put back two lines below.
+            warnings.simplefilter("ignore")
+            _ = logger.experiment
+        path.write_bytes(content)
+    # A writer of before the fit does not know the columns that have come since.
+    writer: Any = logger.experiment
     with path.open(newline="", encoding="utf-8") as file:
         writer.metrics_keys = list(csv.DictReader(file).fieldnames or [])

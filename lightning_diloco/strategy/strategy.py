@@ -338,7 +338,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         # An assignment is one process's own; a callback with a live client cannot travel.
-        state.update(assignment=None, _outer_sync=None, summary=None)
+        state.update(assignment=None, _outer_sync=None, summary=None, is_saving_blocked=False)
         return state
 
     # -- helpers -------------------------------------------------------------------------------------------------------------------
