@@ -9,6 +9,7 @@ folder, and ``prepare_data`` runs.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
@@ -118,8 +119,9 @@ class SupervisorLauncher(_Launcher):
 
     def _prepare(self, trainer: pl.Trainer, fit: FitCall) -> None:
         for logger in trainer.loggers:
-            # "The next free version" is found when first asked for; learners would each find their own.
-            _ = logger.version
+            # "The next free version" is found when first asked for; learners would each find their own. Some loggers have none.
+            with contextlib.suppress(NotImplementedError, AttributeError):
+                _ = logger.version
         fit.attach(trainer)
         trainer._data_connector.prepare_data()
 

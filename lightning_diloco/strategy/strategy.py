@@ -325,7 +325,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self.is_saving_blocked:
-            rank_zero_warn(f"{filepath} is not written: the weights of this process are not those that its learners train.")
+            _log.warning("%s is not written: the weights of this process are not those that its learners train", filepath)
             return
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 

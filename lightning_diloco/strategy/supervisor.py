@@ -44,6 +44,8 @@ _SYNCER_START_S = 60.0
 """A syncer that has not answered by then never will: importing torch takes seconds, on a loaded machine tens of them."""
 _LEAVE_S = 10.0
 """Learners that were asked to end have so long for their final contributions; then they are killed."""
+_LEAVE_ALONE_S = 2.0
+"""The same when the syncer is gone: there is nobody to take contributions, only files to close."""
 _SYNCER_END_S = 30.0
 """The syncer writes the global model and its last record in this time, or it is killed."""
 _FIRST_PAUSE_S = 0.5
@@ -275,14 +277,16 @@ class Supervisor:
         for learner in running:
             assert learner.child is not None
             learner.child.terminate()
-        deadline_s = time.monotonic() + _LEAVE_S
+        has_syncer = self._syncer is not None and self._syncer.poll() is None
+        patience_s = _LEAVE_S if has_syncer else _LEAVE_ALONE_S
+        deadline_s = time.monotonic() + patience_s
         heard = len(self._signals.received)
         while running and time.monotonic() < deadline_s and len(self._signals.received) == heard:
             running = [learner for learner in running if learner.child is not None and learner.child.poll() is None]
             time.sleep(_TICK_S)
         for learner in running:
             assert learner.child is not None
-            _log.warning("learner %d did not leave within %g s and is killed", learner.learner_id, _LEAVE_S)
+            _log.warning("learner %d did not leave within %g s and is killed", learner.learner_id, patience_s)
             _kill(learner.child)
             self._tell_lost(learner)
 
