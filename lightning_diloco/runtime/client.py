@@ -42,6 +42,7 @@ from lightning_diloco.protocol.learner_state import LearnerOptions
 from lightning_diloco.runtime.client_loop import ClientLoop, Encode
 from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
+from lightning_diloco.runtime.healing import mend, parameters_of, suspects
 from lightning_diloco.runtime.learner_store import Adoption, LearnerStore
 
 __all__ = ["ClientOptions", "Figures", "JoinInfo", "LearnerClient"]
@@ -115,7 +116,7 @@ class LearnerClient:
             include_frozen=config.include_frozen,
         )
         self.on_heal: Callable[[list[nn.Parameter]], None] | None = None
-        """Called on the training thread with the parameters of a fragment that was healed: reset their non-finite inner moments."""
+        """Called on the training thread with the parameters of what was healed: reset their non-finite inner moments."""
         self._module = module
         self._options = options
         self._nonce = secrets.token_bytes(16)
@@ -263,10 +264,21 @@ class LearnerClient:
 
     def _heal(self, action: Heal, base: Tensor) -> None:
         _log.warning("Fragment %d was refused (%s): its parameters go back to the last published ones.", action.fragment_id, action.reason)
-        self._store.views[action.fragment_id].copy_from(base)
+        views = self._store.views
+        views[action.fragment_id].copy_from(base)
+        healed = [views[action.fragment_id]]
+        if action.reason == "nonfinite":
+            states = self._machine.state.fragments
+            with self._loop.lock:
+                found = suspects(self._store, states, action.fragment_id)
+            mended = [(suspect.state, mend(views[suspect.state.fragment_id], suspect)) for suspect in found]
+            with self._loop.lock:
+                for state, must_discard in mended:
+                    if must_discard and state.unresolved is None:
+                        state.heal = "nonfinite"
+            healed = views
         if self.on_heal is not None:
-            names = [part.name for part in self.layout.fragments[action.fragment_id].slices]
-            self.on_heal([self._module.get_parameter(name) for name in names])
+            self.on_heal([p for view in healed for p in parameters_of(self._module, view)])
 
     def set_paused(self, is_paused: bool) -> None:
         """No inner steps for a while (validation, checkpoint), or on again."""
@@ -312,7 +324,7 @@ class LearnerClient:
             view.copy_from(published)
 
     def _tensors(self, fragment_id: int) -> list[nn.Parameter]:
-        return [self._module.get_parameter(part.name) for part in self.layout.fragments[fragment_id].slices]
+        return parameters_of(self._module, self._store.views[fragment_id])
 
     # ---- the end ------------------------------------------------------------------------------------------------------------
 
@@ -344,9 +356,10 @@ class LearnerClient:
         self._is_closed = True
         with suppress(Exception):
             self._loop.stop()
-        if self._counters is not None:
+        counters, self._counters = self._counters, None
+        if counters is not None:
             with suppress(Exception):
-                self._counters.close()
+                counters.close()
 
     # ---- what can be read ---------------------------------------------------------------------------------------------------
 

@@ -147,6 +147,10 @@ class LearnerStore:
         self._contributions[fragment_id][seq] = decode(payload, base.numel(), self._wire_dtype)
         return crc32(payload)
 
+    def contribution(self, fragment_id: int, seq: int) -> Tensor | None:
+        """d^ of a contribution that is not resolved, float32 [N]; None before it was encoded or after it was resolved."""
+        return self._contributions[fragment_id].get(seq)
+
     def payload(self, fragment_id: int, seq: int) -> memoryview:
         """The encoded contribution, to be sent (again)."""
         return buffer_of(self._payloads[fragment_id, seq])

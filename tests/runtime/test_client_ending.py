@@ -1,0 +1,176 @@
+"""How a learner ends: early, last, without a syncer, twice, in the middle; and what is left of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import threading
+import time
+
+import pytest
+import torch
+import zmq
+
+from lightning_diloco.errors import DiLoCoError
+from lightning_diloco.runtime.client import ClientOptions, LearnerClient
+from tests.runtime.job_helpers import CONFIG, Background, make_module, running_job, train, until, whole_life
+
+
+def _threads() -> list[str]:
+    return sorted(t.name for t in threading.enumerate() if t.name.startswith("diloco"))
+
+
+def test_a_learner_that_ends_early_is_waited_for_by_nobody_and_loses_nothing(tmp_path):
+    config = dataclasses.replace(CONFIG, min_quorum=2)
+    with running_job(tmp_path, config=config) as job:
+        long, short = job.client(0), job.client(1)
+        rest = Background(lambda: whole_life(long, 200, sleep_s=0.005))
+        start_s = time.monotonic()
+        whole_life(short, 40)
+        assert not rest.is_done and time.monotonic() - start_s < config.drain_timeout_s / 2
+        rest.result()
+        assert long.figures.merges > 60, "rounds go on with the one that is left"
+        summary = job.finish()
+    assert summary["tokens"] == summary["tokens_merged"] == 240 * 16
+
+
+def test_without_a_syncer_leaving_takes_the_drain_timeout_and_says_what_is_lost(tmp_path, caplog):
+    config = dataclasses.replace(CONFIG, drain_timeout_s=0.5)
+    with running_job(tmp_path, "tcp", config) as job:
+        client = job.client(0)
+        client.join()
+        train(client, 20)
+        job.service.finish("failed")
+        assert job.service.join(10)
+        train(client, 20)  # nobody answers, nobody waits
+        start_s = time.monotonic()
+        with caplog.at_level(logging.WARNING):
+            client.leave("limit")
+        assert time.monotonic() - start_s < config.drain_timeout_s + 2
+        assert "were not acknowledged within drain_timeout_s=0.5" in caplog.text
+        client.load_global()
+        assert all(torch.isfinite(p).all() for p in client._module.parameters())
+
+
+def test_closing_is_quick_idempotent_and_leaves_no_thread(tmp_path):
+    before = _threads()
+    with running_job(tmp_path) as job:
+        client = job.client(0)
+        client.join()
+        train(client, 10)
+        start_s = time.monotonic()
+        for _ in range(3):
+            client.close()
+        assert time.monotonic() - start_s < 1.0
+        train(client, 300, sleep_s=0)  # a boundary after the end does nothing, and keeps nothing
+        client.leave("limit")
+        assert client._loop.backlog == 0
+    until(lambda: _threads() == before, 5)
+
+
+def test_a_client_that_was_never_joined_can_be_closed(tmp_path):
+    client = LearnerClient(make_module(), ClientOptions(endpoint="tcp://127.0.0.1:9", config=CONFIG))
+    client.close()
+    client.leave("limit")
+    client.close()
+
+
+def test_a_background_thread_that_fails_ends_the_learner_with_a_sentence(tmp_path, monkeypatch):
+    with running_job(tmp_path) as job:
+        client = job.client(0)
+        client.join()
+        monkeypatch.setattr(client._store, "encode", lambda *_: 1 / 0)
+        end_s = time.monotonic() + 10
+        while client.fenced is None:
+            assert time.monotonic() < end_s
+            train(client, 1)
+        assert isinstance(client.fenced, DiLoCoError) and "background thread" in str(client.fenced)
+        train(client, 200, sleep_s=0)
+        assert client._loop.backlog == 0
+        start_s = time.monotonic()
+        client.leave("limit")
+        assert time.monotonic() - start_s < 1.0
+
+
+def test_learner_zero_ends_the_job_for_all_and_others_do_not(tmp_path):
+    with running_job(tmp_path) as job:
+        clients = [job.client(i) for i in range(2)]
+        for client in clients:
+            client.join()
+        clients[1].request_stop("mine alone")
+        for _ in range(10):
+            for client in clients:
+                train(client, 1)
+        time.sleep(0.3)
+        assert clients[0].stop_reason is None and clients[1].stop_reason is None
+        clients[0].request_stop("early stopping")
+        until(lambda: all(client.stop_reason == "early stopping" for client in clients), 5)
+        for leave in [Background(lambda c=client: c.leave("stopped")) for client in clients]:
+            leave.result()
+        assert job.finish("stopped")["status"] == "stopped"
+
+
+def test_the_token_budget_ends_the_job(tmp_path):
+    config = dataclasses.replace(CONFIG, token_budget=16 * 50)
+    with running_job(tmp_path, config=config) as job:
+        client = job.client(0)
+        client.join()
+        while client.stop_reason is None:
+            train(client, 1)
+            assert client.figures.inner_steps < 500
+        assert client.stop_reason == "token_budget" and client.figures.tokens >= 16 * 50
+        client.leave("stopped")
+        job.finish()
+
+
+def test_a_pause_is_told_and_rounds_go_on_without_the_paused(tmp_path):
+    config = dataclasses.replace(CONFIG, min_quorum=2)
+    with running_job(tmp_path, config=config) as job:
+        busy, paused = job.client(0), job.client(1)
+        busy.join()
+        paused.join()
+        train(paused, 5)
+        paused.set_paused(True)
+        paused.swap_in_global()
+        time.sleep(0.1)
+        train(busy, 60)
+        assert busy.figures.merges > 10
+        paused.swap_out_global()
+        paused.set_paused(False)
+        other = Background(lambda: train(busy, 100))
+        train(paused, 100)
+        other.result()
+        for leave in [Background(lambda c=client: c.leave("limit")) for client in (busy, paused)]:
+            leave.result()
+        summary = job.finish()
+    assert summary["learners"][1]["participation"] > 0.2
+    assert summary["tokens"] == summary["tokens_merged"]
+
+
+@pytest.mark.parametrize("num_rounds", [8])
+def test_staging_buffers_and_contributions_do_not_pile_up(tmp_path, num_rounds):
+    with running_job(tmp_path) as job:
+        client = job.client(0)
+        client.join()
+        train(client, 40 * num_rounds, sleep_s=0.001)
+        store = client._store
+        assert client.figures.merges > 50
+        assert all(len(free) <= 2 for free in store._staging)
+        assert all(len(kept) <= 1 for kept in store._contributions) and len(store._payloads) <= 4
+        assert len(client._loop._bases) <= 4
+        until(lambda: not client._loop._waiting, 5)
+        client.leave("limit")
+        until(lambda: not job.service._performer.transfers and not job.service._decoding, 5)
+        job.finish()
+
+
+def test_an_own_context_is_ended_with_the_client(tmp_path):
+    with running_job(tmp_path, "tcp") as job:
+        client = LearnerClient(make_module(), ClientOptions(endpoint=job.endpoint, config=CONFIG))
+        client.join()
+        context = client._loop._transport._context
+        assert isinstance(context, zmq.Context) and not context.closed
+        client.close()
+        assert context.closed
+        gc.collect()
