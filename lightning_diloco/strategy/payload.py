@@ -87,6 +87,11 @@ def save_payload(payload: Payload, path: Path) -> None:
     Raises:
         ConfigurationError: something cannot be pickled; the sentence names the attribute.
     """
+    if any(getattr(arg, "_compiler_ctx", None) is not None for arg in (*payload.args, *payload.kwargs.values())):
+        raise ConfigurationError(
+            "A module that was compiled as a whole cannot be sent to the learner processes: compiled code belongs to one process. "
+            "Compile its parts in configure_model (self.net = torch.compile(self.net)), which runs in each learner, or use launch='inline'."
+        )
     with _unimportable_by_value(payload), path.open("wb") as file:
         try:
             _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(payload)

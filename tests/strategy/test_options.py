@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 
 from lightning_diloco import ConfigurationError, DecoupledDiLoCoStrategy, SyncConfig
@@ -161,3 +162,23 @@ def test_data_that_cannot_be_sent_is_named_too(tmp_path):
     trainer = Trainer(**quiet(devices=2, max_steps=1, strategy=DecoupledDiLoCoStrategy(run_dir=tmp_path / "run")))
     with pytest.raises(ConfigurationError, match=r"train_dataloaders\.dataset\.lock"):
         trainer.fit(TinyModel(), data)
+
+
+def test_a_module_that_was_compiled_as_a_whole_gets_a_sentence(tmp_path):
+    trainer = Trainer(**quiet(devices=2, max_steps=1, strategy=DecoupledDiLoCoStrategy(run_dir=tmp_path / "run")))
+    with pytest.raises(ConfigurationError, match=r"Compile its parts in configure_model"):
+        trainer.fit(torch.compile(TinyModel(), backend="eager"), loader())
+
+
+class WithoutLog(TinyModel):
+    """`self.log` inside a compiled step fails in dynamo with every strategy."""
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).pow(2).mean()
+
+
+def test_a_compiled_module_trains_inline(tmp_path):
+    strategy = DecoupledDiLoCoStrategy(run_dir=tmp_path / "run", launch="inline")
+    trainer = Trainer(**quiet(devices=1, max_steps=3, strategy=strategy))
+    trainer.fit(torch.compile(WithoutLog(), backend="eager"), loader())
+    assert strategy.summary["learners"][0]["inner_steps"] == 3
