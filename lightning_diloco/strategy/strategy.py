@@ -128,6 +128,9 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
             token_counter=token_counter,
         )
         """What this process was told about its part."""
+        self._reset()
+
+    def _reset(self) -> None:
         self.assignment: Assignment | None = None
         """The place of this process in a running job; None in a supervisor."""
         self.summary: dict[str, Any] | None = None
