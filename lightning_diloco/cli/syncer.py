@@ -53,6 +53,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until the job ends; returns the exit code."""
     _refuse(args)
+    lines = _stdin_lines() if args.supervised else iter(())
+    hello = _first_line(lines) if args.supervised else {}
+    _make_dir(args.run_dir)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(asctime)s syncer: %(message)s")
     # Late imports: `--help` and wrong use need no torch.
     import torch
@@ -61,9 +64,6 @@ def run(args: argparse.Namespace) -> int:
     from lightning_diloco.runtime.service import ServiceOptions, SyncerService
 
     torch.set_num_threads(_num_threads())
-    lines = _stdin_lines() if args.supervised else iter(())
-    hello = _first_line(lines) if args.supervised else {}
-    _make_dir(args.run_dir)
     options = ServiceOptions(
         run_dir=args.run_dir,
         bind=args.bind,

@@ -305,6 +305,9 @@ class SyncerService:
             self._performer.refuse(session, "wrong_layout", f"{MAX_FAILURES} publications in a row were refused. Use the same release.")
 
     def _control(self, session: str, data: bytes) -> None:
+        job = self._machine.job
+        if job.finish_status is not None and job.members.end_of(session) == "died":
+            return  # ended with the job, by whoever stops the syncer: it is told nothing, and goes on as without a syncer
         try:
             envelope, message = decode_from_learner(data)
         except RemoteProtocolError as error:
@@ -323,9 +326,8 @@ class SyncerService:
     def _is_excessive(self, message: FromLearner) -> bool:
         """Whether one message asks for more answers than a learner has use for."""
         report = message.report if isinstance(message, Leave) else message
-        if not isinstance(report, Heartbeat | Hello):
-            return False
-        return len(report.unresolved) > 2 * max(self._machine.job.num_fragments, MIN_DECODING)
+        limit = 2 * max(self._machine.job.num_fragments, MIN_DECODING)
+        return isinstance(report, Heartbeat | Hello) and len(report.unresolved) > limit
 
     def _refused(self, session: str) -> None:
         """A session was told to end."""

@@ -15,6 +15,7 @@ import zmq
 from lightning_diloco.errors import DiLoCoError
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
 from tests.runtime.job_helpers import CONFIG, Background, make_module, running_job, train, until, whole_life
+from tests.tape_checker import load_tape
 
 
 def _threads() -> list[str]:
@@ -91,6 +92,28 @@ def test_a_background_thread_that_fails_ends_the_learner_with_a_sentence(tmp_pat
         start_s = time.monotonic()
         client.leave("limit")
         assert time.monotonic() - start_s < 1.0
+
+
+def test_what_a_lost_learner_could_not_report_is_read_from_its_counters(tmp_path, monkeypatch):
+    with running_job(tmp_path) as job:
+        lost, well = job.client(0), job.client(1)
+        lost.join()
+        well.join()
+        train(lost, 20)
+        monkeypatch.setattr(lost._loop._transport, "send_control", lambda *_: True)
+        train(lost, 30)
+        job.service.learner_lost(0)
+        until(lambda: job.machine.job.members.by_id(0) is None, 5)
+        lost.close()
+        train(well, 20)
+        well.leave("limit")
+        summary = job.finish()
+    events = [e for e in load_tape(tmp_path / "tape.jsonl") if e["event"] in ("counters", "leave", "discard")]
+    assert [e["event"] for e in events[:3]] == ["counters", "leave", "discard"]
+    assert (events[0]["learner_id"], events[0]["inner_steps"], events[0]["tokens"]) == (0, 50, 50 * 16)
+    assert (events[1]["learner_id"], events[1]["reason"]) == (0, "died")
+    assert summary["learners"][0]["tokens"] == 50 * 16 and summary["discarded_by_reason"]["died"] >= 29 * 16
+    assert all(fragment["pending"] == 0 for fragment in summary["fragments"])
 
 
 def test_learner_zero_ends_the_job_for_all_and_others_do_not(tmp_path):

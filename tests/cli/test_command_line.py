@@ -1,0 +1,138 @@
+"""The command line: `--help` is 0, wrong use is one sentence and 2, and never a traceback."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from lightning_diloco.cli.main import main
+from lightning_diloco.cli.syncer import _first_line
+from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.runtime.rundir import lock_run_dir
+
+COMMANDS = ["syncer", "status", "keygen", "replay", "export", "simulate", "plan", "report"]
+
+
+def run(*argv: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", "lightning_diloco", *argv], input=stdin, capture_output=True, timeout=60)
+
+
+def is_one_sentence(text: str) -> bool:
+    return text.count("\n") == 1 and text.endswith("\n") and "Traceback" not in text and len(text) > 20
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run a wrong use in this process; returns its sentence."""
+    try:
+        code = main(argv)
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and is_one_sentence(err), (code, out, err)
+    return err
+
+
+@pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS)], ids=str)
+def test_help_is_0(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 0 and "usage:" in out and err == ""
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("syncer", "simulate")])
+def test_a_command_that_has_not_landed_says_so_whatever_follows_it(command, capsys):
+    assert f"{command} has not landed yet" in refuse(capsys, command)
+    assert f"{command} has not landed yet" in refuse(capsys, command, "some/path", "--json")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "required: COMMAND"),
+        (["serve"], "invalid choice: 'serve'"),
+        (["syncer"], "required: --run-dir"),
+        (["syncer", "--run-dir", "x", "--bandwidth", "3"], "unrecognized arguments: --bandwidth 3"),
+        (["syncer", "--run-dir", "x", "--bind", "tcp://0.0.0.0:7777"], "beyond loopback"),
+        (["syncer", "--run-dir", "x", "--bind", "tcp://*:7777"], "beyond loopback"),
+        (["syncer", "--run-dir", "x", "--bind", "tcp://127.0.0.1:99999"], "99999"),
+        (["syncer", "--run-dir", "x", "--bind", "tcp://127.0.0.1:port"], "port"),
+        (["syncer", "--run-dir", "x", "--bind", "tcp://127.0.0.1"], "an endpoint is tcp://HOST:PORT"),
+        (["syncer", "--run-dir", "x", "--bind", "ipc:///tmp/x"], "an endpoint is tcp://HOST:PORT"),
+        (["syncer", "--run-dir", "x", "--bind", "7777"], "an endpoint is tcp://HOST:PORT"),
+        (["syncer", "--run-dir", "x", "--keys", "k"], "--keys has not landed yet"),
+        (["syncer", "--run-dir", "x", "--shards", "2"], "--shards has not landed yet"),
+        (["syncer", "--run-dir", "x", "--metrics-port", "9"], "--metrics-port has not landed yet"),
+        (["syncer", "--run-dir", "x", "--resume"], "--resume has not landed yet"),
+        (["syncer", "--run-dir", "x", "--rebuild"], "--rebuild has not landed yet"),
+        (["syncer", "--run-dir", "x", "--insecure"], "--insecure has not landed yet"),
+        (["simulate", "--learners", "0"], "--learners 0"),
+        (["simulate", "--steps", "many"], "invalid int value: 'many'"),
+        (["simulate", "--quorum", "0"], "min_quorum=0"),
+        (["simulate", "--learners", "1", "--steps", "5", "--tape", "/nowhere/at/all"], "--tape /nowhere/at/all"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_use_is_one_sentence_and_2(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in refuse(capsys, *argv)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_directory_that_cannot_be_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot be created" in refuse(capsys, "syncer", "--run-dir", str(tmp_path / "file"))
+    assert "cannot be created" in refuse(capsys, "syncer", "--run-dir", str(tmp_path / "file" / "below"))
+
+
+def test_a_run_directory_of_another_syncer_is_refused(tmp_path, capsys):
+    with lock_run_dir(tmp_path):
+        assert "another syncer holds this run directory" in refuse(capsys, "syncer", "--run-dir", str(tmp_path))
+
+
+def test_a_run_directory_with_a_tape_is_refused(tmp_path, capsys):
+    (tmp_path / "tape.jsonl").write_text('{"seq":0}\n')
+    assert "holds the tape of an earlier job" in refuse(capsys, "syncer", "--run-dir", str(tmp_path))
+    assert not (tmp_path / "syncer.json").exists()
+    lock_run_dir(tmp_path).close()  # it was given free
+
+
+def test_a_port_that_is_taken_is_refused(tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert "cannot listen on" in refuse(capsys, "syncer", "--run-dir", str(tmp_path), "--bind", f"tcp://127.0.0.1:{port}")
+    lock_run_dir(tmp_path).close()
+
+
+@pytest.mark.process
+def test_the_real_process_says_one_sentence_too():
+    wrong = run("syncer", "--run-dir", "x", "--bind", "tcp://10.0.0.1:7")
+    assert wrong.returncode == 2 and wrong.stdout == b"" and is_one_sentence(wrong.stderr.decode())
+    right = run("--help")
+    assert right.returncode == 0 and right.stdout.startswith(b"usage:") and right.stderr == b""
+
+
+@pytest.mark.process
+def test_supervised_without_a_supervisor_is_a_sentence(tmp_path):
+    ended = run("syncer", "--supervised", "--run-dir", str(tmp_path))
+    assert ended.returncode == 2 and "for the supervisor of local mode" in ended.stderr.decode()
+    assert is_one_sentence(ended.stderr.decode())
+
+
+@pytest.mark.parametrize("line", [b"", b"[]", b"{", b"17"])
+def test_a_first_line_that_is_no_object_is_a_sentence(line):
+    with pytest.raises(ConfigurationError, match="one line of JSON"):
+        _first_line(iter([line]))
+
+
+def test_simulate_prints_its_figures(capsys, tmp_path):
+    assert main(["simulate", "--learners", "2", "--steps", "30", "--json", "--tape", str(tmp_path / "tape.jsonl")]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["merges"] > 0 and len(summary["learners"]) == 2
+    assert (tmp_path / "tape.jsonl").stat().st_size > 0
