@@ -27,7 +27,7 @@ def check_learner(pair: Pair, node: Node) -> None:
         assert node.theta[i] == node.base[i] + Counter(unmerged), "theta is not base plus what is not merged"
         counted = sum(pair.tokens_of[a][1] for a in unmerged)
         assert state.tokens - fragment.since_tokens == counted, "the counter is not the work since the base's content"
-        assert fragment.final is None or state.stage in ("leaving", "left")
+        assert fragment.final is None or state.stage not in ("receiving", "joined")
         assert len([k for k in node.payloads if k[0] == i]) <= 2, "decoded contributions pile up"
 
 

@@ -1,7 +1,7 @@
 """One real `SyncerMachine` and several real `LearnerMachine`s, joined by a fake link under explicit control, on an exact toy model.
 
-The link has four queues per process: control and bulk, up and down. Each keeps its order, none knows of the others; a test delivers, drops or
-duplicates their heads. Every message goes through the wire format on its way.
+The link has four queues per process: control and bulk, up and down. Each keeps its order, none knows of the others; a test delivers,
+drops or duplicates their heads. Every message goes through the wire format on its way.
 
 The model: an inner step of learner m makes one *atom*, a value that is unlike all others. A fragment of a learner is a bag of atoms with
 integer coefficients, the pseudo-gradient is a difference of bags, merging is adding. "The work is in the model exactly once" is then
@@ -216,9 +216,7 @@ class Pair:
         elif isinstance(action, act.SendFounding):
             fragments = tuple(FragmentInfo(i, 8) for i in range(self.num_fragments))
             founded_n = node.machine.state.options.founded_n
-            self._send(
-                node, Found(layout=b"layout", fragments=fragments, static_bytes=self.static_bytes, static_crc=0, versions=founded_n)
-            )
+            self._send(node, Found(layout=b"layout", fragments=fragments, static_bytes=self.static_bytes, static_crc=0, versions=founded_n))
         elif isinstance(action, act.Snapshot):
             self._snapshot(node, action)
         elif isinstance(action, act.Forget):

@@ -65,9 +65,11 @@ def contribute(pair: Pair, node: Node) -> None:
 def pull(pair: Pair, *nodes: Node) -> None:
     """Bring a job with one fragment to the moment at which all of these learners are asked for a contribution."""
     pair.steps(list(nodes), 4)
-    pair.step(nodes[0])
-    for node in nodes:
-        control(pair, node)
+    for stepping in nodes * 2:
+        if all(n.machine.state.fragments[0].pulled_by is None for n in nodes):
+            pair.step(stepping)
+        for node in nodes:
+            control(pair, node)
     assert all(n.machine.state.fragments[0].pulled_by is not None for n in nodes)
 
 
@@ -315,7 +317,7 @@ def test_a_bad_value_is_refused_once_and_its_learner_heals(kind, count):
     pair.settle()
     assert list(pair.discarded(bad, 0)) == [kind]
     assert pair.discarded(bad, 0)[kind] >= refused[0].tokens
-    assert pair.merges()[-1].members[-1].learner_id == bad, "it takes part again"
+    assert any(bad in [m.learner_id for m in r.members] for r in pair.merges()[-2:]), "it takes part again"
     check_tape(pair)
 
 
@@ -498,9 +500,8 @@ def test_released_that_crosses_a_contribution_does_not_end_the_contribution():
     pull(pair, a, b)
     pair.step(b)
     mine = payloads(b)[0]
-    pair.step(a)
-    bulk_up(pair, a)
-    assert [m for m in down(b) if isinstance(m, Released)], "the round closed without b"
+    pair.advance(11.0)
+    assert [m for m in down(b) if isinstance(m, Released)], "the round ended at its deadline"
     control(pair, b)
     assert b.machine.state.fragments[0].unresolved is not None
     pair.settle()
@@ -515,12 +516,26 @@ def test_released_that_comes_before_the_boundary_ends_the_pull():
     pair = Pair(num_fragments=1)
     a, b = pair.found(2)
     pull(pair, a, b)
-    pair.step(a)
-    bulk_up(pair, a)
+    pair.advance(11.0)
     control(pair, b)
     assert b.machine.state.fragments[0].pulled_by is None
     pair.step(b)
     assert not payloads(b)
+
+
+def test_a_pull_that_outlives_its_round_is_answered_and_carried():
+    """Interleaving 20: the merge without this learner ends its round, not its answer."""
+    pair = Pair(num_fragments=1)
+    a, b = pair.found(2)
+    pull(pair, a, b)
+    pair.step(a)
+    bulk_up(pair, a)
+    merged = len(pair.merges())
+    control(pair, b)
+    pair.step(b)
+    assert payloads(b)
+    pair.settle()
+    assert pair.of(ContributionRecord)[-1].outcome == "carried" and len(pair.merges()) == merged
 
 
 def test_a_copy_of_a_payload_whose_first_one_was_refused_gets_the_same_answer(pair):
