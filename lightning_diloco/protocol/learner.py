@@ -305,14 +305,14 @@ class LearnerMachine:
         fragment.arriving = None
         if not event.crc_ok:
             return [Send(message=NeedFull(fragment_id=event.fragment_id))]
-        before = fragment.held
+        before, merged_before = fragment.held, fragment.held_merged.seq
         fragment.held, fragment.held_merged, fragment.held_crc = event.version, fragment.arriving_merged, fragment.arriving_crc
         if self.state.stage == "receiving":
             fragment.base, fragment.base_merged = fragment.held, fragment.held_merged
             return self._maybe_joined()
         if before is not None:
             self.state.merges_seen += event.version.n - before.n
-            self.state.merges_with_us += 1 if fragment.contains(fragment.held_merged) else 0
+            self.state.merges_with_us += 1 if fragment.held_merged.seq > merged_before else 0
         return []
 
     def _left(self, message: Left) -> list[LearnerAction]:

@@ -34,6 +34,8 @@ MIN_DEADLINE_S = 10.0
 """No round is given up earlier than this after its opening."""
 DEADLINE_SYNC_TIMES = 10.0
 """A round's deadline in multiples of the average sync time."""
+DEADLINE_STEP_TIMES = 3.0
+"""And in multiples of the longest step time of those pulled; what counts is the largest."""
 
 
 @dataclass(slots=True)
@@ -129,7 +131,10 @@ class Rounds:
         pulled = [m for m in active if m.has_work(fragment_id) and not round_.holds(m.learner_id)]
         round_.stage, round_.round_id = "pulling", round_.round_id + 1
         round_.opened_s = now_s
-        round_.deadline_s = now_s + max(DEADLINE_SYNC_TIMES * (job.grace.sync.value or 0.0), MIN_DEADLINE_S)
+        # An answer comes at the end of a step, so long steps must fit in.
+        step_time_s = max((m.step_time.value or 0.0 for m in pulled), default=0.0)
+        sync_s = job.grace.sync.value or 0.0
+        round_.deadline_s = now_s + max(DEADLINE_SYNC_TIMES * sync_s, DEADLINE_STEP_TIMES * step_time_s, MIN_DEADLINE_S)
         round_.open_pulls = {m.learner_id: m.session for m in pulled}
         record = RoundOpenRecord(
             fragment_id=fragment_id,

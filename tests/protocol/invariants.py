@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, MergeRecord, ProgressRecord, RoundCancelRecord, RoundOpenRecord
 
 if TYPE_CHECKING:
-    from tests.protocol.pair import Node, Pair
+    from tests.protocol.pair import Pair
+    from tests.protocol.toy import Node
 
 MAX_DECISIONS = 4
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import zlib
-from collections import Counter, deque
-from dataclasses import dataclass, field
+from collections import Counter
 from typing import Any
 
 from lightning_diloco.config import SyncConfig
@@ -24,71 +22,14 @@ from lightning_diloco.protocol import events as ev
 from lightning_diloco.protocol.identity import FragmentInfo, Version
 from lightning_diloco.protocol.job import JobOptions
 from lightning_diloco.protocol.learner import LearnerMachine, LearnerOptions
-from lightning_diloco.protocol.messages import Envelope, Found, Hello, Leave, Publication, SendState, StaticState
-from lightning_diloco.protocol.records import DiscardRecord, MergeRecord, ProgressRecord, Record, RoundCancelRecord, RoundOpenRecord
+from lightning_diloco.protocol.messages import Envelope, Found, Leave, Publication, SendState, StaticState
+from lightning_diloco.protocol.records import DiscardRecord, MergeRecord, Record
 from lightning_diloco.protocol.syncer import SyncerMachine
 from lightning_diloco.protocol.wire import decode_from_learner, decode_from_syncer, decode_learner_header, decode_syncer_header, encode
 from tests.protocol.invariants import check_learner, check_syncer
+from tests.protocol.toy import TOKENS, Bag, Node, bag_crc, bag_sum
 
-Bag = Counter[int]
-"""Atoms and their coefficients; none is 0."""
-
-TOKENS = 10
-"""Tokens of an inner step, if a test does not say otherwise."""
-
-
-def bag_sum(*parts: tuple[int, Bag]) -> Bag:
-    """The sum of sign times bag."""
-    total: Bag = Counter()
-    for sign, bag in parts:
-        for atom, count in bag.items():
-            total[atom] += sign * count
-    return Counter({a: c for a, c in total.items() if c})
-
-
-def bag_crc(bag: Bag) -> int:
-    """A checksum of the values."""
-    return zlib.crc32(repr(sorted(bag.items())).encode())
-
-
-@dataclass
-class Node:
-    """One learner process: its machine, its parameters, and its ends of the four queues."""
-
-    machine: LearnerMachine
-    nonce: str
-    theta: list[Bag]
-    base: list[Bag]
-    published: list[Bag]
-    live: list[set[int]]
-    """Per fragment: atoms of this life that were neither healed nor overwritten away."""
-    references: dict[int, Bag] = field(default_factory=dict)
-    payloads: dict[tuple[int, int], tuple[Bag, bool, float]] = field(default_factory=dict)
-    to_encode: deque[act.Snapshot] = field(default_factory=deque)
-    poisoned: set[int] = field(default_factory=set)
-    loud: set[int] = field(default_factory=set)
-    control_up: deque[bytes] = field(default_factory=deque)
-    control_down: deque[bytes] = field(default_factory=deque)
-    bulk_up: deque[tuple[str, Any, Any]] = field(default_factory=deque)
-    bulk_down: deque[tuple[bytes, Any]] = field(default_factory=deque)
-    joined: act.Joined | None = None
-    stop_reason: str | None = None
-    detail: str = ""
-    has_left: bool = False
-    is_dead: bool = False
-    publication: tuple[Publication, Bag] | None = None
-
-    @property
-    def stage(self) -> str:
-        return self.machine.state.stage
-
-    @property
-    def learner_id(self) -> int:
-        return self.machine.state.learner_id
-
-    @property
-    def is_joined(self) -> bool:
-        return self.stage == "joined"
+__all__ = ["TOKENS", "Bag", "Node", "Pair"]
 
 
 class Pair:
@@ -115,12 +56,9 @@ class Pair:
         self.static_bytes = 0
         self.ended: act.Ended | None = None
         self.tokens_of: dict[int, tuple[int, int]] = {}
-        self.was_merged: list[set[int]] = [set() for _ in range(num_fragments)]
         self._atoms = itertools.count(1)
         self._nonces = itertools.count(1)
         self._waiting: Bag | None = None
-
-    # ---- processes ----------------------------------------------------------------------------------------------------------
 
     def add(self, learner_id: int | None = None, *, joins: bool = True, **options: Any) -> Node:
         """Start a process; by default its join runs to the end."""
@@ -156,8 +94,6 @@ class Pair:
         node.control_up.clear()
         node.control_down.clear()
         self.hello(node)
-
-    # ---- events of a learner ------------------------------------------------------------------------------------------------
 
     def step(self, node: Node, tokens: int = TOKENS, *, nan: bool = False, loud: bool = False) -> None:
         """One inner step: a new atom in every fragment, then the boundary."""
@@ -291,8 +227,6 @@ class Pair:
     def _send(self, node: Node, message: Any) -> None:
         node.control_up.append(encode(self._envelope_up(node), message))
 
-    # ---- events of the syncer -----------------------------------------------------------------------------------------------
-
     def take(self, event: Any) -> None:
         """One event for the syncer."""
         for action in self.syncer.handle(event, self.now_s):
@@ -360,18 +294,11 @@ class Pair:
         """The living process behind a session."""
         return next((n for n in self.nodes if n.nonce == session and not n.is_dead), None)
 
-    # ---- the link -----------------------------------------------------------------------------------------------------------
-
     def deliver_control_up(self, node: Node, *, keep: bool = False) -> None:
         """The head of the queue reaches the syncer (`keep`: it will arrive once more)."""
         data = node.control_up[0] if keep else node.control_up.popleft()
         envelope, message = decode_from_learner(data)
-        if isinstance(message, Hello) and self.syncer.job.members.of(node.nonce) is None:
-            self.was_hello(node)
         self.take(ev.MessageReceived(session=node.nonce, envelope=envelope, message=message))
-
-    def was_hello(self, node: Node) -> None:
-        """A place for tests to look at."""
 
     def deliver_control_down(self, node: Node, *, keep: bool = False) -> None:
         """The head of the queue reaches the learner."""
@@ -448,8 +375,6 @@ class Pair:
                         deliver(node)
                         is_busy = True
 
-    # ---- what can be read ---------------------------------------------------------------------------------------------------
-
     def shadow(self, fragment_id: int) -> Bag:
         """The published values of a fragment."""
         return self.history[fragment_id][self.syncer.job.currents[fragment_id].version]
@@ -466,10 +391,6 @@ class Pair:
         """Merges, of one fragment or of all."""
         return [r for r in self.of(MergeRecord) if fragment_id in (None, r.fragment_id)]
 
-    def rounds(self) -> list[RoundOpenRecord | RoundCancelRecord]:
-        """Openings and cancellations."""
-        return self.of(RoundOpenRecord, RoundCancelRecord)
-
     def discarded(self, learner_id: int, fragment_id: int) -> dict[str, int]:
         """Tokens by reason, from the tape."""
         found: Counter[str] = Counter()
@@ -477,7 +398,3 @@ class Pair:
             if (record.learner_id, record.fragment_id) == (learner_id, fragment_id):
                 found[record.reason] += record.tokens
         return dict(found)
-
-    def reported(self) -> list[ProgressRecord]:
-        """Reports on the tape."""
-        return self.of(ProgressRecord)

@@ -8,8 +8,8 @@ from lightning_diloco.protocol import events as ev
 from lightning_diloco.protocol.messages import Leave, Resolved, StopRequest
 from lightning_diloco.protocol.records import CountersRecord, LeaveRecord, RoundCancelRecord
 from tests.protocol.invariants import check_end, check_tape
+from tests.protocol.moves import bulk_up, contribute, control, payloads, pull, up
 from tests.protocol.pair import Pair
-from tests.protocol.test_interleavings import bulk_up, contribute, control, payloads, pull, up
 
 
 def test_the_end_of_a_pause_that_was_lost_is_in_the_next_report():
@@ -307,3 +307,18 @@ def test_after_an_overwrite_a_final_contribution_is_relative_to_the_base_alone()
     pair.steps([a], 8)
     assert pair.shadow(0)[mine] == 1
     check_tape(pair)
+
+
+def test_steps_that_are_longer_than_the_shortest_deadline_are_waited_for():
+    pair = Pair(num_fragments=1, min_quorum=2)
+    a, b = pair.found(2)
+    for _ in range(24):
+        for node in (a, b):
+            pair.step(node)
+            pair.heartbeat(node)
+        pair.settle()
+        for _ in range(6):
+            pair.advance(5.0)
+            pair.settle()
+    last = pair.merges()[-3:]
+    assert len(pair.merges()) >= 4 and all({m.learner_id for m in r.members} == {0, 1} for r in last)
