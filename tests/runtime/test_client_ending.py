@@ -8,7 +8,6 @@ import logging
 import threading
 import time
 
-import pytest
 import torch
 import zmq
 
@@ -34,6 +33,24 @@ def test_a_learner_that_ends_early_is_waited_for_by_nobody_and_loses_nothing(tmp
         assert long.figures.merges > 60, "rounds go on with the one that is left"
         summary = job.finish()
     assert summary["tokens"] == summary["tokens_merged"] == 240 * 16
+
+
+def test_a_boundary_that_finds_the_background_thread_thinking_does_not_wait_and_loses_no_token(tmp_path):
+    with running_job(tmp_path) as job:
+        client = job.client(0)
+        client.join()
+        train(client, 20)
+        start_s = time.monotonic()
+        with client._loop.lock:
+            train(client, 5)
+        assert time.monotonic() - start_s < 1.0 and client._machine.state.inner_step == 20
+        train(client, 1)
+        assert client._machine.state.inner_step == 26 and client._machine.state.tokens == 26 * 16
+        with client._loop.lock:
+            train(client, 3)
+        client.leave("limit")  # the last three have not been exchanged at any boundary
+        summary = job.finish()
+    assert summary["tokens"] == summary["tokens_merged"] == 29 * 16 and summary["learners"][0]["inner_steps"] == 29
 
 
 def test_without_a_syncer_leaving_takes_the_drain_timeout_and_says_what_is_lost(tmp_path, caplog):
@@ -171,18 +188,17 @@ def test_a_pause_is_told_and_rounds_go_on_without_the_paused(tmp_path):
     assert summary["tokens"] == summary["tokens_merged"]
 
 
-@pytest.mark.parametrize("num_rounds", [8])
-def test_staging_buffers_and_contributions_do_not_pile_up(tmp_path, num_rounds):
+def test_staging_buffers_and_contributions_do_not_pile_up(tmp_path):
     with running_job(tmp_path) as job:
         client = job.client(0)
         client.join()
-        train(client, 40 * num_rounds, sleep_s=0.001)
+        train(client, 320, sleep_s=0.001)
         store = client._store
         assert client.figures.merges > 50
+        until(lambda: client._loop.backlog == 0 and not client._loop._waiting, 5)
+        until(lambda: len(client._loop._bases) <= 4 and len(store._payloads) <= 4, 5)
+        assert all(len(kept) <= 1 for kept in store._contributions)
         assert all(len(free) <= 2 for free in store._staging)
-        assert all(len(kept) <= 1 for kept in store._contributions) and len(store._payloads) <= 4
-        assert len(client._loop._bases) <= 4
-        until(lambda: not client._loop._waiting, 5)
         client.leave("limit")
         until(lambda: not job.service._performer.transfers and not job.service._decoding, 5)
         job.finish()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -216,23 +215,22 @@ def test_control_round_trips_stay_below_50_ms_while_64_mib_are_on_their_way(tmp_
         RawPeer(process.endpoint, make_module(), CONFIG) as pinger,
         learner_process(endpoint=process.endpoint, learner_id=0, **wish) as learner,
     ):
-        os.set_blocking(learner.stdout.fileno(), False)
-        has_founded, moved_at = False, None
-        while moved_at is None or time.monotonic() < moved_at + 4.0:
+        tape, merges, end_s = run_dir / "tape.jsonl", 0, time.monotonic() + 45
+        while merges < 3 and time.monotonic() < end_s:
             number = len(round_trips_s)
             start_s = time.perf_counter()
             pinger.say(Ping(number=number))
             pinger.hear(Pong, number=number)
             round_trips_s.append(time.perf_counter() - start_s)
             time.sleep(0.005)
-            if not has_founded and learner.stdout.readline():
-                has_founded, moved_at = True, time.monotonic()
+            if number % 50 == 0:
+                merges = tape.read_bytes().count(b'"event":"merge"')
         learner.kill()
         process.tell(command="lost", learner_id=0)
         process.tell(command="finish", status="finished")
         assert process.end(60) == (0, "")
     summary = sum_up(run_dir, "finished")
-    assert summary["merges"] >= 4 and summary["bytes_up"] > 6 * (64 << 20)
+    assert summary["merges"] >= 3 and summary["bytes_up"] >= 3 * (64 << 20)
     ordered = sorted(round_trips_s)
     p99_s = ordered[int(0.99 * len(ordered))]
     assert len(ordered) > 200 and p99_s < 0.05, (len(ordered), p99_s, ordered[-5:])
