@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -80,6 +81,8 @@ class SyncConfig:
 
     def __post_init__(self) -> None:
         """Check every rule that does not need another object."""
+        if isinstance(self.mean_patterns, str) or not isinstance(self.mean_patterns, Sequence):
+            raise ConfigurationError(f"mean_patterns={self.mean_patterns!r}: must be a list of strings, for example ['lm_head'].")
         object.__setattr__(self, "mean_patterns", tuple(self.mean_patterns))
         self._check_choices()
         for name in ("num_fragments", "sync_interval_steps", "min_quorum", "rejoin_every_steps"):
@@ -152,8 +155,12 @@ class SyncConfig:
 
     def _refuse_what_has_not_landed(self) -> None:
         if self.wire_dtype == "int4":
-            raise ConfigurationError("wire_dtype='int4' has not landed yet: it comes with the compression issue. Use 'bf16' or 'fp32'.")
+            raise ConfigurationError(
+                "wire_dtype='int4' has not landed yet: it comes with the issue about internet links. Use 'bf16' or 'fp32'."
+            )
         if self.tape_payloads:
-            raise ConfigurationError("tape_payloads=True has not landed yet: it comes with the resilience issue, with `replay`.")
-        if self.max_offline_steps is not None:
-            raise ConfigurationError("max_offline_steps has not landed yet: it comes with the resilience issue. Leave it None.")
+            raise ConfigurationError("tape_payloads=True has not landed yet: it comes with the issue about resilience, with `replay`.")
+        later = {"max_offline_steps": None, "snapshot_interval_s": 30.0, "rejoin_every_steps": 50}
+        for name, default in later.items():
+            if getattr(self, name) != default:
+                raise ConfigurationError(f"{name} has not landed yet: it comes with the issue about resilience. Leave it at {default}.")
