@@ -66,6 +66,10 @@ def test_the_last_leaver_holds_the_global_model_bit_for_bit(tmp_path):
     assert all(fragment["pending"] == 0 for fragment in summary["fragments"])
 
 
+FINAL = -1
+"""In place of an inner step: after the leave."""
+
+
 class _Counting(nn.Module):
     """Every element of every parameter holds the same number; an inner step adds one to it."""
 
@@ -82,14 +86,19 @@ class _Counting(nn.Module):
 
 def _count_on(client: LearnerClient, module: _Counting, num_steps: int, sleep_s: float) -> dict[int, list[float]]:
     """The value of each fragment after each boundary, which is what a snapshot of that boundary must hold."""
+
+    def values() -> list[float]:
+        return [module.get_parameter(f.slices[0].name)[0, 0].item() for f in client.layout.fragments]
+
     after: dict[int, list[float]] = {}
     client.join()
     for inner_step in range(1, num_steps + 1):
         module.count()
         time.sleep(sleep_s)
         client.boundary(tokens=1)
-        after[inner_step] = [module.get_parameter(f.slices[0].name)[0, 0].item() for f in client.layout.fragments]
-    client.leave("limit")
+        after[inner_step] = values()
+    client.leave("limit")  # it adopts what has come since, before it takes its last snapshots
+    after[FINAL] = values()
     return after
 
 
@@ -117,7 +126,7 @@ def test_every_contribution_is_the_parameters_at_exactly_one_step_boundary(tmp_p
     assert len(regular) > 50
     for learner_id, header, d in regular:
         assert torch.equal(d, d[:1].expand_as(d)), f"learner {learner_id} fragment {header.fragment_id} seq {header.seq} is torn"
-        local = torch.tensor(after[learner_id][header.inner_step][header.fragment_id])
+        local = torch.tensor(after[learner_id][FINAL if header.is_final else header.inner_step][header.fragment_id])
         base = torch.tensor(bases[learner_id, header.fragment_id, header.seq])
         assert d[0] == base - local
 
