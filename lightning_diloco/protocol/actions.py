@@ -165,10 +165,15 @@ class Adopt(_Action, frozen=True, kw_only=True):
 
 
 class Heal(_Action, frozen=True, kw_only=True):
-    """Training thread: parameters of the fragment become the base; non-finite inner moments are re-initialized."""
+    """Training thread: parameters of the fragment become the base; non-finite inner moments are re-initialized.
+
+    `keep_seq`: a contribution of this fragment is on its way (0: none): if its decoded value is finite, parameters become base minus
+    it, as they were when it was taken.
+    """
 
     fragment_id: int
     reason: Literal["nonfinite", "norm"]
+    keep_seq: int = 0
 
 
 class Snapshot(_Action, frozen=True, kw_only=True):

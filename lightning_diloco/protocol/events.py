@@ -188,11 +188,16 @@ class StaticInstalled(_Event, frozen=True, kw_only=True):
 
 
 class Boundary(_Event, frozen=True, kw_only=True):
-    """The training thread ended `steps` inner steps (mostly one) of `tokens` tokens in all; nothing was exchanged between them."""
+    """The training thread ended `steps` inner steps (mostly one) of `tokens` tokens in all; nothing was exchanged between them.
+
+    `poisoned`: while a heal for `nonfinite` is due, the fragments whose parameters are not finite: they are healed with it, because one
+    of them left over would poison the others in the next step. None: nobody has looked, so such a heal waits for the next boundary.
+    """
 
     tokens: int
     steps: int = 1
     can_snapshot: bool = True
+    poisoned: tuple[int, ...] | None = ()
 
 
 class Encoded(_Event, frozen=True, kw_only=True):
@@ -216,9 +221,10 @@ class StopRequested(_Event, frozen=True, kw_only=True):
 
 
 class LeaveRequested(_Event, frozen=True, kw_only=True):
-    """The learner ends: push what is left."""
+    """The learner ends: push what is left. `poisoned` as in `Boundary`; what nobody has looked at is refused or accepted as it is."""
 
     reason: Literal["limit", "signal", "stopped"]
+    poisoned: tuple[int, ...] | None = ()
 
 
 LearnerEvent = (

@@ -34,16 +34,16 @@ class Exchange:
         self._state.tokens += event.tokens
         if self._state.stage != "joined":
             return []
-        actions: list[LearnerAction] = []
+        # Heals come before the pulls of all fragments: a snapshot taken in the same boundary must not count work that a heal throws away.
+        actions = [*self._adopt_all(), *self._heal_all(event.poisoned)]
         for fragment in self._state.fragments:
-            if fragment.is_ready:
-                actions += self._adopt(fragment)
-            if fragment.heal is not None:
-                actions.append(self._heal(fragment))
             if fragment.pulled_by is not None:
                 actions.append(self._answer_pull(fragment, event.can_snapshot))
         actions.append(Send(message=Progress(inner_step=self._state.inner_step, tokens=self._state.tokens)))
         return actions
+
+    def _adopt_all(self) -> list[LearnerAction]:
+        return [action for fragment in self._state.fragments if fragment.is_ready for action in self._adopt(fragment)]
 
     def _adopt(self, fragment: FragmentState) -> list[LearnerAction]:
         actions: list[LearnerAction] = []
@@ -60,17 +60,42 @@ class Exchange:
         actions.append(Send(message=Adopted(fragment_id=fragment.fragment_id, version=version, crc=fragment.held_crc)))
         return actions
 
-    def _heal(self, fragment: FragmentState) -> LearnerAction:
+    def _heal_all(self, poisoned: tuple[int, ...] | None) -> list[LearnerAction]:
+        """Heal what was refused for its values, and with `nonfinite` everything else that is poisoned."""
+        fragments = self._state.fragments
+        if poisoned is not None and any(f.heal == "nonfinite" for f in fragments):
+            for fragment_id in poisoned:
+                fragments[fragment_id].heal = "nonfinite"
+        due = [f for f in fragments if f.heal == "norm" or (f.heal is not None and poisoned is not None)]
+        return [action for fragment in due for action in self._heal(fragment)]
+
+    def _heal(self, fragment: FragmentState) -> list[LearnerAction]:
         reason: Literal["nonfinite", "norm"] = "nonfinite" if fragment.heal == "nonfinite" else "norm"
         fragment.heal = None
-        fragment.discard(reason, self._state.tokens - fragment.since_tokens)
-        fragment.since_step, fragment.since_tokens = self._state.inner_step, self._state.tokens
-        return Heal(fragment_id=fragment.fragment_id, reason=reason)
+        actions: list[LearnerAction] = []
+        pending = fragment.unresolved
+        if pending is not None and pending.in_counters and not pending.is_sent:
+            # It was copied aside and not encoded yet: nobody has seen it, so its work goes with the rest.
+            actions += self._withdraw(fragment, pending)
+            fragment.unresolved = pending = None
+        kept = pending if pending is not None and pending.in_counters else None
+        steps, tokens = (kept.header.steps, kept.header.tokens) if kept is not None else (0, 0)
+        fragment.discard(reason, self._state.tokens - fragment.since_tokens - tokens)
+        fragment.since_step, fragment.since_tokens = self._state.inner_step - steps, self._state.tokens - tokens
+        if kept is not None:
+            kept.is_mended = True
+        return [*actions, Heal(fragment_id=fragment.fragment_id, reason=reason, keep_seq=kept.header.seq if kept is not None else 0)]
+
+    def _withdraw(self, fragment: FragmentState, pending: Pending) -> list[LearnerAction]:
+        fragment_id, header = fragment.fragment_id, pending.header
+        busy = Send(message=Busy(fragment_id=fragment_id, round_id=header.round_id or 0))
+        return [busy, Forget(fragment_id=fragment_id, seq=header.seq)]
 
     def _answer_pull(self, fragment: FragmentState, can_snapshot: bool) -> LearnerAction:
         round_id, fragment.pulled_by = fragment.pulled_by, None
         has_work = self._state.inner_step > fragment.since_step and self._state.tokens > fragment.since_tokens
-        if fragment.unresolved is not None or fragment.is_behind or not has_work or not can_snapshot:
+        is_free = fragment.unresolved is None and fragment.heal is None and not fragment.is_behind
+        if not (is_free and has_work and can_snapshot):
             return Send(message=Busy(fragment_id=fragment.fragment_id, round_id=round_id or 0))
         fragment.unresolved = Pending(self._header(fragment, round_id))
         return Snapshot(fragment_id=fragment.fragment_id, seq=fragment.unresolved.header.seq)
@@ -149,6 +174,10 @@ class Exchange:
             fragment.discard("overwritten", pending.header.tokens)
         elif by_value and self._state.stage == "leaving":
             fragment.discard("nonfinite" if message.reason == "nonfinite" else "norm", pending.header.tokens)
+        elif message.reason == "nonfinite" and pending.is_mended:
+            fragment.discard("nonfinite", pending.header.tokens)
+            fragment.since_step += pending.header.steps
+            fragment.since_tokens += pending.header.tokens
         elif by_value:
             fragment.heal = message.reason
 
@@ -177,12 +206,8 @@ class Exchange:
             was_new, self._state.stage = self._state.stage == "new", "left"
             return [LeftDone()] if was_new else [SendLeave(reason=event.reason), LeftDone()]
         self._state.stage, self._state.leave_reason = "leaving", event.reason
-        actions = self._refuse_pulls()
+        actions = [*self._refuse_pulls(), *self._adopt_all(), *self._heal_all(event.poisoned)]
         for fragment in self._state.fragments:
-            if fragment.is_ready:
-                actions += self._adopt(fragment)
-            if fragment.heal is not None:
-                actions.append(self._heal(fragment))
             counted = fragment.unresolved.header.tokens if fragment.unresolved and fragment.unresolved.in_counters else 0
             if self._state.tokens - fragment.since_tokens - counted > 0:
                 fragment.final = Pending(self._header(fragment, None, fragment.unresolved))

@@ -21,13 +21,15 @@ NOTHING = MergedThrough(0, 0)
 class Pending:
     """A contribution whose fate is not known here.
 
-    `in_counters`: its work still stands in the parameters and counters (False after an overwrite).
+    `in_counters`: its work still stands in the parameters and counters (False after an overwrite). `is_mended`: the fragment was healed
+    for `nonfinite` while this was on its way; if it is refused for the same reason, there is nothing left to heal.
     """
 
     header: Contribution
     in_counters: bool = True
     is_sent: bool = False
     is_acknowledged: bool = False
+    is_mended: bool = False
 
 
 @dataclass(slots=True)

@@ -42,7 +42,7 @@ from lightning_diloco.protocol.learner_state import LearnerOptions
 from lightning_diloco.runtime.client_loop import ClientLoop, Encode
 from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
-from lightning_diloco.runtime.healing import mend, parameters_of, suspects
+from lightning_diloco.runtime.healing import is_finite, parameters_of
 from lightning_diloco.runtime.learner_store import Adoption, LearnerStore
 
 __all__ = ["ClientOptions", "Figures", "JoinInfo", "LearnerClient"]
@@ -223,10 +223,16 @@ class LearnerClient:
 
     def _exchange(self) -> None:
         loop = self._loop
+        poisoned = self._poisoned()
         if not loop.lock.acquire(blocking=False):
             return
         try:
-            event = Boundary(tokens=self._uncounted_tokens, steps=self._uncounted_steps, can_snapshot=loop.backlog < MAX_BACKLOG)
+            event = Boundary(
+                tokens=self._uncounted_tokens,
+                steps=self._uncounted_steps,
+                can_snapshot=loop.backlog < MAX_BACKLOG,
+                poisoned=poisoned,
+            )
             self._uncounted_steps = self._uncounted_tokens = 0
             work = self._hand_over(self._machine.handle(event, time.monotonic()))
         finally:
@@ -240,7 +246,7 @@ class LearnerClient:
             if isinstance(action, Adopt):
                 work.append((action, self._store.take(action.fragment_id)))
             elif isinstance(action, Heal):
-                work.append((action, self._store.base(action.fragment_id)))
+                work.append((action, self._store.healthy(action.fragment_id, action.keep_seq)))
             elif isinstance(action, Snapshot):
                 work.append((action, self._loop.encode_job(action)))
             else:
@@ -262,22 +268,18 @@ class LearnerClient:
                 self._heal(action, item)
         self._loop.wake()
 
-    def _heal(self, action: Heal, base: Tensor) -> None:
+    def _poisoned(self) -> tuple[int, ...] | None:
+        """The fragments that are not finite, while a heal for such values is due; None if none is, and nobody has looked."""
+        if all(fragment.heal != "nonfinite" for fragment in self._machine.state.fragments):
+            return None
+        return tuple(i for i, view in enumerate(self._store.views) if not is_finite(self._module, view))
+
+    def _heal(self, action: Heal, values: Tensor) -> None:
         _log.warning("Fragment %d was refused (%s): its parameters go back to the last published ones.", action.fragment_id, action.reason)
-        views = self._store.views
-        views[action.fragment_id].copy_from(base)
-        healed = [views[action.fragment_id]]
-        if action.reason == "nonfinite":
-            states = self._machine.state.fragments
-            with self._loop.lock:
-                found = suspects(self._store, states, action.fragment_id)
-            mended = [(suspect.state, mend(views[suspect.state.fragment_id], suspect)) for suspect in found]
-            with self._loop.lock:
-                for state, must_discard in mended:
-                    if must_discard and state.unresolved is None:
-                        state.heal = "nonfinite"
-            healed = views
+        self._store.views[action.fragment_id].copy_from(values)
         if self.on_heal is not None:
+            # One step with a NaN puts it into the moments of all parameters.
+            healed = self._store.views if action.reason == "nonfinite" else [self._store.views[action.fragment_id]]
             self.on_heal([p for view in healed for p in parameters_of(self._module, view)])
 
     def set_paused(self, is_paused: bool) -> None:
@@ -333,21 +335,21 @@ class LearnerClient:
         if self._is_closed or self._loop.joined is None or self._loop.fatal is not None:
             return
         drain_s = self._options.config.drain_timeout_s
-        with self._loop.lock:
-            if self._uncounted_steps:
-                event = Boundary(tokens=self._uncounted_tokens, steps=self._uncounted_steps, can_snapshot=False)
-                self._uncounted_steps = self._uncounted_tokens = 0
-                work = self._hand_over(self._machine.handle(event, time.monotonic()))
-            else:
-                work = []
-        self._perform(work)
-        with self._loop.lock:
-            work = self._hand_over(self._machine.handle(LeaveRequested(reason=reason), time.monotonic()))
-        self._perform(work)
+        if self._uncounted_steps:
+            event = Boundary(tokens=self._uncounted_tokens, steps=self._uncounted_steps, can_snapshot=False, poisoned=self._poisoned())
+            self._uncounted_steps = self._uncounted_tokens = 0
+            self._take_part(event)
+        self._take_part(LeaveRequested(reason=reason, poisoned=self._poisoned()))
         if not self._loop.left.wait(drain_s):
             _log.warning("The last contributions were not acknowledged within drain_timeout_s=%g; they are discarded.", drain_s)
             self._loop.leave_now(reason)
             self._loop.left.wait(1.0)
+
+    def _take_part(self, event: Boundary | LeaveRequested) -> None:
+        """Give the machine an event and do what follows; waits for the lock, as only the end of a training may."""
+        with self._loop.lock:
+            work = self._hand_over(self._machine.handle(event, time.monotonic()))
+        self._perform(work)
 
     def close(self) -> None:
         """Stop the background thread and close the sockets; short, idempotent, never raises."""

@@ -147,9 +147,15 @@ class LearnerStore:
         self._contributions[fragment_id][seq] = decode(payload, base.numel(), self._wire_dtype)
         return crc32(payload)
 
-    def contribution(self, fragment_id: int, seq: int) -> Tensor | None:
-        """d^ of a contribution that is not resolved, float32 [N]; None before it was encoded or after it was resolved."""
-        return self._contributions[fragment_id].get(seq)
+    def healthy(self, fragment_id: int, keep_seq: int) -> Tensor:
+        """Under the lock: what a healed fragment's parameters become: the base, minus a contribution on its way if that is finite.
+
+        Args:
+            fragment_id: whose values.
+            keep_seq: seq of the contribution on its way (0: none).
+        """
+        base, sent = self.base(fragment_id), self._contributions[fragment_id].get(keep_seq)
+        return reference(base, sent if sent is not None and bool(torch.isfinite(sent).all()) else None)
 
     def payload(self, fragment_id: int, seq: int) -> memoryview:
         """The encoded contribution, to be sent (again)."""
