@@ -106,6 +106,7 @@ class TransmitStatic(_Action, frozen=True, kw_only=True):
     """Send the static state to a session."""
 
     session: str
+    learner_id: int
 
 
 class CloseSession(_Action, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from lightning_diloco.protocol.actions import BeginFounding, CloseSession, Reply
 from lightning_diloco.protocol.events import FoundingArrived
 from lightning_diloco.protocol.identity import LeaveReason, Version
 from lightning_diloco.protocol.job import Job
-from lightning_diloco.protocol.members import Member
+from lightning_diloco.protocol.members import MAX_JOINING, Member
 from lightning_diloco.protocol.messages import (
     PROTOCOL_VERSION,
     Envelope,
@@ -61,10 +61,14 @@ class Admission:
         member = job.members.of(session)
         if member is not None:
             return self._resume(member, hello, now_s)
-        learner_id = job.members.free_id(job.options.num_slots) if hello.learner_id is None else hello.learner_id
+        learner_id = self._free_id(now_s) if hello.learner_id is None else hello.learner_id
         actions, refusal = self._take_id(learner_id, hello, now_s)
         if refusal is not None:
             return [Reply(session=session, message=JoinRefused(reason=refusal[0], detail=refusal[1])), CloseSession(session=session)]
+        place = self._make_room(now_s)
+        if place is None:
+            return []
+        actions += place
         self._hellos[session] = hello
         member = job.members.add(learner_id, session, "waiting")
         member.device, member.batch_size, member.tokens_per_step = hello.device, hello.batch_size, hello.tokens_per_step
@@ -117,20 +121,46 @@ class Admission:
             )
         return None
 
+    def _free_id(self, now_s: float) -> int:
+        """An id for a newcomer that brings none: a free one, else that of a dead process, else one that `_take_id` refuses."""
+        job = self._job
+        free = job.members.free_id(job.num_ids)
+        if free is not None:
+            return free
+        return next((m.learner_id for m in job.members.present() if self._may_replace(m, now_s)), job.num_ids)
+
+    def _may_replace(self, member: Member, now_s: float) -> bool:
+        """Whether a member's silence is its end as soon as somebody else wants its id. With a supervisor that one decides."""
+        return not self._job.options.is_supervised and member.unheard_s(now_s) > self._job.silent_after_s
+
+    def _make_room(self, now_s: float) -> list[SyncerAction] | None:
+        """A place among those that are not members yet, if need be that of the one that was silent longest; None: none is free."""
+        joining = [m for m in self._job.members.present() if m.stage != "joined"]
+        if len(joining) < MAX_JOINING:
+            return []
+        oldest = min(joining, key=lambda m: m.last_heard_s)
+        # Without an answer the newcomer says hello again in a while: there is nothing to remember of it.
+        return self.end(oldest, "died", now_s) if oldest.unheard_s(now_s) > self._job.silent_after_s else None
+
     def _take_id(self, learner_id: int, hello: Hello, now_s: float) -> tuple[list[SyncerAction], tuple[str, str] | None]:
-        options = self._job.options
-        if options.num_slots is not None and learner_id >= options.num_slots:
+        options, num_ids = self._job.options, self._job.num_ids
+        if learner_id >= num_ids and options.num_slots == num_ids:
+            return [], ("learner_id", f"learner_id={learner_id}: this job has {num_ids} learners, ids 0 to {num_ids - 1}.")
+        if learner_id >= num_ids:
             return [], (
                 "learner_id",
-                f"learner_id={learner_id}: this job has {options.num_slots} learners, ids 0 to {options.num_slots - 1}.",
+                f"learner_id={learner_id}: a job has at most {num_ids} learner ids, 0 to {num_ids - 1}, because every version names all of "
+                "its learners. Give the id of a process that has ended, or none to be given one.",
             )
         before = self._job.members.by_id(learner_id)
         if before is None:
             return [], None
-        if not options.takeover_token or hello.takeover_token != options.takeover_token:
-            return [], ("learner_id", f"learner_id={learner_id} is in use by a live process. Use another id, or none to be given one.")
-        fenced = Reply(session=before.session, message=Fenced(detail=FENCED))
-        return [fenced, *self.end(before, "fenced", now_s)], None
+        if options.takeover_token and hello.takeover_token == options.takeover_token:
+            fenced = Reply(session=before.session, message=Fenced(detail=FENCED))
+            return [fenced, *self.end(before, "fenced", now_s)], None
+        if self._may_replace(before, now_s):
+            return self.end(before, "died", now_s), None
+        return [], ("learner_id", f"learner_id={learner_id} is in use by a live process. Use another id, or none to be given one.")
 
     def _place(self, member: Member, now_s: float) -> list[SyncerAction]:
         """Founder, in line behind the founder, or joiner."""
@@ -155,7 +185,7 @@ class Admission:
         job.publisher.start(member.session, {})
         actions: list[SyncerAction] = [self._welcome(member, "joiner", now_s)]
         if job.static_bytes:
-            actions.append(TransmitStatic(session=member.session))
+            actions.append(TransmitStatic(session=member.session, learner_id=member.learner_id))
         for fragment_id, current in enumerate(job.currents):
             actions += job.publisher.offer(member, fragment_id, current)
         return actions
@@ -293,7 +323,8 @@ class Admission:
         job.members.remove(member, reason)
         job.publisher.stop(member.session)
         self._hellos.pop(member.session, None)
-        actions: list[SyncerAction] = [CloseSession(session=member.session)] if reason == "died" else []
+        # What is said to it now, and what was said just before, are control messages; only what is queued on bulk is dropped.
+        actions: list[SyncerAction] = [CloseSession(session=member.session)]
         if not was_joined:
             return actions
         if member.tokens > member.taped_tokens:

@@ -47,7 +47,7 @@ class Contributions:
         member.answered()
         if event.envelope.incarnation == member.incarnation:
             member.advance(header.inner_step, header.total_tokens, now_s)
-            job.ledger.trained(member.learner_id, header.total_tokens)
+            job.ledger.trained(member.learner_id, member.tokens)
         known = job.decisions.get((member.learner_id, header.fragment_id), {}).get(header.seq)
         if known is not None and known.crc == header.crc:
             return self._again(event, member, key, known, now_s)
@@ -109,7 +109,8 @@ class Contributions:
         member.snapshot_step[header.fragment_id] = header.inner_step
         actions: list[SyncerAction] = [Fold(key=key, weight=weight), self._tape(event, member, weight, outcome, None)]
         actions.append(self._answer(member, header, "held", None))
-        return actions + self._rounds.end_pull(member.learner_id, header.fragment_id, header.round_id, now_s)
+        # A late answer to the previous round is in this one: nothing more will come of this learner while it is held.
+        return actions + self._rounds.end_pull(member.learner_id, header.fragment_id, None, now_s)
 
     def _again(self, event: ContributionArrived, member: Member, key: ContributionKey, known: Decision, now_s: float) -> list[SyncerAction]:
         """A copy of a known contribution: the same answer, and nothing else."""

@@ -11,7 +11,7 @@ from lightning_diloco.protocol.gates import NormGate
 from lightning_diloco.protocol.grace import GraceWindow
 from lightning_diloco.protocol.identity import FragmentInfo, MergedThrough, Refusal, Version
 from lightning_diloco.protocol.ledger import Ledger
-from lightning_diloco.protocol.members import Membership
+from lightning_diloco.protocol.members import GIVEN_UP_S, MAX_IDS, SILENT_HEARTBEATS, SILENT_S, Membership
 from lightning_diloco.protocol.messages import ShardAddress
 from lightning_diloco.protocol.pace import Pace
 from lightning_diloco.protocol.publisher import Current, Publisher
@@ -104,6 +104,21 @@ class Job:
     def num_fragments(self) -> int:
         """P."""
         return len(self.fragments)
+
+    @property
+    def num_ids(self) -> int:
+        """Learner ids that there can be."""
+        return MAX_IDS if self.options.num_slots is None else min(self.options.num_slots, MAX_IDS)
+
+    @property
+    def silent_after_s(self) -> float:
+        """Silence, in seconds, after which a process may be replaced and is not waited for at the end."""
+        return max(SILENT_S, SILENT_HEARTBEATS * self.config.heartbeat_s)
+
+    @property
+    def given_up_after_s(self) -> float:
+        """Silence, in seconds, after which a process is taken for dead where no supervisor says so."""
+        return max(GIVEN_UP_S, SILENT_HEARTBEATS * self.config.heartbeat_s)
 
     def merged_seq(self, learner_id: int, fragment_id: int) -> int:
         """Highest seq of this learner in the fragment's current version (0: none)."""

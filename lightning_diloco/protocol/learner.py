@@ -135,6 +135,7 @@ class LearnerMachine:
         paused_s: tuple[float, ...] = (),
         stalls_s: tuple[float, ...] = (),
         last_step_age_s: float = 0.0,
+        clock_s: float = 0.0,
     ) -> Heartbeat:
         """The full report of this moment (see `Heartbeat`)."""
         pending = [(f.fragment_id, p) for f in self.state.fragments for p in (f.unresolved, f.final) if p is not None and p.is_sent]
@@ -148,6 +149,7 @@ class LearnerMachine:
             paused_s=paused_s,
             stalls_s=stalls_s,
             last_step_age_s=last_step_age_s,
+            clock_s=clock_s,
             is_paused=self.state.is_paused,
             batch_size=self.state.options.batch_size,
         )
@@ -226,14 +228,14 @@ class LearnerMachine:
             actions.append(Send(message=StopRequest(reason=state.wants_stop)))
         if state.said_leave is not None:
             actions.append(SendLeave(reason=state.said_leave))
-        return actions
+        return actions + self._ask_for_missed()
 
     def _ask_for_missed(self) -> list[LearnerAction]:
-        """Publications that overtook the welcome (two channels) could not be used; the syncer believes that they are held."""
-        missed = [f for f in self.state.fragments if f.is_missed]
-        for fragment in missed:
-            fragment.is_missed = False
-        return [Send(message=NeedFull(fragment_id=f.fragment_id)) for f in missed]
+        """Publications that overtook the welcome (two channels) could not be used; the syncer believes that they are held.
+
+        The question may be lost as well: it is asked at every welcome until the answer is here.
+        """
+        return [Send(message=NeedFull(fragment_id=f.fragment_id)) for f in self.state.fragments if f.is_missed]
 
     def _static_installed(self, event: StaticInstalled) -> list[LearnerAction]:
         self._needs_static, self._has_static = False, True
@@ -283,9 +285,11 @@ class LearnerMachine:
             return []
         fragment = self.state.fragments[header.fragment_id]
         if fragment.held is not None and header.version <= fragment.held:
+            fragment.is_missed = False
             return []
         if header.parent is not None and header.parent != fragment.held:
             return [Send(message=NeedFull(fragment_id=header.fragment_id))]
+        fragment.is_missed = False
         merged = header.merged_through.get(self.state.learner_id, NOTHING)
         fragment.arriving, fragment.arriving_merged, fragment.arriving_crc = header.version, merged, header.crc
         return [

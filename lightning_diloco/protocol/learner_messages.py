@@ -118,6 +118,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
         paused_s: of each gap, the part spent paused (validation, checkpoints).
         stalls_s: of each gap, the time spent inside outer-sync code at the boundary.
         last_step_age_s: from the end of the last step to the sending of this report.
+        clock_s: the learner's monotonic clock at the sending (0: not told); tells how long the report was on its way.
         is_paused: inside validation or a checkpoint at this moment.
     """
 
@@ -130,6 +131,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     paused_s: StepTimes = ()
     stalls_s: StepTimes = ()
     last_step_age_s: Seconds = 0.0
+    clock_s: Seconds = 0.0
     is_paused: bool = False
     batch_size: Count = 0
 

@@ -8,7 +8,6 @@ newcomer shows the takeover token.
 
 from __future__ import annotations
 
-from collections.abc import Container
 from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Literal
@@ -16,7 +15,7 @@ from typing import Literal
 from lightning_diloco.protocol.grace import MovingAverage
 from lightning_diloco.protocol.identity import LeaveReason
 
-__all__ = ["Member", "Membership", "Stage"]
+__all__ = ["GIVEN_UP_S", "MAX_IDS", "MAX_JOINING", "SILENT_HEARTBEATS", "SILENT_S", "Member", "Membership", "Stage"]
 
 Stage = Literal["waiting", "founding", "receiving", "joined", "gone"]
 """waiting: for somebody else's founding; founding: sends the founding state; receiving: full transfers are on their way;
@@ -25,6 +24,16 @@ joined: a member; gone: left, died or fenced."""
 STILL_STEPS = 10
 """A counter that has not moved for so many of its own step times (at least `STILL_S`) is not life."""
 STILL_S = 10.0
+SILENT_S = 10.0
+SILENT_HEARTBEATS = 10
+"""Where no supervisor says who is gone: a process that was not heard for so long (the longer of both) may be replaced, and the last one that
+leaves does not wait for it."""
+GIVEN_UP_S = 60.0
+"""And one that was not heard for so long (ten heartbeats at least) is dead: it does not hold up a join or the end of a job."""
+MAX_IDS = 2000
+"""Learner ids of one job. Every version names each learner that is merged in it, and a payload's header has 64 KiB."""
+MAX_JOINING = 256
+"""Processes that are not members yet."""
 MAX_ENDED = 1024
 """Ended sessions that are remembered."""
 
@@ -53,6 +62,7 @@ class Member:
     is_founder: bool = False
     is_ready: bool = False
     taped_tokens: int = 0
+    clock_offset_s: float | None = None
     step_time: MovingAverage = field(default_factory=MovingAverage)
     snapshot_step: dict[int, int] = field(default_factory=dict)
 
@@ -68,6 +78,14 @@ class Member:
         self.has_moved = True
         self._speak_again()
 
+    def delay_s(self, clock_s: float, now_s: float) -> float:
+        """How long a report that was sent at `clock_s` of the learner's clock was on its way, against the quickest one so far."""
+        if clock_s == 0.0:
+            return 0.0
+        offset_s = now_s - clock_s
+        self.clock_offset_s = offset_s if self.clock_offset_s is None else min(self.clock_offset_s, offset_s)
+        return offset_s - self.clock_offset_s
+
     def answered(self) -> None:
         """It showed that nothing of it is stuck on the bulk channel."""
         self.has_answered = True
@@ -80,6 +98,10 @@ class Member:
     def _speak_again(self) -> None:
         if self.has_moved and self.has_answered:
             self.is_silent = False
+
+    def unheard_s(self, now_s: float) -> float:
+        """Seconds since the last sign of life of any kind."""
+        return now_s - self.last_heard_s
 
     def is_active(self, now_s: float) -> bool:
         """Whether it is pulled and counts for the quorum."""
@@ -143,17 +165,14 @@ class Membership:
         """Why this session's incarnation ended, or None for one that has not, or that was never seen."""
         return self._ended.get(session)
 
-    def free_id(self, num_slots: int | None) -> int:
-        """The smallest id that nobody ever had; if all slots were used, the smallest one that nobody has now."""
-        learner_id = self._smallest_not_in(self._next_incarnation)
-        return learner_id if num_slots is None or learner_id < num_slots else self._smallest_not_in(self._by_id)
+    def free_id(self, limit: int) -> int | None:
+        """The smallest id that nobody ever had; if all `limit` ids were used, the smallest one that nobody has now, or None.
 
-    @staticmethod
-    def _smallest_not_in(ids: Container[int]) -> int:
-        learner_id = 0
-        while learner_id in ids:
-            learner_id += 1
-        return learner_id
+        A new life of an old id is safe: it goes on with its seqs, its ledger and its `merged_through`. But the place in the data that goes
+        with an id is repeated, so an id that nobody had comes first.
+        """
+        unused = (i for i in range(limit) if i not in self._next_incarnation)
+        return next(unused, next((i for i in range(limit) if i not in self._by_id), None))
 
     def joined(self) -> list[Member]:
         """All members that hold all fragments, by id."""

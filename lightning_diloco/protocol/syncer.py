@@ -16,10 +16,12 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final, get_args
 
-from lightning_diloco.protocol.actions import CloseSession, DropPayload, Ended, Reply, SyncerAction, Tape
+from lightning_diloco.protocol.actions import CloseSession, DropPayload, Reply, SyncerAction, Tape
 from lightning_diloco.protocol.admission import Admission
 from lightning_diloco.protocol.contributions import Contributions
+from lightning_diloco.protocol.departures import Departures
 from lightning_diloco.protocol.events import (
     ContributionArrived,
     CountersRead,
@@ -34,7 +36,7 @@ from lightning_diloco.protocol.events import (
     SyncerEvent,
     Tick,
 )
-from lightning_diloco.protocol.identity import ContributionKey, Version
+from lightning_diloco.protocol.identity import ContributionKey, DiscardReason, Version
 from lightning_diloco.protocol.job import Job, JobOptions
 from lightning_diloco.protocol.members import Member
 from lightning_diloco.protocol.messages import (
@@ -47,7 +49,6 @@ from lightning_diloco.protocol.messages import (
     Hello,
     JoinRefused,
     Leave,
-    Left,
     NeedFull,
     Paused,
     Ping,
@@ -66,8 +67,8 @@ __all__ = ["SyncerMachine"]
 
 MAX_TOTAL = 2**53
 """No counter of a learner gets above this: weights are floats, and sums of a few of them must stay within the wire's 62 bits."""
-SILENT_HEARTBEATS = 10
-"""A learner that was not heard for so many heartbeats is not waited for at the end of an unsupervised job."""
+REPORTED_DISCARDS: Final = ("overwritten", "nonfinite", "norm")
+"""What a learner may say of discarded tokens; all other reasons are the syncer's own findings."""
 
 
 class SyncerMachine:
@@ -82,8 +83,8 @@ class SyncerMachine:
         self.rounds = Rounds(self.job)
         self._admission = Admission(self.job, self.rounds)
         self._contributions = Contributions(self.job, self.rounds, self._admission)
-        self._leaving: dict[str, Leave] = {}
-        self._leave_until_s: dict[str, float] = {}
+        self._departures = Departures(self.job, self.rounds, self._admission)
+        self._now_s = 0.0
         self._handlers: dict[type, Callable[..., list[SyncerAction]]] = {
             MessageReceived: self._message,
             ContributionArrived: self._contribution,
@@ -92,9 +93,9 @@ class SyncerMachine:
             Merged: self.rounds.merged,
             PublicationDelivered: self._delivered,
             PublicationFailed: self._delivery_failed,
-            LearnerLost: self._lost,
+            LearnerLost: self._departures.lost,
             CountersRead: self._counters,
-            Finish: self._finish,
+            Finish: self._departures.finish,
             Tick: lambda event, now_s: [],
         }
         self._messages: dict[type, Callable[..., list[SyncerAction]]] = {
@@ -117,19 +118,27 @@ class SyncerMachine:
         """
         if self.job.is_ended:
             return []
-        actions = self._handlers[type(event)](event, now_s)
+        self._now_s = now_s
+        member = self.job.members.of(getattr(event, "session", ""))
+        if member is not None and not isinstance(event, PublicationFailed):
+            # Whatever comes from a process shows that it lives; what the transport gave up on does not.
+            member.last_heard_s = now_s
+        actions = self._handlers[type(event)](event, now_s) + self._departures.expire(now_s)
         if self.job.is_founded:
             actions += self.rounds.tick(now_s)
             actions += self.rounds.open_due(now_s)
-            actions += self._complete_leaves(now_s)
+            actions += self._departures.complete(now_s)
         return actions
 
     def next_deadline_s(self) -> float | None:
-        """The time at which a `Tick` has something to do, if nothing happens before."""
+        """The time at which a `Tick` has something to do, if nothing happens before.
+
+        Silence is judged at whatever comes next, so a runtime ticks about once a second in any case.
+        """
         if not self.job.is_founded:
             return None
-        times = [self._leave_until_s[s] for s in self._leaving]
-        return min([*times, *([] if (next_s := self.rounds.next_deadline_s()) is None else [next_s])], default=None)
+        times = (self._departures.next_deadline_s(self._now_s), self.rounds.next_deadline_s())
+        return min((t for t in times if t is not None), default=None)
 
     # ---- messages -----------------------------------------------------------------------------------------------------------
 
@@ -143,7 +152,6 @@ class SyncerMachine:
         if member is None or event.envelope.incarnation != member.incarnation:
             # A leave that was completed is told so again: the answer may have been lost.
             return [self._admission.farewell(session) or Reply(session=session, message=WhoAreYou())]
-        member.last_heard_s = now_s
         if isinstance(message, Found):
             return self._admission.found(session, message, now_s)
         actions: list[SyncerAction] = []
@@ -153,8 +161,7 @@ class SyncerMachine:
         handler = self._messages.get(type(message))
         may_speak = member.stage == "joined" or (member.stage == "receiving" and isinstance(message, NeedFull))
         if isinstance(message, Leave) and not may_speak:
-            left = Reply(session=session, message=self._left(), incarnation=member.incarnation)
-            return [*self._admission.end(member, message.reason, now_s), left]
+            return self._departures.leave_early(member, message, now_s)
         if handler is None or not may_speak:
             return actions
         fault = self._fault(message)
@@ -169,6 +176,18 @@ class SyncerMachine:
         for name in ("inner_step", "tokens", "total_tokens", "seq"):
             if getattr(report, name, 0) > MAX_TOTAL:
                 return f"{name}={getattr(report, name)}: no learner gets above {MAX_TOTAL}; totals must stay exact in 64 bits."
+        return self._false_discards(report) if isinstance(report, Heartbeat) else ""
+
+    def _false_discards(self, report: Heartbeat) -> str:
+        """What is wrong with its list of discarded tokens: a running total for each fragment and reason, and no other reasons."""
+        limit = len(get_args(DiscardReason)) * self.job.num_fragments
+        if len(report.discarded) > limit:
+            return f"discarded: {len(report.discarded)} totals, but {self.job.num_fragments} fragments have at most {limit}."
+        for item in report.discarded:
+            if item.fragment_id >= self.job.num_fragments or item.reason not in REPORTED_DISCARDS:
+                return f"discarded: ({item.fragment_id}, {item.reason!r}) is no fragment or reason that a learner of this job reports."
+        if len({(item.fragment_id, item.reason) for item in report.discarded}) < len(report.discarded):
+            return "discarded: there is one running total for each fragment and reason."
         return ""
 
     def _contribution(self, event: ContributionArrived, now_s: float) -> list[SyncerAction]:
@@ -181,7 +200,7 @@ class SyncerMachine:
 
     def _progress(self, member: Member, message: Progress, now_s: float) -> list[SyncerAction]:
         member.advance(message.inner_step, message.tokens, now_s)
-        self.job.ledger.trained(member.learner_id, message.tokens)
+        self.job.ledger.trained(member.learner_id, member.tokens)
         return self._check_budget()
 
     def _heartbeat(self, member: Member, message: Heartbeat, now_s: float) -> list[SyncerAction]:
@@ -200,7 +219,7 @@ class SyncerMachine:
             actions.append(Reply(session=member.session, message=answer, incarnation=member.incarnation))
         if on_way == 0:
             member.answered()
-        if member.session not in self._leaving:
+        if not self._departures.is_leaving(member):
             if message.is_paused != member.is_paused:
                 actions += self._paused(member, Paused(is_paused=message.is_paused), now_s)
             if self.job.stop_reason is not None:
@@ -210,7 +229,7 @@ class SyncerMachine:
     def _report(self, member: Member, message: Heartbeat, now_s: float) -> list[SyncerAction]:
         member.advance(message.inner_step, message.tokens, now_s)
         member.batch_size = message.batch_size or member.batch_size
-        self.job.ledger.trained(member.learner_id, message.tokens)
+        self.job.ledger.trained(member.learner_id, member.tokens)
         member.taped_tokens = max(member.taped_tokens, message.tokens)
         record = ProgressRecord(
             learner_id=member.learner_id,
@@ -220,17 +239,16 @@ class SyncerMachine:
             step_gaps_s=message.step_gaps_s,
             paused_s=message.paused_s,
             stalls_s=message.stalls_s,
-            last_step_age_s=message.last_step_age_s,
+            last_step_age_s=message.last_step_age_s + member.delay_s(message.clock_s, now_s),
             is_paused=message.is_paused,
             batch_size=member.batch_size,
         )
         actions: list[SyncerAction] = [Tape(record=record)]
         for item in message.discarded:
-            if item.fragment_id < self.job.num_fragments:
-                new = self.job.ledger.report_discarded(member.learner_id, item)
-                if new > 0:
-                    discard = DiscardRecord(learner_id=member.learner_id, fragment_id=item.fragment_id, reason=item.reason, tokens=new)
-                    actions.append(Tape(record=discard))
+            new = self.job.ledger.report_discarded(member.learner_id, item)
+            if new > 0:
+                discard = DiscardRecord(learner_id=member.learner_id, fragment_id=item.fragment_id, reason=item.reason, tokens=new)
+                actions.append(Tape(record=discard))
         return actions
 
     def _end_pull(self, member: Member, message: Busy, now_s: float) -> list[SyncerAction]:
@@ -276,82 +294,10 @@ class SyncerMachine:
             return []
         return self._stop("token_budget")
 
-    # ---- leaving ------------------------------------------------------------------------------------------------------------
-
     def _leave(self, member: Member, message: Leave, now_s: float) -> list[SyncerAction]:
-        """Last word of a member. The last one that leaves closes what remains, and waits for the result."""
-        if member.session in self._leaving:
+        if self._departures.is_leaving(member):
             return []
-        actions = self._report(member, message.report, now_s)
-        self._leaving[member.session] = message
-        self._leave_until_s[member.session] = now_s + self.job.config.drain_timeout_s
-        member.is_paused = True
-        for round_ in self.rounds.all:
-            if round_.is_collecting:
-                actions += self.rounds.end_pull(member.learner_id, round_.fragment_id, None, now_s)
-        return actions
-
-    def _complete_leaves(self, now_s: float) -> list[SyncerAction]:
-        job, actions = self.job, list[SyncerAction]()
-        for session in [s for s in self._leaving if job.members.of(s) is None]:
-            self._forget_leave(session)
-        # The last one to leave does not wait for learners that fell silent; whoever knows that they are gone is the supervisor.
-        silent_s = SILENT_HEARTBEATS * job.config.heartbeat_s
-        others = [m for m in job.members.present() if m.session not in self._leaving]
-        staying = [m for m in others if job.options.is_supervised or m.stage != "joined" or now_s - m.last_heard_s <= silent_s]
-        if not staying and (self._leaving or job.finish_status is not None):
-            for round_ in self.rounds.all:
-                actions += self.rounds.force(round_, now_s)
-            if not self.rounds.is_quiet():
-                return actions
-        reasons = []
-        for session, message in list(self._leaving.items()):
-            member = job.members.of(session)
-            if member is not None and (staying or self._has_everything(session) or now_s >= self._leave_until_s[session]):
-                self._forget_leave(session)
-                reasons.append(message.reason)
-                actions += self._admission.end(member, message.reason, now_s)
-                actions.append(Reply(session=session, message=self._left(), incarnation=member.incarnation))
-        is_over = any(r != "signal" for r in reasons) and not job.options.is_supervised and not staying
-        if not self._leaving and (is_over or (job.finish_status is not None and not job.members.present())):
-            for member in job.members.present():
-                actions += self._admission.end(member, "died", now_s)
-            actions += self._end()
-        return actions
-
-    def _forget_leave(self, session: str) -> None:
-        self._leaving.pop(session, None)
-        self._leave_until_s.pop(session, None)
-
-    def _has_everything(self, session: str) -> bool:
-        return all(self.job.publisher.holds(session, i, c.version) for i, c in enumerate(self.job.currents))
-
-    def _left(self) -> Left:
-        return Left(versions=tuple(c.version.n for c in self.job.currents))
-
-    def _end(self) -> list[SyncerAction]:
-        job = self.job
-        job.is_ended = True
-        status = job.finish_status or "finished"
-        return [Ended(status=status, versions=tuple(c.version.n for c in job.currents))]  # type: ignore[arg-type]
-
-    def _finish(self, event: Finish, now_s: float) -> list[SyncerAction]:
-        """Nobody will come back: end every incarnation that is left, then close what is held."""
-        self.job.finish_status = event.status
-        actions: list[SyncerAction] = []
-        for member in self.job.members.present():
-            if member.session not in self._leaving:
-                actions += self._admission.end(member, "died", now_s)
-        if not self.job.is_founded:
-            actions += self._end()
-        return actions
-
-    def _lost(self, event: LearnerLost, now_s: float) -> list[SyncerAction]:
-        member = self.job.members.by_id(event.learner_id)
-        if member is None:
-            return []
-        self._forget_leave(member.session)
-        return self._admission.end(member, event.reason, now_s)
+        return self._report(member, message.report, now_s) + self._departures.leave(member, message, now_s)
 
     def _counters(self, event: CountersRead, now_s: float) -> list[SyncerAction]:
         member = self.job.members.by_id(event.learner_id)
@@ -389,5 +335,5 @@ class SyncerMachine:
 
     def _close_session(self, member: Member, reason: str, detail: str, now_s: float) -> list[SyncerAction]:
         refused = Reply(session=member.session, message=JoinRefused(reason=reason, detail=detail), incarnation=member.incarnation)
-        self._forget_leave(member.session)
+        self._departures.forget(member.session)
         return [refused, *self._admission.end(member, "died", now_s)]

@@ -47,7 +47,7 @@ class Joining:
         module: nn.Module,
         store: LearnerStore,
         feed: Callable[[LearnerEvent], None],
-        send: Callable[[Message], None],
+        send: Callable[[Message], object],
         send_payload: Callable[[Message, memoryview], None],
         patience_s: float,
     ) -> None:

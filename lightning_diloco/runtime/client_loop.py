@@ -230,14 +230,16 @@ class ClientLoop:
                 self._encode(action)
             else:
                 self._do(action)
-        if newest is not None:
+        # A syncer that does not answer gets no more of what is out of date by then: it would push the reports out of the socket's queue.
+        if newest is not None and time.monotonic() - self.heard_s < 3 * self._config.heartbeat_s:
             self._do(newest)
 
     def _report(self, now_s: float) -> None:
         self._heartbeat_at_s = now_s + self._config.heartbeat_s
         self._pings += 1
         # Once the leave was said, it is the report that is repeated: its figures are the last ones.
-        self._send(self._make_report() if self._leave is None else self._leave)
+        if not self._send(self._make_report() if self._leave is None else self._leave):
+            self._times.give_back()
         self._send(Ping(number=self._pings))
         state = self._machine.state
         if state.wants_stop is not None and not state.is_stopped:
@@ -253,7 +255,7 @@ class ClientLoop:
     def _make_report(self) -> Message:
         gaps, paused, stalls, age_s = self._times.take()
         with self.lock:
-            return self._machine.report(step_gaps_s=gaps, paused_s=paused, stalls_s=stalls, last_step_age_s=age_s)
+            return self._machine.report(step_gaps_s=gaps, paused_s=paused, stalls_s=stalls, last_step_age_s=age_s, clock_s=time.monotonic())
 
     # ---- events -------------------------------------------------------------------------------------------------------------
 
@@ -334,8 +336,9 @@ class ClientLoop:
         elif isinstance(action, LeftDone):
             self.left.set()
 
-    def _send(self, message: Message) -> None:
-        self._transport.send_control(SYNCER, encode(self._machine.state.envelope, message))
+    def _send(self, message: Message) -> bool:
+        """Whether the socket took it."""
+        return self._transport.send_control(SYNCER, encode(self._machine.state.envelope, message))
 
     def _send_payload(self, header: Message, payload: memoryview) -> None:
         self._transport.send_payload(SYNCER, encode(self._machine.state.envelope, header), payload)

@@ -40,6 +40,7 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._steps: deque[tuple[float, float, float, float]] = deque(maxlen=MAX_WAITING)
+        self._taken: list[tuple[float, float, float, float]] = []
         self._reported_end_s: float | None = None
         self._last_end_s: float | None = None
         self._paused_s = 0.0
@@ -81,5 +82,11 @@ class StepTimes:
             # Of the last step in this report: one that has ended meanwhile belongs to the next report's walk back in time.
             self._reported_end_s = taken[-1][3]
         age_s = 0.0 if self._reported_end_s is None else max(0.0, time.monotonic() - self._reported_end_s)
+        self._taken = taken
         columns = [tuple(round(step[i], 6) for step in taken) for i in range(3)]
         return columns[0], columns[1], columns[2], age_s
+
+    def give_back(self) -> None:
+        """The report of the last `take` was not sent: its steps belong to the next one."""
+        self._steps.extendleft(reversed(self._taken))
+        self._taken = []

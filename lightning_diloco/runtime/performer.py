@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lightning_diloco.config import SyncConfig
@@ -136,7 +137,7 @@ class Performer:
             elif isinstance(action, Transmit):
                 self._transmit(action)
             elif isinstance(action, TransmitStatic):
-                self._transmit_static(action.session)
+                self._transmit_static(action)
             elif isinstance(action, CloseSession):
                 self._transport.forget(bytes.fromhex(action.session))
             elif isinstance(action, BeginFounding):
@@ -166,11 +167,11 @@ class Performer:
         self.store = SyncerStore(layout, config)
         return None
 
-    def take_founding(self, session: str, header: LearnerHeader, payload: memoryview, done: Callable[[tuple[int, ...], int], None]) -> None:
+    def take_founding(self, session: str, header: LearnerHeader, payload: memoryview, done: Callable[[tuple[int, ...], int], bool]) -> None:
         """Store one founding payload on the numerics thread.
 
         A payload that is not what its header says costs its sender the session; `done(crc of every fragment, payload bytes)` is called on
-        the loop thread after the last one.
+        the loop thread after the last one and tells whether the job is founded now.
         """
         store = self.store
         if store is None or self._is_founded or not self._is_founder(session):
@@ -193,9 +194,8 @@ class Performer:
             if isinstance(result, RemoteProtocolError):
                 self.refuse(session, result.reason, result.detail)
                 return
-            self._is_founded = True
             self._published = [_Published(store.state(i).shadow, None) for i in range(len(result))]
-            done(result, store.founding_bytes)
+            self._is_founded = done(result, store.founding_bytes)
 
         self._submit(work, then)
 
@@ -269,12 +269,18 @@ class Performer:
         transfer_id = self._transport.send_payload(peer, encode(self._envelope, header), buffer_of(payload))
         self.transfers[action.session, transfer_id] = (action.fragment_id, action.version)
 
-    def _transmit_static(self, session: str) -> None:
+    def _transmit_static(self, action: TransmitStatic) -> None:
         static = self._founded_store().static
         header = encode(self._envelope, StaticState(crc=crc32(static)))
-        self._transport.send_payload(bytes.fromhex(session), header, buffer_of(static))
+        self._transport.send_payload(bytes.fromhex(action.session), header, buffer_of(static))
         self._record(
-            PublishRecord(fragment_id=STATIC_FRAGMENT, version=Version(0, 0), is_full=True, learners=(), payload_bytes=static.numel())
+            PublishRecord(
+                fragment_id=STATIC_FRAGMENT,
+                version=Version(0, 0),
+                is_full=True,
+                learners=(action.learner_id,),
+                payload_bytes=static.numel(),
+            )
         )
 
     def _end(self, action: Ended) -> None:
@@ -284,7 +290,7 @@ class Performer:
             sha256 = store.global_sha256()
             try:
                 store.save_global(self._options.run_dir / GLOBAL_NAME)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 _log.error("The global model could not be written to %s: %s. The run has failed.", self._options.run_dir, error)
                 action = Ended(status="failed", versions=action.versions)
         self._record(EndRecord(status=action.status, versions=action.versions, global_sha256=sha256))

@@ -70,6 +70,10 @@ MIN_DECODING = 32
 """Twice so many payloads of one learner may wait for decoding, and twice so many items may stand in its reports, whatever the layout."""
 MAX_FAILURES = 64
 """A learner that refuses so many publications in a row is told to end."""
+MAX_NORM = 1e30
+"""A contribution of this norm or more counts as not finite: two of them can overflow float32 in the outer step, and NaN is for good."""
+COMPLAIN_S = 10.0
+"""Seconds between two log lines about dropped messages."""
 IDLE_S = 0.25
 """Longest sleep of the loop; deadlines of the machine are met earlier."""
 
@@ -118,6 +122,7 @@ class SyncerService:
         self._results: deque[Callable[[], None]] = deque()
         self._decoding: dict[str, int] = {}
         self._failures: dict[str, int] = {}
+        self._complain_at_s = 0.0
         self._commands: deque[SyncerEvent] = deque()
         self._numerics = ThreadPoolExecutor(max_workers=1, thread_name_prefix="diloco-numerics")
         self._thread: threading.Thread | None = None
@@ -311,10 +316,10 @@ class SyncerService:
         try:
             envelope, message = decode_from_learner(data)
         except RemoteProtocolError as error:
-            _log.warning("A message of session %s was dropped: %s", session[:8], error)
+            self._complain(session, str(error))
             return
         if self._is_excessive(message):
-            _log.warning("A message of session %s was dropped: its lists are longer than any that a learner has use for.", session[:8])
+            self._complain(session, "its lists are longer than any that a learner has use for")
             return
         if isinstance(message, Found):
             refusal = self._performer.begin_founding(session, message)
@@ -322,6 +327,13 @@ class SyncerService:
                 self._performer.refuse(session, "wrong_layout", refusal)
                 return
         self._handle(MessageReceived(session=session, envelope=envelope, message=message))
+
+    def _complain(self, session: str, why: str) -> None:
+        """Log that a message was dropped, at most once in `COMPLAIN_S`: whoever sends garbage must not fill the disk with it."""
+        now_s = time.monotonic()
+        if now_s >= self._complain_at_s:
+            self._complain_at_s = now_s + COMPLAIN_S
+            _log.warning("A message of session %s was dropped: %s (further ones are not logged for %g s)", session[:8], why, COMPLAIN_S)
 
     def _is_excessive(self, message: FromLearner) -> bool:
         """Whether one message asks for more answers than a learner has use for."""
@@ -356,7 +368,7 @@ class SyncerService:
                 envelope=envelope,
                 header=header,
                 norm=norm,
-                is_finite=norm < float("inf"),
+                is_finite=norm < MAX_NORM,
                 payload_bytes=len(payload),
                 crc_ok=crc_ok,
             )
@@ -365,8 +377,10 @@ class SyncerService:
         self._decoding[session] = self._decoding.get(session, 0) + 1
         self._submit(lambda: store.decode_contribution(header.fragment_id, payload, header.crc), then)
 
-    def _founded(self, session: str, crcs: tuple[int, ...], founding_bytes: int) -> None:
+    def _founded(self, session: str, crcs: tuple[int, ...], founding_bytes: int) -> bool:
+        """Whether the rules take this for the founding: its founder may have died a moment ago."""
         self._handle(FoundingArrived(session=session, crcs=crcs, payload_bytes=founding_bytes))
+        return self._machine.job.is_founded
 
     def _merged(self, closed: Closed) -> None:
         """A merge is done: publish it."""

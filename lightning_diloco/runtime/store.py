@@ -9,6 +9,7 @@ contributions are folded an accumulator (4 N) and one decoded contribution (4 N)
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ from lightning_diloco.outer import (
 from lightning_diloco.outer.static import unpack_static
 
 __all__ = ["Closed", "SyncerStore"]
+
+_log = logging.getLogger(__name__)
 
 MAX_LAYOUT_BYTES = 1 << 20
 
@@ -140,6 +143,11 @@ class SyncerStore:
         momentum = momentum_at(merge_index, config.outer_momentum, config.outer_momentum_warmup)
         stepped = outer_step(before, merged, lr=config.outer_lr, momentum=momentum)
         difference, shadow = encode_publication(stepped.theta, before.shadow, config.wire_dtype)
+        if not bool(torch.isfinite(shadow).all()):
+            # Finite contributions can still overflow, with a huge outer learning rate for one. NaN in the global model is for good.
+            _log.error("The outer step of fragment %d is not finite; the fragment stays as it was, without momentum.", fragment_id)
+            stepped = FragmentState.founded(before.theta)
+            difference, shadow = encode_publication(before.theta, before.shadow, config.wire_dtype)
         self._states[fragment_id] = FragmentState(theta=stepped.theta, momentum=stepped.momentum, shadow=shadow, merge_index=merge_index)
         norms, self._norms[fragment_id] = tuple(self._norms[fragment_id]), []
         self._accumulators[fragment_id] = MergeAccumulator(self.layout.fragments[fragment_id])
