@@ -61,14 +61,15 @@ class Admission:
         member = job.members.of(session)
         if member is not None:
             return self._resume(member, hello, now_s)
-        learner_id = self._free_id(now_s) if hello.learner_id is None else hello.learner_id
-        actions, refusal = self._take_id(learner_id, hello, now_s)
-        if refusal is not None:
-            return [Reply(session=session, message=JoinRefused(reason=refusal[0], detail=refusal[1])), CloseSession(session=session)]
-        place = self._make_room(now_s)
-        if place is None:
+        actions = self._make_room(now_s)
+        if actions is None:
             return []
-        actions += place
+        learner_id = self._free_id(now_s) if hello.learner_id is None else hello.learner_id
+        taken, refusal = self._take_id(learner_id, hello, now_s)
+        actions += taken
+        if refusal is not None:
+            refused = Reply(session=session, message=JoinRefused(reason=refusal[0], detail=refusal[1]))
+            return [*actions, refused, CloseSession(session=session)]
         self._hellos[session] = hello
         member = job.members.add(learner_id, session, "waiting")
         member.device, member.batch_size, member.tokens_per_step = hello.device, hello.batch_size, hello.tokens_per_step

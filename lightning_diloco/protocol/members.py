@@ -26,8 +26,8 @@ STILL_STEPS = 10
 STILL_S = 10.0
 SILENT_S = 10.0
 SILENT_HEARTBEATS = 10
-"""Where no supervisor says who is gone: a process that was not heard for so long (the longer of both) may be replaced, and the last one that
-leaves does not wait for it."""
+"""Where no supervisor says who is gone: a process that was not heard for so long (the longer of both) may be replaced, and the last
+one that leaves does not wait for it."""
 GIVEN_UP_S = 60.0
 """And one that was not heard for so long (ten heartbeats at least) is dead: it does not hold up a join or the end of a job."""
 MAX_IDS = 2000

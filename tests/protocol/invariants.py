@@ -65,7 +65,8 @@ def check_memory(pair: Pair) -> None:
     publisher = job.publisher
     for table in (publisher._held, publisher._on_way, publisher._wants_full, publisher._doubted, syncer._admission._hellos):
         assert len(table) <= sessions
-    assert len(syncer._leaving) <= sessions and len(syncer._leave_until_s) <= sessions
+    departures = syncer._departures
+    assert len(departures._leaving) <= sessions and len(departures._until_s) <= sessions
     ids = len(job.members._next_incarnation) * job.num_fragments
     assert len(job.decisions) <= ids and len(job.last_seq) <= ids and len(job.ledger._held) <= ids
     assert all(len(known) <= MAX_DECISIONS for known in job.decisions.values())

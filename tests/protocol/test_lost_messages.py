@@ -181,7 +181,7 @@ def test_the_last_leaver_that_dies_does_not_keep_the_job_from_ending():
     pair.take(ev.Finish(status="stopped"))
     pair.merge()
     check_end(pair)
-    assert not pair.syncer._leaving and not pair.syncer._leave_until_s
+    assert not pair.syncer._departures._leaving and not pair.syncer._departures._until_s
 
 
 def test_the_last_leaver_is_let_go_when_the_result_cannot_reach_it():
