@@ -137,7 +137,7 @@ class Departures:
     def lost(self, event: LearnerLost, now_s: float) -> list[SyncerAction]:
         """Somebody who knows says that a process is gone."""
         member = self._job.members.by_id(event.learner_id)
-        if member is None:
+        if member is None or event.incarnation not in (None, member.incarnation):
             return []
         self.forget(member.session)
         return self._admission.end(member, event.reason, now_s)

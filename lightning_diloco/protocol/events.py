@@ -115,9 +115,13 @@ class PublicationFailed(_Event, frozen=True, kw_only=True):
 
 
 class LearnerLost(_Event, frozen=True, kw_only=True):
-    """Somebody who knows (the supervisor) says that this learner's process is gone."""
+    """Somebody who knows (the supervisor) says that this learner's process is gone.
+
+    `incarnation`: which of its lives, where that is known; the word may come after another process has taken the id.
+    """
 
     learner_id: int
+    incarnation: int | None = None
     reason: LeaveReason = "died"
 
 
