@@ -67,7 +67,8 @@ class SyncConfig:
     drain_timeout_s: float = 10.0
     """Seconds that a leaving learner waits for its last contributions to be accepted; then they are discarded(`drain`)."""
     heartbeat_s: float = 1.0
-    """Seconds between two full reports of a learner; silence of ten of them ends its membership until it speaks again."""
+    """Seconds between two full reports of a learner; one that is silent for ten of them (10 s at least) may be replaced by another process,
+    and a syncer started by hand does not wait for it at the end."""
     snapshot_interval_s: float = 30.0
     """Seconds between two snapshots of the syncer."""
     rejoin_every_steps: int = 50

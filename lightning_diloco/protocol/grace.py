@@ -4,7 +4,7 @@
     window = clip(gamma * slack, 0, grace_cap_steps * step_time)
 
 All three times are exponential moving averages: step_time of the fastest active learner, quorum_time from a round's opening to the
-contribution that made the quorum, sync_time = merge plus the slowest acknowledged adoption. Before the first measurements the
+contribution that made the quorum, sync_time = merge plus the slowest delivery to a learner. Before the first measurements the
 window is its cap: too long a wait delays one merge, too short a one loses a member.
 
 References:

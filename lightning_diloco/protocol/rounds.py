@@ -54,6 +54,7 @@ class FragmentRound:
     closed_s: float = 0.0
     open_pulls: dict[int, str] = field(default_factory=dict)
     held: list[Held] = field(default_factory=list)
+    num_carried: int = 0
     merging: list[Held] = field(default_factory=list)
     grace_used_s: float = 0.0
     eligible: tuple[int, ...] = ()
@@ -76,8 +77,6 @@ class Rounds:
         self._rounds: list[FragmentRound] = []
         self._published_s: dict[int, float] = {}
         self._sync_s: dict[int, float] = {}
-        # Whose adoption of the newest version measures the time of a synchronization: a paused learner's would measure its pause.
-        self._awaited: dict[int, set[int]] = {}
 
     def start(self) -> None:
         """The job was founded."""
@@ -135,6 +134,7 @@ class Rounds:
         step_time_s = max((m.step_time.value or 0.0 for m in pulled), default=0.0)
         sync_s = job.grace.sync.value or 0.0
         round_.deadline_s = now_s + max(DEADLINE_SYNC_TIMES * sync_s, DEADLINE_STEP_TIMES * step_time_s, MIN_DEADLINE_S)
+        round_.num_carried = len(round_.held)
         round_.open_pulls = {m.learner_id: m.session for m in pulled}
         record = RoundOpenRecord(
             fragment_id=fragment_id,
@@ -159,7 +159,6 @@ class Rounds:
     def drop_learner(self, learner_id: int, now_s: float) -> list[SyncerAction]:
         """A learner is not active any more: its pulls end, quorums are recomputed."""
         self._job.pace.remove(learner_id)
-        self.not_awaited(learner_id)
         actions: list[SyncerAction] = []
         for round_ in self._rounds:
             if round_.is_collecting:
@@ -171,22 +170,32 @@ class Rounds:
         if round_.stage == "pulling":
             contributors = len({h.learner_id for h in round_.held})
             round_.quorum = self._quorum(now_s)
-            if contributors >= round_.quorum:
+            if contributors >= round_.quorum and not self._waits_for_an_answer(round_, now_s):
                 round_.stage = "grace"
                 round_.grace_opened_s = now_s
                 round_.quorum_s = now_s - round_.opened_s
-                # Carried contributions can make the quorum at the opening. That is no measurement, and the time that the average has set
-                # aside for it is free: otherwise this merge would be theirs alone, and those pulled be late for the next one.
-                is_carried = round_.quorum_s == 0.0
-                if not is_carried:
+                # A quorum of carried contributions alone is no measurement.
+                is_measured = len(round_.held) > round_.num_carried
+                if is_measured:
                     self._job.grace.quorum.add(round_.quorum_s)
                 step_time_s = self._job.members.step_time_s(now_s)
-                round_.window_s = self._job.grace.window_s(step_time_s, quorum_s=0.0 if is_carried else None)
+                round_.window_s = self._job.grace.window_s(step_time_s, quorum_s=None if is_measured else round_.quorum_s)
             elif not round_.open_pulls:
                 return self._cancel(round_, contributors)
         if round_.stage == "grace" and (not round_.open_pulls or now_s >= round_.grace_opened_s + round_.window_s):
             return self._close(round_, now_s)
         return []
+
+    def _waits_for_an_answer(self, round_: FragmentRound, now_s: float) -> bool:
+        """Whether all that is in was carried, and those pulled may still answer: for tau steps the merge is not the carried ones' alone.
+
+        Otherwise two equal learners lock in: the one that was late makes the quorum of the next round at its opening, so the other one,
+        which has just passed a boundary, is late for that; they are merged in turn, one at a time, which is no averaging at all.
+        """
+        return bool(round_.open_pulls) and len(round_.held) == round_.num_carried and now_s < self._patience_ends_s(round_)
+
+    def _patience_ends_s(self, round_: FragmentRound) -> float:
+        return round_.opened_s + self._job.config.overlap_steps * (self._job.members.step_time_s(round_.opened_s) or 0.0)
 
     def tick(self, now_s: float) -> list[SyncerAction]:
         """Windows and deadlines."""
@@ -207,6 +216,7 @@ class Rounds:
         """When `tick` has something to do next."""
         times = [r.deadline_s for r in self._rounds if r.is_collecting]
         times += [r.grace_opened_s + r.window_s for r in self._rounds if r.stage == "grace"]
+        times += [self._patience_ends_s(r) for r in self._rounds if r.stage == "pulling" and r.num_carried]
         return min(times, default=None)
 
     def force(self, round_: FragmentRound, now_s: float) -> list[SyncerAction]:
@@ -286,7 +296,6 @@ class Rounds:
             self._remember_merged(held, event.fragment_id)
         round_.stage, round_.merging = "idle", []
         self._finish_sync(event.fragment_id)
-        self._awaited[event.fragment_id] = {m.learner_id for m in job.members.active(now_s)}
         self._published_s[event.fragment_id], self._sync_s[event.fragment_id] = round_.closed_s, event.merge_s
         return actions + job.offer_all(event.fragment_id)
 
@@ -318,15 +327,13 @@ class Rounds:
         if known is not None:
             self._job.decide(held.learner_id, fragment_id, held.seq, Decision(crc=known.crc, outcome="merged"))
 
-    def not_awaited(self, learner_id: int) -> None:
-        """What this learner adopts later says nothing of the time that a synchronization takes."""
-        for awaited in self._awaited.values():
-            awaited.discard(learner_id)
+    def delivered(self, fragment_id: int, version: Version | None, now_s: float) -> None:
+        """A learner has the current version: the slowest such time is the fragment's sync time.
 
-    def adopted(self, learner_id: int, fragment_id: int, now_s: float) -> None:
-        """A learner acknowledged the current version: the slowest such time is the fragment's sync time."""
-        if learner_id in self._awaited.get(fragment_id, ()):
-            self._awaited[fragment_id].discard(learner_id)
+        Not its adoption: the wait for a boundary is no cost of the synchronization, tau counts whole steps already, and one slow learner's
+        steps would close everybody's window.
+        """
+        if fragment_id in self._sync_s and version in (None, self._job.currents[fragment_id].version):
             self._sync_s[fragment_id] = max(self._sync_s[fragment_id], now_s - self._published_s[fragment_id])
 
     def _finish_sync(self, fragment_id: int) -> None:

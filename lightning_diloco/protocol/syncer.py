@@ -259,8 +259,6 @@ class SyncerMachine:
         current = self.job.currents[message.fragment_id]
         if message.version != current.version:
             return []
-        if member.is_active(now_s):
-            self.rounds.adopted(member.learner_id, message.fragment_id, now_s)
         return [] if message.crc == current.crc else self.job.publisher.needs_full(member, message.fragment_id, current)
 
     def _need_full(self, member: Member, message: NeedFull, now_s: float) -> list[SyncerAction]:
@@ -272,7 +270,6 @@ class SyncerMachine:
             # The pause is not a step time, and the counter gets its full patience again.
             member.last_advance_s = now_s
             return []
-        self.rounds.not_awaited(member.learner_id)
         actions: list[SyncerAction] = []
         for round_ in self.rounds.all:
             if round_.is_collecting:
@@ -318,6 +315,7 @@ class SyncerMachine:
         if member is None:
             return []
         member.answered()
+        self.rounds.delivered(event.fragment_id, event.version, now_s)
         actions = self.job.publisher.delivered(member, event.fragment_id, self.job.currents[event.fragment_id], event.version)
         return actions + (self._admission.ready(event.session, now_s) if member.is_ready else [])
 

@@ -237,7 +237,7 @@ def test_a_payload_that_arrives_twice_is_merged_once(pair):
 def test_a_new_life_never_takes_a_seq_of_an_old_one(pair):
     """Interleaving 22: next_seq comes with the welcome, and what the dead one had in flight is not taken for the new one's."""
     a, b = pair.found(2)
-    pair.steps([a, b], 9)
+    pair.steps([a, b], 12)
     used = pair.syncer.job.last_seq[1, 0]
     contribute(pair, b)
     lost = payloads(b)[0].seq
