@@ -99,7 +99,13 @@ def plan_layout(
             Fragment(fragment_id=i, kind="parameters", slices=tuple(slices[j] for j in indices)) for i, indices in enumerate(parts)
         ),
         static=tuple(
-            TensorSpec(name=entry.names[0], dtype=dtype_name(entry.tensor.dtype), shape=tuple(entry.tensor.shape)) for entry in static
+            TensorSpec(
+                name=entry.names[0],
+                dtype=dtype_name(entry.tensor.dtype),
+                shape=tuple(entry.tensor.shape),
+                kind="parameter" if entry.is_parameter else "buffer",
+            )
+            for entry in static
         ),
     )
 

@@ -27,9 +27,10 @@ from typing import Any, Literal, cast
 from lightning_diloco.errors import ConfigurationError, RemoteProtocolError
 from lightning_diloco.outer._dtypes import PARAMETER_DTYPES, STATIC_DTYPES
 
-__all__ = ["Fragment", "FragmentKind", "Layout", "MergeRule", "TensorSlice", "TensorSpec"]
+__all__ = ["Fragment", "FragmentKind", "Layout", "MergeRule", "StaticKind", "TensorSlice", "TensorSpec"]
 
 FragmentKind = Literal["parameters", "buffers"]
+StaticKind = Literal["parameter", "buffer"]
 MergeRule = Literal["rda", "mean"]
 
 _SCHEMA = 1
@@ -165,11 +166,14 @@ class TensorSpec:
     """One of the dtypes that static state may have."""
     shape: tuple[int, ...]
     """Shape; zero-sized tensors are allowed."""
+    kind: StaticKind = "parameter"
+    """``parameter``: the same for the whole job. ``buffer``: it starts from this value and changes in training, in each learner apart."""
 
     def __post_init__(self) -> None:
         """Check every field."""
         _check_name(self.name, "Static tensor name")
         _check_choice(self.dtype, tuple(STATIC_DTYPES), f"dtype of {self.name!r}")
+        _check_choice(self.kind, ("parameter", "buffer"), f"kind of {self.name!r}")
         _check_shape(self.shape, self.name)
 
     @property
@@ -214,7 +218,7 @@ class Layout:
     def to_bytes(self) -> bytes:
         """The canonical encoding: JSON in ASCII, fixed order of keys, no white space."""
         fragments = [[f.kind, [_slice_fields(part) for part in f.slices]] for f in self.fragments]
-        static = [[spec.name, spec.dtype, list(spec.shape)] for spec in self.static]
+        static = [[spec.name, spec.dtype, list(spec.shape), spec.kind] for spec in self.static]
         return json.dumps([_SCHEMA, fragments, static], ensure_ascii=True, separators=(",", ":")).encode("ascii")
 
     @classmethod
@@ -300,5 +304,5 @@ def _parse_slice(entry: object) -> TensorSlice:
 
 
 def _parse_spec(entry: object) -> TensorSpec:
-    name, dtype, shape = _as_tuple(entry)
-    return TensorSpec(name=name, dtype=dtype, shape=_as_tuple(shape))
+    name, dtype, shape, kind = _as_tuple(entry)
+    return TensorSpec(name=name, dtype=dtype, shape=_as_tuple(shape), kind=kind)

@@ -282,7 +282,7 @@ class Admission:
             job_id=job.options.job_id,
             lineage=job.options.lineage,
             epoch=job.epoch,
-            config=job.config.as_dict(),
+            config={**job.config.as_dict(), "num_fragments": job.num_fragments},
             fingerprint=job.fingerprint,
             fragments=job.fragments,
             founded_n=numbers,
@@ -343,7 +343,8 @@ class Admission:
 
     def _welcome(self, member: Member, role: str, now_s: float) -> Reply:
         job = self._job
-        if role == "joiner":
+        # The first lives of a job with known slots begin together: who needs longer to start is no late joiner and trains all its steps.
+        if role == "joiner" and not (job.options.num_slots is not None and member.incarnation == 0):
             member.joined_at_step = job.members.job_step(now_s)
         message = Welcome(
             role=role,  # type: ignore[arg-type]

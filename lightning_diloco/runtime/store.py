@@ -167,11 +167,13 @@ class SyncerStore:
         return sha256_of(self.state(i).shadow for i in range(len(self._states)))
 
     def save_global(self, path: Path) -> None:
-        """Write the published fragments and the static state under the module's names, atomically.
+        """Write all parameters, the published fragments and the frozen ones, under the module's names, atomically.
 
-        A tensor stored below float32 by the module stands here in float32; tied tensors stand under their first name.
+        Buffers are not here: each learner trains its own, and those of the founding are out of date. A tensor stored below float32
+        by the module stands here in float32; tied tensors stand under their first name.
         """
-        tensors: dict[str, Tensor] = dict(unpack_static(self.layout, self.static))
+        static = unpack_static(self.layout, self.static)
+        tensors: dict[str, Tensor] = {spec.name: static[spec.name] for spec in self.layout.static if spec.kind == "parameter"}
         for fragment in self.layout.fragments:
             shadow = self.state(fragment.fragment_id).shadow
             for part, flat in zip(fragment.slices, shadow.split_with_sizes([s.length for s in fragment.slices]), strict=True):

@@ -9,6 +9,7 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.data import has_iterable_dataset
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
@@ -16,7 +17,7 @@ from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.strategy.registration import wrong_framework
 
-__all__ = ["check_host", "check_island", "check_local", "warn_if_stream"]
+__all__ = ["check_host", "check_island", "check_local", "check_trainable", "warn_if_stream"]
 
 
 def check_host(accelerator: Accelerator | None, num_nodes: int) -> None:
@@ -35,6 +36,20 @@ def check_host(accelerator: Accelerator | None, num_nodes: int) -> None:
     if num_nodes != 1:
         raise ConfigurationError(
             f"num_nodes={num_nodes}: a Trainer is one machine here. Start one Trainer on each and connect them to one syncer (syncer=)."
+        )
+
+
+def check_trainable(module: pl.LightningModule) -> None:
+    """Check that there is something to synchronize, before any process is started.
+
+    Raises:
+        ConfigurationError: no parameter is trainable, and no hook could still make one.
+    """
+    makes_layers_later = is_overridden("configure_model", module) or is_overridden("setup", module)
+    if not makes_layers_later and not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ConfigurationError(
+            f"{type(module).__name__} has no trainable parameters: there is nothing to synchronize. "
+            "Unfreeze some, or train without this strategy."
         )
 
 

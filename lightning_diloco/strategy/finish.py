@@ -15,6 +15,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from safetensors.torch import load_file
@@ -121,9 +122,10 @@ def validate_global(trainer: pl.Trainer, fit: FitCall, run_dir: Path) -> dict[st
         return None
     rng_states = _collect_rng_states()
     try:
-        results = _quiet_trainer(trainer, run_dir).validate(
-            fit.model, dataloaders=fit.val_dataloaders, datamodule=fit.datamodule, verbose=False
-        )
+        quiet = _quiet_trainer(trainer, run_dir)
+        # The launcher has run it once for the machine.
+        quiet._data_connector.prepare_data = _nothing  # type: ignore[method-assign]
+        results = quiet.validate(fit.model, dataloaders=fit.val_dataloaders, datamodule=fit.datamodule, verbose=False)
         return {name: float(value) for result in results for name, value in result.items()}
     except Exception as error:
         _log.warning("the validation of the final global model failed, summary.json has none: %s: %s", type(error).__name__, error)
@@ -131,6 +133,10 @@ def validate_global(trainer: pl.Trainer, fit: FitCall, run_dir: Path) -> dict[st
     finally:
         _set_rng_states(rng_states)
         fit.attach(trainer)
+
+
+def _nothing() -> None:
+    """Stand-in for a hook that has run."""
 
 
 def _quiet_trainer(trainer: pl.Trainer, run_dir: Path) -> pl.Trainer:
@@ -144,7 +150,8 @@ def _quiet_trainer(trainer: pl.Trainer, run_dir: Path) -> pl.Trainer:
                 accelerator="cpu",
                 devices=1,
                 precision=trainer.precision,
-                logger=False,
+                # A module may write to its logger in `validation_step`; this validation is nobody's curve.
+                logger=DummyLogger(),
                 callbacks=[],
                 limit_val_batches=trainer.limit_val_batches,
                 inference_mode=trainer.validate_loop.inference_mode,
@@ -160,9 +167,7 @@ def _quiet_trainer(trainer: pl.Trainer, run_dir: Path) -> pl.Trainer:
 
 def _copy(module: nn.Module, final: dict[str, torch.Tensor]) -> list[str]:
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    # The file holds the founding's buffers too; those of learner 0 are newer, and in the module already.
-    known = parameters.keys() | dict(module.named_buffers(remove_duplicate=False)).keys()
-    missing = [name for name in final if name not in known]
+    missing = [name for name in final if name not in parameters]
     with torch.no_grad():
         for name, value in final.items():
             if name in parameters:

@@ -107,6 +107,8 @@ class OuterSync(Callback):
             return
         client = LearnerClient(pl_module, self._client_options(trainer, assignment), context=assignment.context)
         self._client = client
+        if (effective := len(client.layout.fragments)) < self._strategy.sync.num_fragments:
+            _log.info("num_fragments=%d, but the model has %d tensors: that many are used", self._strategy.sync.num_fragments, effective)
         client.on_heal = lambda parameters: reset_nonfinite_moments(trainer.optimizers, parameters)
         info = client.join()
         _log.info("learner %d joined as %s, incarnation %d, job step %d", info.learner_id, info.role, info.incarnation, info.job_step)

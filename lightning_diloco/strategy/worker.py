@@ -116,12 +116,15 @@ def _find_sync() -> OuterSync | None:
 
 
 def _end_with(error: BaseException, result_path: Path) -> int:
+    from lightning_diloco.errors import DiLoCoError
     from lightning_diloco.strategy.results import LearnerResult, failure
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if is_sigterm_exit(error):
         return _write(LearnerResult(outcome="signal"), result_path)
-    traceback.print_exception(error)
+    if not isinstance(error, DiLoCoError):
+        # Our own errors are sentences; the supervisor raises them. The user's are shown where they happened as well.
+        traceback.print_exception(error)
     return _write(failure(error), result_path)
 
 

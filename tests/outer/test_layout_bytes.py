@@ -37,7 +37,9 @@ def slice_of(name="w", dtype="float32", shape=(2, 3), offset=0, length=6, tied=(
 
 def test_the_planned_document_is_what_the_other_tests_damage():
     assert Layout.from_bytes(encoded(DOCUMENT), max_bytes=100_000) == PLANNED
-    assert Layout.from_bytes(encoded(document_of(slice_of(), static=[["s", "bool", []]])), max_bytes=1000).static[0].num_bytes == 1
+    assert (
+        Layout.from_bytes(encoded(document_of(slice_of(), static=[["s", "bool", [], "buffer"]])), max_bytes=1000).static[0].num_bytes == 1
+    )
 
 
 def test_buffer_fragments_and_split_tensors_are_layouts():
@@ -90,10 +92,11 @@ BAD_DOCUMENTS = {
     "tied to itself": document_of(slice_of(tied=["w"])),
     "tied name is another tensor": document_of(slice_of(tied=["v"]), slice_of(name="v")),
     "tied names as text": [1, [["parameters", [["w", "float32", [2, 3], 0, 6, "v", "rda"]]]], []],
-    "static name taken": document_of(slice_of(), static=[["w", "float32", [2]]]),
-    "static dtype": document_of(slice_of(), static=[["s", "object", [2]]]),
-    "static shape": document_of(slice_of(), static=[["s", "int8", [-1]]]),
-    "static too short": document_of(slice_of(), static=[["s", "int8"]]),
+    "static name taken": document_of(slice_of(), static=[["w", "float32", [2], "parameter"]]),
+    "static dtype": document_of(slice_of(), static=[["s", "object", [2], "parameter"]]),
+    "static shape": document_of(slice_of(), static=[["s", "int8", [-1], "parameter"]]),
+    "static too short": document_of(slice_of(), static=[["s", "int8", [2]]]),
+    "static kind": document_of(slice_of(), static=[["s", "int8", [2], "gradient"]]),
 }
 
 

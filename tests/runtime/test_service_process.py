@@ -129,7 +129,7 @@ def test_sigterm_by_hand_writes_everything_and_learners_go_on_alone(tmp_path):
     assert summary["tokens"] == 60 * 16 and summary["tokens_pending"] <= 1
     assert all(fragment["pending"] == 0 for fragment in summary["fragments"])
     saved = load_file(run_dir / "global.safetensors")
-    assert set(saved) == set(make_module().state_dict()) and all(torch.isfinite(t.float()).all() for t in saved.values())
+    assert set(saved) == {n for n, _ in make_module().named_parameters()} and all(torch.isfinite(t.float()).all() for t in saved.values())
 
 
 def test_sigterm_before_any_learner_has_come_is_a_run_that_was_stopped(tmp_path):
@@ -190,8 +190,11 @@ def test_a_killed_learner_costs_what_it_had_not_handed_over_and_its_next_life_jo
     assert sorted(leaves) == [(0, 0, "limit"), (1, 0, "died"), (1, 1, "limit")]
     assert summary["learners"][1]["incarnations"] == 2
     assert [r for r, n in summary["discarded_by_reason"].items() if n] == ["died"] and summary["learners"][0]["discarded"] == 0
-    # A killed learner is no reason for the others to wait.
-    assert max(gaps[killed_at - 2 :]) < 1.0
+    # A killed learner is no reason for the others to wait: no gap is longer than two ordinary steps and what this machine's noise was
+    # before the kill (and 100 ms for the next life's start on the same cores).
+    before = sorted(gaps[5 : killed_at - 2])
+    ordinary_s = before[len(before) // 2]
+    assert max(gaps[killed_at - 2 :]) < 2 * ordinary_s + (before[-1] - ordinary_s) + 0.1
 
 
 def test_the_supervisors_end_is_the_syncers_end(tmp_path):
