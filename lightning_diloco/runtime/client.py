@@ -42,7 +42,7 @@ from lightning_diloco.protocol.learner_state import LearnerOptions
 from lightning_diloco.runtime.client_loop import ClientLoop, Encode
 from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
-from lightning_diloco.runtime.healing import is_finite, parameters_of
+from lightning_diloco.runtime.healing import Remedy, parameters_of, poisoned_fragments
 from lightning_diloco.runtime.learner_store import Adoption, LearnerStore
 
 __all__ = ["ClientOptions", "Figures", "JoinInfo", "LearnerClient"]
@@ -53,6 +53,8 @@ JOIN_TIMEOUT_S = 60.0
 """How long a learner looks for a syncer that answers, unless told otherwise."""
 MAX_BACKLOG = 64
 """Snapshots that may wait for encoding; above that pulls are answered `busy`."""
+
+_Item = Adoption | Encode | Remedy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,21 +241,21 @@ class LearnerClient:
             loop.lock.release()
         self._perform(work)
 
-    def _hand_over(self, actions: list[LearnerAction]) -> list[tuple[LearnerAction, Adoption | Encode | Tensor | None]]:
+    def _hand_over(self, actions: list[LearnerAction]) -> list[tuple[LearnerAction, _Item]]:
         """Under the lock: exchange references, so that the tensors can be worked on after it."""
-        work: list[tuple[LearnerAction, Adoption | Encode | Tensor | None]] = []
+        work: list[tuple[LearnerAction, _Item]] = []
         for action in actions:
             if isinstance(action, Adopt):
                 work.append((action, self._store.take(action.fragment_id)))
             elif isinstance(action, Heal):
-                work.append((action, self._store.healthy(action.fragment_id, action.keep_seq)))
+                work.append((action, self._store.remedy(action.fragment_id, action.keep_seq)))
             elif isinstance(action, Snapshot):
                 work.append((action, self._loop.encode_job(action)))
             else:
                 self._loop.later(action)
         return work
 
-    def _perform(self, work: list[tuple[LearnerAction, Adoption | Encode | Tensor | None]]) -> None:
+    def _perform(self, work: list[tuple[LearnerAction, _Item]]) -> None:
         for action, item in work:
             if isinstance(item, Adoption) and isinstance(action, Adopt):
                 view = self._store.views[action.fragment_id]
@@ -264,19 +266,16 @@ class LearnerClient:
             elif isinstance(item, Encode):
                 self._store.views[item.fragment_id].copy_to(item.local)
                 self._loop.later(item)
-            elif isinstance(action, Heal) and isinstance(item, Tensor):
+            elif isinstance(action, Heal) and isinstance(item, Remedy):
                 self._heal(action, item)
         self._loop.wake()
 
     def _poisoned(self) -> tuple[int, ...] | None:
-        """The fragments that are not finite, while a heal for such values is due; None if none is, and nobody has looked."""
-        if all(fragment.heal != "nonfinite" for fragment in self._machine.state.fragments):
-            return None
-        return tuple(i for i, view in enumerate(self._store.views) if not is_finite(self._module, view))
+        return poisoned_fragments(self._module, self._store.views, self._machine.state.fragments)
 
-    def _heal(self, action: Heal, values: Tensor) -> None:
+    def _heal(self, action: Heal, remedy: Remedy) -> None:
         _log.warning("Fragment %d was refused (%s): its parameters go back to the last published ones.", action.fragment_id, action.reason)
-        self._store.views[action.fragment_id].copy_from(values)
+        self._store.views[action.fragment_id].copy_from(remedy.values())
         if self.on_heal is not None:
             # One step with a NaN puts it into the moments of all parameters.
             healed = self._store.views if action.reason == "nonfinite" else [self._store.views[action.fragment_id]]

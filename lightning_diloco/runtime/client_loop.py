@@ -124,6 +124,7 @@ class ClientLoop:
             patience_s=patience_s,
         )
         self._leave: Leave | None = None
+        self._is_report_taken = True
         self._is_over = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="diloco-client", daemon=True)
@@ -215,7 +216,9 @@ class ClientLoop:
             self._take(event)
         self._drain_queue()
         now_s = time.monotonic()
-        if self.joined is not None and (now_s >= self._heartbeat_at_s or self._times.is_full) and not self.left.is_set():
+        # A report that the socket did not take waits for its time: many steps waiting are no reason to try at every turn.
+        is_early = self._times.is_full and self._is_report_taken and self._leave is None
+        if self.joined is not None and (now_s >= self._heartbeat_at_s or is_early) and not self.left.is_set():
             self._report(now_s)
         elif self.joined is None:
             self._joining.tick(now_s)
@@ -238,7 +241,8 @@ class ClientLoop:
         self._heartbeat_at_s = now_s + self._config.heartbeat_s
         self._pings += 1
         # Once the leave was said, it is the report that is repeated: its figures are the last ones.
-        if not self._send(self._make_report() if self._leave is None else self._leave):
+        self._is_report_taken = self._send(self._make_report() if self._leave is None else self._leave)
+        if not self._is_report_taken and self._leave is None:
             self._times.give_back()
         self._send(Ping(number=self._pings))
         state = self._machine.state

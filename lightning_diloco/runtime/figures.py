@@ -87,6 +87,8 @@ class StepTimes:
         return columns[0], columns[1], columns[2], age_s
 
     def give_back(self) -> None:
-        """The report of the last `take` was not sent: its steps belong to the next one."""
-        self._steps.extendleft(reversed(self._taken))
+        """The report of the last `take` was not sent: its steps belong to the next one, the newest of them if there is no room for all."""
+        # A full deque would push out steps at its other end, the newest ones, and what is left would not be in one piece.
+        room = MAX_WAITING - len(self._steps)
+        self._steps.extendleft(reversed(self._taken[-room:] if room > 0 else []))
         self._taken = []

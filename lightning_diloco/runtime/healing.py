@@ -1,4 +1,4 @@
-"""What the training thread looks at when the syncer refused values that are not finite.
+"""What a learner does about values that the syncer refused, and the bound above which both take values for not finite.
 
 One refusal names one fragment. But one step after a parameter has become NaN every gradient is NaN, and so are all fragments: mended one
 by one, each would be poisoned again by those that are not. So while such a heal is due, every fragment is looked at, and the rules heal
@@ -7,16 +7,46 @@ all that are poisoned at one boundary. It costs a pass over the parameters, in a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_diloco.outer import FragmentView
+from lightning_diloco.outer import FragmentView, contribution_norm, reference
+from lightning_diloco.protocol.learner_state import FragmentState
 
-__all__ = ["is_finite", "parameters_of"]
+__all__ = ["MAX_NORM", "Remedy", "is_sound", "parameters_of", "poisoned_fragments"]
+
+MAX_NORM = 1e30
+"""A contribution of this norm or more counts as not finite: two of them can overflow float32 in the outer step, and NaN is for good."""
 
 
-def is_finite(module: nn.Module, view: FragmentView) -> bool:
-    """Whether all parameters of a fragment are finite."""
+def is_sound(norm: float) -> bool:
+    """Whether a contribution of this norm counts as finite; learner and syncer must answer alike."""
+    return norm < MAX_NORM
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """Host copies from which a healed fragment is mended: its base, and d^ of a contribution that is on its way (None: there is none)."""
+
+    base: Tensor
+    sent: Tensor | None
+
+    def values(self) -> Tensor:
+        """What the parameters become, flat float32 [N]: base minus what is on its way, if the syncer will not refuse that as well."""
+        return reference(self.base, self.sent if self.sent is not None and is_sound(contribution_norm(self.sent)) else None)
+
+
+def poisoned_fragments(module: nn.Module, views: Sequence[FragmentView], fragments: Sequence[FragmentState]) -> tuple[int, ...] | None:
+    """The fragments that are not finite, while a heal for such values is due; None if none is, and nobody has looked."""
+    if all(fragment.heal != "nonfinite" for fragment in fragments):
+        return None
+    return tuple(i for i, view in enumerate(views) if not _is_finite(module, view))
+
+
+def _is_finite(module: nn.Module, view: FragmentView) -> bool:
     return all(bool(torch.isfinite(parameter).all()) for parameter in parameters_of(module, view))
 
 

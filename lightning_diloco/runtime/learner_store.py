@@ -29,6 +29,7 @@ from lightning_diloco.outer import (
     rebase_delta,
     reference,
 )
+from lightning_diloco.runtime.healing import Remedy
 
 __all__ = ["Adoption", "LearnerStore"]
 
@@ -147,15 +148,14 @@ class LearnerStore:
         self._contributions[fragment_id][seq] = decode(payload, base.numel(), self._wire_dtype)
         return crc32(payload)
 
-    def healthy(self, fragment_id: int, keep_seq: int) -> Tensor:
-        """Under the lock: what a healed fragment's parameters become: the base, minus a contribution on its way if that is finite.
+    def remedy(self, fragment_id: int, keep_seq: int) -> Remedy:
+        """Under the lock: from what a healed fragment is mended.
 
         Args:
             fragment_id: whose values.
             keep_seq: seq of the contribution on its way (0: none).
         """
-        base, sent = self.base(fragment_id), self._contributions[fragment_id].get(keep_seq)
-        return reference(base, sent if sent is not None and bool(torch.isfinite(sent).all()) else None)
+        return Remedy(self.base(fragment_id), self._contributions[fragment_id].get(keep_seq))
 
     def payload(self, fragment_id: int, seq: int) -> memoryview:
         """The encoded contribution, to be sent (again)."""

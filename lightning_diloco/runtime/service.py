@@ -48,6 +48,7 @@ from lightning_diloco.protocol.records import TapeLine
 from lightning_diloco.protocol.syncer import SyncerMachine
 from lightning_diloco.protocol.wire import decode_from_learner, decode_learner_header
 from lightning_diloco.runtime.counters import CounterFileError, read_counters
+from lightning_diloco.runtime.healing import is_sound
 from lightning_diloco.runtime.performer import Performer
 from lightning_diloco.runtime.rundir import lock_run_dir
 from lightning_diloco.runtime.store import Closed
@@ -70,8 +71,6 @@ MIN_DECODING = 32
 """Twice so many payloads of one learner may wait for decoding, and twice so many items may stand in its reports, whatever the layout."""
 MAX_FAILURES = 64
 """A learner that refuses so many publications in a row is told to end."""
-MAX_NORM = 1e30
-"""A contribution of this norm or more counts as not finite: two of them can overflow float32 in the outer step, and NaN is for good."""
 COMPLAIN_S = 10.0
 """Seconds between two log lines about dropped messages."""
 IDLE_S = 0.25
@@ -368,7 +367,7 @@ class SyncerService:
                 envelope=envelope,
                 header=header,
                 norm=norm,
-                is_finite=norm < MAX_NORM,
+                is_finite=is_sound(norm),
                 payload_bytes=len(payload),
                 crc_ok=crc_ok,
             )

@@ -1,0 +1,47 @@
+"""A learner whose parameters become NaN, with pulls of other fragments at the very boundary of the heal."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+
+import torch
+from torch import nn
+
+from tests.runtime.job_helpers import CONFIG, running_job, step, train
+from tests.tape_checker import load_tape
+
+
+def test_no_tokens_of_poisoned_work_are_handed_over_under_the_values_of_a_healed_fragment(tmp_path):
+    """Six times all parameters are NaN for one step, while every fragment is asked for every few steps."""
+    module = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 2))
+    with running_job(tmp_path, config=dataclasses.replace(CONFIG, wire_dtype="fp32", norm_gate=None)) as job:
+        client = job.client(0, module)
+        client.join()
+        healed: list[int] = []
+        client.on_heal = lambda parameters: healed.append(len(parameters))
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.02)
+        for _ in range(6):
+            train(client, 12, sleep_s=0.006, optimizer=optimizer)
+            step(module, optimizer, 0)
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.fill_(math.nan)
+            client.boundary(tokens=16)
+            count = len(healed)
+            for _ in range(400):
+                if len(healed) > count:
+                    break
+                time.sleep(0.002)
+                client.boundary(tokens=0)
+            assert len(healed) == count + 4, "all fragments are mended at one boundary"
+            assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
+        train(client, 12, sleep_s=0.006, optimizer=optimizer)
+        client.leave("limit")
+        summary = job.finish()
+    accepted = [e for e in load_tape(tmp_path / "tape.jsonl") if e["event"] == "contribution" and e["outcome"] != "refused"]
+    assert accepted and all(e["norm"] > 0 for e in accepted), "nothing was handed over under the tokens of work that was thrown away"
+    assert [r for r, n in summary["discarded_by_reason"].items() if n] == ["nonfinite"]
+    for fragment in summary["fragments"]:
+        assert fragment["pending"] == 0 and fragment["discarded"] >= 6 * 16
