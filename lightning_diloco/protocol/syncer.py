@@ -230,12 +230,14 @@ class SyncerMachine:
         member.advance(message.inner_step, message.tokens, now_s)
         member.batch_size = message.batch_size or member.batch_size
         self.job.ledger.trained(member.learner_id, member.tokens)
-        member.taped_tokens = max(member.taped_tokens, message.tokens)
+        # Tokens that came without a step are nobody's; the tape and the ledger must tell the same.
+        tokens = min(message.tokens, member.tokens)
+        member.taped_tokens = max(member.taped_tokens, tokens)
         record = ProgressRecord(
             learner_id=member.learner_id,
             incarnation=member.incarnation,
             inner_steps=message.inner_step,
-            tokens=message.tokens,
+            tokens=tokens,
             step_gaps_s=message.step_gaps_s,
             paused_s=message.paused_s,
             stalls_s=message.stalls_s,

@@ -106,8 +106,8 @@ def test_members_that_say_anything_that_the_wire_allows_change_nothing_for_other
         well.leave("limit")
         well.load_global()
         assert all(torch.isfinite(p).all() for p in well._module.parameters())
-        job.service.finish("finished")
-        assert job.service.join(20) and job.service.error is None
+        summary = job.finish()  # holds the whole tape and summary to the invariants, also of the learners that lied
+        assert {x["learner_id"]: x["tokens"] for x in summary["learners"]}[0] == 400 * 16
         ledger = job.machine.job.ledger
-        assert ledger.tokens(0) == 400 * 16
         assert [(ledger.pending(0, p), ledger.discarded(0, p)) for p in range(4)] == [(0, 0)] * 4
+        assert summary["tokens"] == sum(ledger.tokens(m) for m in ledger.learners()), "the tape and the syncer count the same tokens"
