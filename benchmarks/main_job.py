@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def main() -> int:
 
 def run_once(overrides: list[str]) -> dict[str, Any]:
     """One run of the recipe; the figures of its summary that the aims speak of."""
-    run_dir = ROOT / "outputs" / ("main_job_" + "_".join(o.replace("/", "-") for o in overrides))
+    run_dir = ROOT / "outputs" / ("main_job_" + "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", o) for o in overrides))
     number = 1
     while run_dir.exists():
         number += 1
