@@ -191,12 +191,25 @@ def _modules_of(payload: Payload) -> list[ModuleType]:
     return [sys.modules[name] for name in sorted(names) if sys.modules[name].__name__ == name]
 
 
+def _find_spec(name: str, path: list[str] | None) -> importlib.machinery.ModuleSpec | None:
+    """Where a new interpreter finds a module: by every finder of this one, since editable installs put one beside the path's.
+
+    (`importlib.util.find_spec` would look at what is loaded already.)
+    """
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None
+        if spec is not None:
+            return spec
+    return None
+
+
 def _is_importable(module: ModuleType) -> bool:
+    """Whether a new interpreter of this environment, with this one's path, finds this very module."""
     path: list[str] | None = None
     parts = module.__name__.split(".")
     for depth in range(len(parts)):
         try:
-            spec = importlib.machinery.PathFinder.find_spec(".".join(parts[: depth + 1]), path)
+            spec = _find_spec(".".join(parts[: depth + 1]), path)
         except (ImportError, ValueError, OSError):
             return False
         if spec is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 import os
 import signal
@@ -18,6 +20,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from lightning_diloco import DecoupledDiLoCoStrategy, LearnerFailedError
+from lightning_diloco.strategy import payload
 from lightning_diloco.strategy.children import child_environment, start_child
 from lightning_diloco.strategy.csv_logs import keep_csv_logs
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
@@ -366,3 +369,21 @@ def test_sigterm_before_the_join_ends_an_inline_fit_at_once(tmp_path, monkeypatc
     assert caught.value.code == 143
     assert time.monotonic() - began_s < 15
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_module_that_an_editable_install_finds_is_imported_in_the_learners(tmp_path, monkeypatch):
+    """pip's editable installs add a finder beside the path; carrying their modules by value would drag whole packages along."""
+    source = tmp_path / "found_by_a_finder.py"
+    source.write_text("VALUE = 1\n", "utf-8")
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            return importlib.util.spec_from_file_location(name, source) if name == source.stem else None
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+    module = importlib.import_module(source.stem)
+    monkeypatch.setitem(sys.modules, source.stem, module)
+    assert payload._is_importable(module)
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if finder is not Finder])
+    assert not payload._is_importable(module)
