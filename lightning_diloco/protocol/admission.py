@@ -343,8 +343,8 @@ class Admission:
 
     def _welcome(self, member: Member, role: str, now_s: float) -> Reply:
         job = self._job
-        # The first lives of a job with known slots begin together: who needs longer to start is no late joiner and trains all its steps.
-        if role == "joiner" and not (job.options.num_slots is not None and member.incarnation == 0):
+        # Who needs longer to start than the others is no late joiner, and trains all its steps.
+        if role == "joiner" and not (job.options.starts_together and member.incarnation == 0):
             member.joined_at_step = job.members.job_step(now_s)
         message = Welcome(
             role=role,  # type: ignore[arg-type]

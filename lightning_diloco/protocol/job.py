@@ -32,6 +32,7 @@ class JobOptions:
         num_slots: configured learners; None = open membership.
         shards: where payloads go.
         is_supervised: the end is decided from outside (`Finish`), not by the last leaver.
+        starts_together: the first lives of all learners are started at once (local mode), so that none of them is a late joiner.
         versions: package versions for the tape.
     """
 
@@ -43,6 +44,7 @@ class JobOptions:
     num_slots: int | None = None
     shards: tuple[ShardAddress, ...] = ()
     is_supervised: bool = False
+    starts_together: bool = False
     versions: dict[str, str] = field(default_factory=dict)
 
 

@@ -119,6 +119,7 @@ class Performer:
             takeover_token=self._options.takeover_token,
             num_slots=self._options.num_slots,
             is_supervised=self._options.supervised,
+            starts_together=self._options.supervised,
             shards=(ShardAddress(bulk_endpoint=self._transport.bulk_endpoint),),
             versions=_package_versions(),
         )
