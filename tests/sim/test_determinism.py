@@ -68,6 +68,7 @@ def test_the_bytes_do_not_depend_on_the_hash_seed():
 
 @pytest.mark.process
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_ten_thousand_rounds_of_eight_learners_take_less_than_thirty_seconds_of_one_core_and_are_the_same_everywhere():
     script = str(Path("tests", "sim", "ten_thousand_rounds.py"))
     twice = json.loads(python(script, "2", hash_seed=1))
