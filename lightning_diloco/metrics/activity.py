@@ -60,6 +60,7 @@ class _Life:
     long_gaps: list[tuple[float, float, float]] = field(default_factory=list)
 
     def add(self, t_s: float, record: ProgressRecord) -> None:
+        """Take in one report, told at `t_s` of the tape: its steps are walked back from the end of the last one."""
         gaps = record.step_gaps_s
         end_s = t_s - record.last_step_age_s
         start_s = end_s - sum(gaps)
@@ -76,6 +77,7 @@ class _Life:
         self.inner_steps = max(self.inner_steps, record.inner_steps)
 
     def covered(self) -> list[Interval]:
+        """The intervals in which this life was stepping: gaps between step ends that are no longer than its own limit."""
         limit_s = max(GAP_FACTOR * (self.step_s.median() or 0.0), ALWAYS_SHORT_S)
         return self.runs + [(start_s, end_s) for start_s, end_s, gap_s in self.long_gaps if gap_s <= limit_s]
 

@@ -92,6 +92,8 @@ def test_a_client_that_was_never_joined_can_be_closed(tmp_path):
     client.close()
     client.leave("limit")
     client.close()
+    assert client.fenced is None and client.figures.inner_steps == 0
+    assert not any(thread.name == "diloco-client" for thread in threading.enumerate())
 
 
 def test_a_background_thread_that_fails_ends_the_learner_with_a_sentence(tmp_path, monkeypatch):
