@@ -159,7 +159,7 @@ def _obey(service: SyncerService, lines: Iterator[bytes]) -> None:
         try:
             command = json.loads(line)
             if command["command"] == "lost":
-                service.learner_lost(int(command["learner_id"]))
+                service.learner_lost(int(command["learner_id"]), int(command["life"]))
             elif command["command"] == "finish" and command["status"] in ("finished", "stopped", "failed"):
                 is_finishing = True
                 service.finish(command["status"])

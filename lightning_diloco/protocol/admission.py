@@ -73,6 +73,7 @@ class Admission:
         self._hellos[session] = hello
         member = job.members.add(learner_id, session, "waiting")
         member.device, member.batch_size, member.tokens_per_step = hello.device, hello.batch_size, hello.tokens_per_step
+        member.life = hello.life
         member.last_heard_s = now_s
         return actions + self._place(member, now_s)
 

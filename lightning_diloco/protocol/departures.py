@@ -139,5 +139,7 @@ class Departures:
         member = self._job.members.by_id(event.learner_id)
         if member is None or event.incarnation not in (None, member.incarnation):
             return []
+        if event.life is not None and member.life > event.life:
+            return []
         self.forget(member.session)
         return self._admission.end(member, event.reason, now_s)

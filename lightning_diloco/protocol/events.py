@@ -117,11 +117,13 @@ class PublicationFailed(_Event, frozen=True, kw_only=True):
 class LearnerLost(_Event, frozen=True, kw_only=True):
     """Somebody who knows (the supervisor) says that this learner's process is gone.
 
-    `incarnation`: which of its lives, where that is known; the word may come after another process has taken the id.
+    `incarnation`, or `life` by the supervisor's own count: which of its processes, where that is known. The word has a channel of its own,
+    so it may come after the next process has taken the id: that one is spared.
     """
 
     learner_id: int
     incarnation: int | None = None
+    life: int | None = None
     reason: LeaveReason = "died"
 
 

@@ -177,6 +177,7 @@ class LearnerMachine:
             device=options.device,
             batch_size=options.batch_size,
             tokens_per_step=options.tokens_per_step,
+            life=options.life,
         )
         return [Send(message=hello)]
 

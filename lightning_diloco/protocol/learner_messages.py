@@ -59,6 +59,7 @@ class Hello(Message, frozen=True, kw_only=True):
     """First word of a process, and of a reconnection. `lineage` is "" for one that holds nothing.
 
     `config` is the JSON of the job's `SyncConfig`; `fingerprint` that of the layout; `versions` and `unresolved` what the process holds.
+    `life`: how many processes of this learner its supervisor started before this one; the supervisor's word of a death names it.
     """
 
     protocol_version: Count
@@ -76,6 +77,7 @@ class Hello(Message, frozen=True, kw_only=True):
     device: Name = ""
     batch_size: Count = 0
     tokens_per_step: Count = 0
+    life: Count = 0
 
 
 class Found(Message, frozen=True, kw_only=True):

@@ -130,6 +130,7 @@ class LearnerOptions:
     device: str = ""
     batch_size: int = 0
     tokens_per_step: int = 0
+    life: int = 0
     founded_n: tuple[int, ...] = ()
 
 

@@ -49,6 +49,7 @@ class Member:
     device: str = ""
     batch_size: int = 0
     tokens_per_step: int = 0
+    life: int = 0
     joined_at_step: int = 0
     inner_step: int = 0
     tokens: int = 0

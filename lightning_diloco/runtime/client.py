@@ -24,15 +24,12 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 import zmq
 from torch import Tensor, nn
 
-from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import FencedError, SyncerUnavailableError
 from lightning_diloco.outer import plan_layout
 from lightning_diloco.protocol.actions import Adopt, Heal, LearnerAction, Snapshot
@@ -40,6 +37,7 @@ from lightning_diloco.protocol.events import Boundary, JoinRequested, LeaveReque
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.learner_state import LearnerOptions
 from lightning_diloco.runtime.client_loop import ClientLoop, Encode
+from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOptions, JoinInfo
 from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
 from lightning_diloco.runtime.healing import Remedy, parameters_of, poisoned_fragments
@@ -49,51 +47,10 @@ __all__ = ["ClientOptions", "Figures", "JoinInfo", "LearnerClient"]
 
 _log = logging.getLogger(__name__)
 
-JOIN_TIMEOUT_S = 60.0
-"""How long a learner looks for a syncer that answers, unless told otherwise."""
 MAX_BACKLOG = 64
 """Snapshots that may wait for encoding; above that pulls are answered `busy`."""
 
 _Item = Adoption | Encode | Remedy
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientOptions:
-    """How one process takes part in a job.
-
-    Args:
-        endpoint: the syncer's control endpoint.
-        config: must equal the job's.
-        learner_id: the wanted id (None: the next free one).
-        token: the job's token ("" on loopback by hand).
-        takeover_token: the supervisor's, to take the id of a process that died.
-        device: name of the device, for the records.
-        batch_size: samples per micro-batch, for the records (0: unknown).
-        tokens_per_step: of one inner step, for the records (0: unknown).
-        counters_path: folder of the memory-mapped totals; the file is named by this process.
-        join_timeout_s: no syncer answers for so long: `SyncerUnavailableError` (None: 60 s).
-    """
-
-    endpoint: str
-    config: SyncConfig
-    learner_id: int | None = None
-    token: str = ""
-    takeover_token: str = ""
-    device: str = "cpu"
-    batch_size: int = 0
-    tokens_per_step: int = 0
-    counters_path: Path | None = None
-    join_timeout_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JoinInfo:
-    """What the syncer said at the join. `job_step`: the job's inner step (0 at its beginning)."""
-
-    learner_id: int
-    incarnation: int
-    role: str
-    job_step: int
 
 
 class LearnerClient:
@@ -160,6 +117,7 @@ class LearnerClient:
             device=options.device,
             batch_size=options.batch_size,
             tokens_per_step=options.tokens_per_step,
+            life=options.life,
         )
 
     # ---- joining ------------------------------------------------------------------------------------------------------------

@@ -187,9 +187,9 @@ class SyncerService:
         self._commands.append(Finish(status=status))
         self._transport.wake()
 
-    def learner_lost(self, learner_id: int) -> None:
-        """This learner's process is gone."""
-        self._commands.append(LearnerLost(learner_id=learner_id))
+    def learner_lost(self, learner_id: int, life: int | None = None) -> None:
+        """This learner's process is gone: that of this `life` (None: whichever has the id)."""
+        self._commands.append(LearnerLost(learner_id=learner_id, life=life))
         self._transport.wake()
 
     def join(self, timeout_s: float | None = None) -> bool:

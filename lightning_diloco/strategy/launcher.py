@@ -25,6 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_diloco.runtime.rundir import make_run_dir
+from lightning_diloco.strategy.advice import advise
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP
 from lightning_diloco.strategy.checks import check_trainable
 from lightning_diloco.strategy.csv_logs import keep_csv_logs
@@ -102,6 +103,8 @@ class SupervisorLauncher(_Launcher):
             shutil.rmtree(launch_dir, ignore_errors=True)
             restarts = {"learners": 0, "syncer": 0} if supervisor is None else supervisor.restarts
             strategy.summary = recorder.finish(status, time.monotonic(), restarts, val)
+        for sentence in advise(strategy.summary):
+            _log.warning("%s", sentence)
         return None
 
     def kill(self, signum: _SIGNUM) -> None:

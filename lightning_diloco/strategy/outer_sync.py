@@ -203,6 +203,7 @@ class OuterSync(Callback):
             learner_id=assignment.learner_id if assignment.is_id_given else None,
             token=assignment.token,
             takeover_token=assignment.takeover_token,
+            life=assignment.life,
             device=str(self._strategy.root_device),
             batch_size=_batch_size(trainer),
             counters_path=assignment.counters_path(),

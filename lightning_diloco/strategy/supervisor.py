@@ -269,7 +269,7 @@ class Supervisor:
 
     def _tell_lost(self, learner: _Learner) -> None:
         if self._syncer is not None:
-            self._syncer.send_line({"command": "lost", "learner_id": learner.learner_id})
+            self._syncer.send_line({"command": "lost", "learner_id": learner.learner_id, "life": learner.life})
 
     def _stop_learners(self) -> None:
         """Ask all learners to leave, and wait for them; a second signal to this process cuts the wait short."""

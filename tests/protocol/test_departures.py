@@ -230,6 +230,19 @@ def test_the_word_about_a_lost_life_does_not_end_the_next_one():
     assert pair.syncer.job.members.by_id(1) is None
 
 
+def test_the_supervisors_word_about_a_lost_life_counts_lives_and_not_incarnations():
+    pair = Pair(num_fragments=1, options={"takeover_token": "secret"})
+    a, b = pair.found(2)
+    pair.steps([a, b], 3)
+    # Life 1 died before it said hello, so the syncer's second incarnation is the supervisor's third process.
+    successor = pair.add(1, takeover_token="secret", life=2)
+    for life in (0, 1):
+        pair.take(ev.LearnerLost(learner_id=1, life=life))
+        assert pair.syncer.job.members.by_id(1).session == successor.nonce
+    pair.take(ev.LearnerLost(learner_id=1, life=2))
+    assert pair.syncer.job.members.by_id(1) is None
+
+
 # ---- sessions -------------------------------------------------------------------------------------------------------------------
 
 

@@ -90,12 +90,25 @@ def test_a_founder_that_dies_while_founding_is_followed_by_its_next_life(tmp_pat
             dead.hear(SendState)
         joiner, module = Background(job.client(1).join), make_module(0)
         time.sleep(0.2)
-        job.service.learner_lost(0)
-        info = job.client(0, module, takeover_token="t").join()
+        # The word and the next process race: whichever is first, the next process founds.
+        job.service.learner_lost(0, life=0)
+        info = job.client(0, module, takeover_token="t", life=1).join()
         assert (info.role, info.incarnation) == ("member", 1)
         assert joiner.result().role == "joiner"
         assert equal(module, make_module(0))
         assert job.service.error is None
+
+
+def test_the_word_of_a_death_that_comes_after_the_next_process_spares_it(tmp_path):
+    with running_job(tmp_path, takeover_token="t") as job:
+        job.client(0).join()
+        later = job.client(0, takeover_token="t", life=1)
+        assert later.join().incarnation == 1
+        job.service.learner_lost(0, life=0)
+        train(later, 20)
+        later.leave("limit")
+        assert later.fenced is None
+        job.finish()
 
 
 def _describe(peer: RawPeer) -> None:

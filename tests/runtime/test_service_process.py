@@ -169,7 +169,7 @@ def test_a_killed_learner_costs_what_it_had_not_handed_over_and_its_next_life_jo
             first.wait()
             killed_at = len(gaps)
             process.tell(command="nonsense")
-            process.tell(command="lost", learner_id=1)
+            process.tell(command="lost", learner_id=1, life=0)
         second = process.client(1, nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(2))), config=config, token="job")
         assert second.join().incarnation == 1
         for _ in range(60):
@@ -229,7 +229,7 @@ def test_control_round_trips_stay_below_50_ms_while_64_mib_are_on_their_way(tmp_
             if number % 50 == 0:
                 merges = tape.read_bytes().count(b'"event":"merge"')
         learner.kill()
-        process.tell(command="lost", learner_id=0)
+        process.tell(command="lost", learner_id=0, life=0)
         process.tell(command="finish", status="finished")
         assert process.end(60) == (0, "")
     summary = sum_up(run_dir, "finished")

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_diloco  # noqa: F401 - makes the name "decoupled_diloco" known
 from tests.strategy.kit import quiet
 
 pytestmark = pytest.mark.process
@@ -24,7 +25,7 @@ class Regression(pl.LightningModule):
         self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
 
     def training_step(self, batch, batch_idx):
-        time.sleep(0.003)
+        time.sleep(0.015)  # much shorter steps leave K=1 no grace window: docs/concepts.md, "Short steps"
         return nn.functional.mse_loss(self.net(batch[0]), batch[1])
 
     def validation_step(self, batch, batch_idx):
@@ -48,8 +49,12 @@ def test_learners_with_default_options_learn(tmp_path, monkeypatch, num_learners
     trainer.fit(module, loader(8, True), loader(64, False))
     summary = trainer.strategy.summary
     assert summary["val"]["val_loss"] < 0.1
-    assert summary["mean_members"] > 1.1
-    assert summary["tokens_merged"] == summary["tokens"]
+    assert summary["mean_members"] > 0.6 * num_learners
+    for row in summary["fragments"]:
+        assert row["pending"] == 0
+        # The bias of the output is a fragment of one number, whose norm per step can be ten times its running median.
+        assert row["discarded"] == 0 or row["num_params"] == 1
+    assert {reason for reason, tokens in summary["discarded_by_reason"].items() if tokens} <= {"norm"}
     # The first lives of a job begin together: none of them misses steps because it needed longer to start.
     assert [row["inner_steps"] for row in summary["learners"]] == [600] * num_learners
     assert summary["config"]["num_fragments"] == 4, "the effective number: the model has four tensors"

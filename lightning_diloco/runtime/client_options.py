@@ -1,0 +1,54 @@
+"""How one process takes part in a job, and what it is told when it has joined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_diloco.config import SyncConfig
+
+__all__ = ["JOIN_TIMEOUT_S", "ClientOptions", "JoinInfo"]
+
+JOIN_TIMEOUT_S = 60.0
+"""How long a learner looks for a syncer that answers, unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientOptions:
+    """How one process takes part in a job.
+
+    Args:
+        endpoint: the syncer's control endpoint.
+        config: must equal the job's.
+        learner_id: the wanted id (None: the next free one).
+        token: the job's token ("" on loopback by hand).
+        takeover_token: the supervisor's, to take the id of a process that died.
+        device: name of the device, for the records.
+        batch_size: samples per micro-batch, for the records (0: unknown).
+        tokens_per_step: of one inner step, for the records (0: unknown).
+        life: how many processes of this learner its supervisor started before.
+        counters_path: folder of the memory-mapped totals; the file is named by this process.
+        join_timeout_s: no syncer answers for so long: `SyncerUnavailableError` (None: 60 s).
+    """
+
+    endpoint: str
+    config: SyncConfig
+    learner_id: int | None = None
+    token: str = ""
+    takeover_token: str = ""
+    device: str = "cpu"
+    batch_size: int = 0
+    tokens_per_step: int = 0
+    life: int = 0
+    counters_path: Path | None = None
+    join_timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinInfo:
+    """What the syncer said at the join. `job_step`: the job's inner step (0 at its beginning)."""
+
+    learner_id: int
+    incarnation: int
+    role: str
+    job_step: int

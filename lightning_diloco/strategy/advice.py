@@ -1,0 +1,42 @@
+"""What a finished run's figures say that its user should know: sentences with the figure and the remedy.
+
+Nobody looks at participation when all processes are alive and the loss falls, and a job whose merges hold half of the learners wastes the
+other half's work for an interval each time, or worse: with outer momentum, contributions that learned the same thing and arrive one after
+the other add up instead of being averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["advise"]
+
+LOW_PARTICIPATION = 0.8
+"""Below it a learner is told about. Two equal learners that answer in time have 1.0, one that is always late about 0.5."""
+FEW_ROUNDS = 20
+"""Of fewer merges a share says little."""
+
+
+def advise(summary: Mapping[str, Any]) -> list[str]:
+    """Sentences about the figures of one run.
+
+    Args:
+        summary: the content of ``summary.json``; may be empty.
+
+    Returns:
+        One sentence for each thing to know; none for a run with nothing to say about.
+    """
+    learners = summary.get("learners", [])
+    late = [row for row in learners if row["rounds_eligible"] >= FEW_ROUNDS and row["participation"] < LOW_PARTICIPATION]
+    if not late:
+        return []
+    worst = min(late, key=lambda row: row["participation"])
+    config = summary["config"]
+    return [
+        f"{len(late)} of {len(learners)} learners had a participation below {LOW_PARTICIPATION:g}: learner {worst['learner_id']} was in "
+        f"{worst['participation']:.0%} of the merges it could have been in, with steps of {1e3 * worst['step_median_s']:.1f} ms. A merge "
+        f"waits for min_quorum={config['min_quorum']} contributions and then for the grace window, which is 0 where answers take more than "
+        f"overlap_steps={config['overlap_steps']} steps. Raise min_quorum (up to {len(learners)}: it waits for all that are active) or "
+        'overlap_steps; see docs/concepts.md, "Short steps".'
+    ]
