@@ -112,7 +112,8 @@ class Member:
 
     def is_still(self, now_s: float) -> bool:
         """Whether its step counter has stopped without a word."""
-        return not self.is_paused and now_s - self.last_advance_s > self.still_after_s
+        quiet_s = now_s - self.last_advance_s
+        return quiet_s > STILL_S and not self.is_paused and quiet_s > self.still_after_s
 
     @property
     def still_after_s(self) -> float:
@@ -129,6 +130,7 @@ class Membership:
 
     def __init__(self) -> None:
         self._by_id: dict[int, Member] = {}
+        self._ordered: list[Member] = []
         self._by_session: dict[str, Member] = {}
         self._next_incarnation: dict[int, int] = {}
         self._ended: dict[str, LeaveReason] = {}
@@ -140,6 +142,7 @@ class Membership:
         self._next_incarnation[learner_id] = incarnation + 1
         member = Member(learner_id, incarnation, session, stage)
         self._by_id[learner_id] = self._by_session[session] = member
+        self._order()
         return member
 
     def remove(self, member: Member, reason: LeaveReason) -> None:
@@ -150,9 +153,14 @@ class Membership:
         member.stage = "gone"
         self._by_id.pop(member.learner_id, None)
         self._by_session.pop(member.session, None)
+        self._order()
         self._ended[member.session] = reason
         while len(self._ended) > MAX_ENDED:
             self._ended.pop(next(iter(self._ended)))
+
+    def _order(self) -> None:
+        # Every event asks for the members in order; they come and go rarely.
+        self._ordered = [m for _, m in sorted(self._by_id.items())]
 
     def of(self, session: str) -> Member | None:
         """The present incarnation behind this session."""
@@ -177,15 +185,15 @@ class Membership:
 
     def joined(self) -> list[Member]:
         """All members that hold all fragments, by id."""
-        return [m for _, m in sorted(self._by_id.items()) if m.stage == "joined"]
+        return [m for m in self._ordered if m.stage == "joined"]
 
     def present(self) -> list[Member]:
         """All incarnations that have not ended, by id."""
-        return [m for _, m in sorted(self._by_id.items())]
+        return list(self._ordered)
 
     def active(self, now_s: float) -> list[Member]:
         """All active members, by id."""
-        return [m for m in self.joined() if m.is_active(now_s)]
+        return [m for m in self._ordered if m.stage == "joined" and m.is_active(now_s)]
 
     def job_step(self, now_s: float) -> int:
         """The job's inner step: the median of the active learners', or the last known one while there is none."""

@@ -34,6 +34,11 @@ class Pace:
         self._shift: dict[int, int] = {}
         self._fastest = 0
         self._allowance = 0
+        # Most events are no steps, and most steps make nothing due: what `due` was asked last, the answer while it holds, and for each
+        # fragment the sum of all counters before which it cannot be due.
+        self._asked: tuple[dict[int, int], int] = ({}, 0)
+        self._answer: list[int] | None = None
+        self._not_before = [0] * num_fragments
 
     def admit(self, learner_id: int, inner_step: int, *, staggered: bool) -> None:
         """A learner became active at this step.
@@ -45,6 +50,7 @@ class Pace:
                 takes the place of the most advanced of the others: due times belong to fragments, and a quorum that had to
                 wait for H steps of the newcomer would make all of them due at one step.
         """
+        self._forget()
         for fragment_id, since in enumerate(self._since):
             others = [self._steps[i] - since.get(i, self._steps[i]) for i in self._shift if i != learner_id]
             staggered_lead = self._interval - self._offsets[fragment_id]
@@ -55,6 +61,7 @@ class Pace:
 
     def remove(self, learner_id: int) -> None:
         """A learner's counter does not count any more."""
+        self._forget()
         for since in self._since:
             since.pop(learner_id, None)
         self._steps.pop(learner_id, None)
@@ -62,6 +69,7 @@ class Pace:
 
     def opened(self, fragment_id: int, steps: Mapping[int, int]) -> None:
         """A round of this fragment opened (or was cancelled at once), with these inner steps of the active learners."""
+        self._answer, self._not_before[fragment_id] = None, 0
         since = self._since[fragment_id]
         for learner_id, step in (self._steps | dict(steps)).items():
             # Who is short of H is in the middle of a step that began before this opening. If it counted, two equal learners whose
@@ -80,12 +88,30 @@ class Pace:
         self._advance(steps)
         if self._allowance <= 0:
             return []
+        before, quorum_before = self._asked
+        if before.keys() != steps.keys() or quorum_before != quorum:
+            self._forget()
+        if self._answer is None or before != steps:
+            self._asked, self._answer = (dict(steps), quorum), self._overdue(steps, quorum)
+        return self._answer
+
+    def _overdue(self, steps: Mapping[int, int], quorum: int) -> list[int]:
+        total = sum(steps.values())
         overdue: list[tuple[int, int]] = []
         for fragment_id, since in enumerate(self._since):
-            done = sorted((step - since.setdefault(learner, step) for learner, step in steps.items()), reverse=True)
-            if len(done) >= quorum and done[quorum - 1] >= self._interval:
-                overdue.append((self._interval - done[quorum - 1], fragment_id))
+            if total < self._not_before[fragment_id]:
+                continue
+            done = sorted([step - since.setdefault(learner, step) for learner, step in steps.items()], reverse=True)
+            lacking = self._interval - (done[quorum - 1] if len(done) >= quorum else 0)
+            if lacking <= 0:
+                overdue.append((lacking, fragment_id))
+            else:
+                # For the quorum-th of them to do what is lacking, one of them at least has to.
+                self._not_before[fragment_id] = total + lacking
         return [fragment_id for _, fragment_id in sorted(overdue)]
+
+    def _forget(self) -> None:
+        self._answer, self._not_before = None, [0] * len(self._since)
 
     @property
     def allowance(self) -> int:

@@ -114,7 +114,7 @@ class Rounds:
                 job.pace.admit(member.learner_id, member.inner_step - alone, staggered=alone)
                 member.is_admitted = True
         steps = {m.learner_id: m.inner_step for m in active}
-        for fragment_id in job.pace.due(steps, self._quorum(now_s)):
+        for fragment_id in job.pace.due(steps, max(1, min(job.config.min_quorum, len(active)))):
             if job.pace.allowance <= 0:
                 break
             if self._rounds[fragment_id].stage == "idle":
@@ -200,9 +200,7 @@ class Rounds:
     def tick(self, now_s: float) -> list[SyncerAction]:
         """Windows and deadlines."""
         actions: list[SyncerAction] = []
-        for round_ in self._rounds:
-            if not round_.is_collecting:
-                continue
+        for round_ in self._collecting():
             if now_s >= round_.deadline_s:
                 for learner_id in list(round_.open_pulls):
                     member = self._job.members.by_id(learner_id)
@@ -214,10 +212,14 @@ class Rounds:
 
     def next_deadline_s(self) -> float | None:
         """When `tick` has something to do next."""
-        times = [r.deadline_s for r in self._rounds if r.is_collecting]
-        times += [r.grace_opened_s + r.window_s for r in self._rounds if r.stage == "grace"]
-        times += [self._patience_ends_s(r) for r in self._rounds if r.stage == "pulling" and r.num_carried]
+        collecting = self._collecting()
+        times = [r.deadline_s for r in collecting]
+        times += [r.grace_opened_s + r.window_s for r in collecting if r.stage == "grace"]
+        times += [self._patience_ends_s(r) for r in collecting if r.stage == "pulling" and r.num_carried]
         return min(times, default=None)
+
+    def _collecting(self) -> list[FragmentRound]:
+        return [r for r in self._rounds if r.stage in ("pulling", "grace")]
 
     def force(self, round_: FragmentRound, now_s: float) -> list[SyncerAction]:
         """Close what is held now, whoever is missing: nobody else will come."""

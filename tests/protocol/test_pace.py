@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_diloco.protocol.pace import Pace
 
@@ -160,3 +162,45 @@ def test_validation_of_the_only_learner_does_not_begin_the_spread_anew():
         opened += drive(pace, steps, [0], 3)
         pace.due({}, 1)
     assert Counter(p for _, p in opened) == {0: 6, 1: 6, 2: 6, 3: 6}
+
+
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["step", "step", "step", "ask", "leave", "come", "rest", "wake"]), st.integers(0, 3), st.integers(1, 3)),
+    max_size=120,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(operations=OPERATIONS, interval=st.integers(1, 6), num_fragments=st.integers(1, 5))
+def test_what_is_remembered_between_events_never_changes_the_answer(operations, interval, num_fragments):
+    pace = Pace(num_fragments=num_fragments, sync_interval_steps=interval)
+    steps: dict[int, int] = {}
+    resting: set[int] = set()
+    for what, learner, number in operations:
+        if what == "come" and learner not in steps:
+            steps[learner] = number
+            pace.admit(learner, number, staggered=len(steps) == 1)
+        elif what == "leave" and steps.pop(learner, None) is not None:
+            resting.discard(learner)
+            pace.remove(learner)
+        elif what == "step" and learner in steps and learner not in resting:
+            steps[learner] += number
+        elif what in ("rest", "wake"):
+            (resting.add if what == "rest" and learner in steps else resting.discard)(learner)
+        active = {i: step for i, step in steps.items() if i not in resting}
+        quorum = max(1, min(number, len(active)))
+        due = pace.due(active, quorum)
+        if pace.allowance > 0:
+            assert due == looked_at_anew(pace, active, quorum, interval)
+        for fragment_id in due[: pace.allowance]:
+            pace.opened(fragment_id, active)
+
+
+def looked_at_anew(pace: Pace, active: dict[int, int], quorum: int, interval: int) -> list[int]:
+    """The rule by its definition: a quorum did H steps since the fragment's last opening; most overdue first."""
+    overdue = []
+    for fragment_id, since in enumerate(pace._since):
+        done = sorted((step - since[i] for i, step in active.items()), reverse=True)
+        if len(done) >= quorum and done[quorum - 1] >= interval:
+            overdue.append((-done[quorum - 1], fragment_id))
+    return [fragment_id for _, fragment_id in sorted(overdue)]
