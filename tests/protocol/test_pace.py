@@ -171,15 +171,15 @@ OPERATIONS = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(operations=OPERATIONS, interval=st.integers(1, 6), num_fragments=st.integers(1, 5))
-def test_what_is_remembered_between_events_never_changes_the_answer(operations, interval, num_fragments):
+@given(operations=OPERATIONS, interval=st.integers(1, 12), num_fragments=st.integers(1, 5), min_quorum=st.integers(1, 3))
+def test_what_is_remembered_between_events_never_changes_the_answer(operations, interval, num_fragments, min_quorum):
     pace = Pace(num_fragments=num_fragments, sync_interval_steps=interval)
     steps: dict[int, int] = {}
     resting: set[int] = set()
     for what, learner, number in operations:
         if what == "come" and learner not in steps:
-            steps[learner] = number
-            pace.admit(learner, number, staggered=len(steps) == 1)
+            steps[learner] = 20 * number
+            pace.admit(learner, 20 * number, staggered=len(steps) == 1)
         elif what == "leave" and steps.pop(learner, None) is not None:
             resting.discard(learner)
             pace.remove(learner)
@@ -188,7 +188,7 @@ def test_what_is_remembered_between_events_never_changes_the_answer(operations, 
         elif what in ("rest", "wake"):
             (resting.add if what == "rest" and learner in steps else resting.discard)(learner)
         active = {i: step for i, step in steps.items() if i not in resting}
-        quorum = max(1, min(number, len(active)))
+        quorum = max(1, min(number if what == "ask" else min_quorum, len(active)))
         due = pace.due(active, quorum)
         if pace.allowance > 0:
             assert due == looked_at_anew(pace, active, quorum, interval)
@@ -204,3 +204,26 @@ def looked_at_anew(pace: Pace, active: dict[int, int], quorum: int, interval: in
         if len(done) >= quorum and done[quorum - 1] >= interval:
             overdue.append((-done[quorum - 1], fragment_id))
     return [fragment_id for _, fragment_id in sorted(overdue)]
+
+
+@pytest.mark.parametrize("rested", ["a learner rests", "the quorum falls"])
+def test_what_was_not_due_for_others_is_looked_at_anew(rested):
+    pace = Pace(num_fragments=1, sync_interval_steps=4)
+    pace.admit(0, 100, staggered=True)
+    pace.admit(1, 100, staggered=False)
+    pace.opened(0, {0: 100, 1: 100})
+    for step in range(101, 104):
+        assert pace.due({0: step, 1: 100}, 2) == []
+    steps = {0: 104} if rested == "a learner rests" else {0: 104, 1: 100}
+    assert pace.due(steps, 1) == [0]
+
+
+def test_the_fragments_of_those_that_stay_are_due_although_the_sum_of_counters_fell():
+    pace = Pace(num_fragments=1, sync_interval_steps=4)
+    pace.admit(0, 100, staggered=True)
+    pace.admit(1, 100, staggered=False)
+    pace.opened(0, {0: 100, 1: 100})
+    assert pace.due({0: 101, 1: 101}, 1) == []
+    for step in range(102, 104):
+        assert pace.due({0: step}, 1) == []
+    assert pace.due({0: 104}, 1) == [0]
