@@ -85,10 +85,11 @@ class Pace:
             steps: inner step of each active learner.
             quorum: how many of them must have done H steps.
         """
-        self._advance(steps)
+        before, quorum_before = self._asked
+        if self._answer is None or before != steps:
+            self._advance(steps)
         if self._allowance <= 0:
             return []
-        before, quorum_before = self._asked
         if before.keys() != steps.keys() or quorum_before != quorum:
             self._forget()
         if self._answer is None or before != steps:

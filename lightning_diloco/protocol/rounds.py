@@ -103,7 +103,19 @@ class Rounds:
         active = job.members.active(now_s)
         if not active:
             return actions
-        for member in job.members.joined():
+        self._admit(active, now_s)
+        steps = {m.learner_id: m.inner_step for m in active}
+        for fragment_id in job.pace.due(steps, max(1, min(job.config.min_quorum, len(active)))):
+            if job.pace.allowance <= 0:
+                break
+            if self._rounds[fragment_id].stage == "idle":
+                actions += self._open(self._rounds[fragment_id], active, now_s)
+        return actions
+
+    def _admit(self, active: list[Member], now_s: float) -> None:
+        """Let the pace know who became active, and whose counter stands still."""
+        job, joined = self._job, self._job.members.joined()
+        for member in joined if len(joined) > len(active) else ():
             if member.is_admitted and member.is_still(now_s):
                 job.pace.remove(member.learner_id)
                 member.is_admitted = False
@@ -113,13 +125,6 @@ class Rounds:
                 # Alone: its interval began before the step that has made it active.
                 job.pace.admit(member.learner_id, member.inner_step - alone, staggered=alone)
                 member.is_admitted = True
-        steps = {m.learner_id: m.inner_step for m in active}
-        for fragment_id in job.pace.due(steps, max(1, min(job.config.min_quorum, len(active)))):
-            if job.pace.allowance <= 0:
-                break
-            if self._rounds[fragment_id].stage == "idle":
-                actions += self._open(self._rounds[fragment_id], active, now_s)
-        return actions
 
     def _quorum(self, now_s: float) -> int:
         return max(1, min(self._job.config.min_quorum, len(self._job.members.active(now_s))))
