@@ -47,6 +47,9 @@ class _Live:
     def resolve(self) -> Tensor:
         """The slice as a flat view of the live tensor."""
         tensor = self.table.get(self.leaf)
+        if tensor is None:
+            # `torch.nn.utils.prune` keeps the parameter under this name, and computes what has its own from it.
+            tensor = self.table.get(f"{self.leaf}_orig")
         if tensor is not None and tensor is self.tensor and self.flat is not None and tensor.data_ptr() == self.address:
             return self.flat
         part = self.part

@@ -51,5 +51,11 @@ def _is_finite(module: nn.Module, view: FragmentView) -> bool:
 
 
 def parameters_of(module: nn.Module, view: FragmentView) -> list[nn.Parameter]:
-    """The parameters of a fragment."""
-    return [module.get_parameter(part.name) for part in view.fragment.slices]
+    """The parameters of a fragment, pruned ones too (`torch.nn.utils.prune` renames them)."""
+    return [_parameter(module, part.name) for part in view.fragment.slices]
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    return owner.get_parameter(leaf if owner._parameters.get(leaf) is not None else f"{leaf}_orig")
