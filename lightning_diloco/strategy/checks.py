@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.data import has_iterable_dataset
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.strategy.registration import wrong_framework
 
-__all__ = ["check_host", "check_island", "check_local", "check_trainable", "warn_if_stream"]
+__all__ = ["check_host", "check_island", "check_local", "check_trainable"]
 
 
 def check_host(accelerator: Accelerator | None, num_nodes: int) -> None:
@@ -87,13 +81,3 @@ def check_island(num_devices: int) -> None:
             f"syncer= with devices={num_devices}: this Trainer is one learner of one device. Pass devices=1 and start one Trainer for each "
             "learner; learners of several devices come with the islands issue."
         )
-
-
-def warn_if_stream(dataloader: Any, trainer: pl.Trainer | None, num_learners: int) -> None:
-    """Say that an iterable dataset is not shared out: Lightning cannot cut a stream, and a stride would depend on worker counts."""
-    if num_learners > 1 and trainer is not None and trainer.state.stage == RunningStage.TRAINING:
-        if isinstance(dataloader, DataLoader) and has_iterable_dataset(dataloader):
-            rank_zero_warn(
-                f"The training data is an IterableDataset, which is not cut into parts: each of the {num_learners} learners reads all "
-                "of it. Give every learner its own part inside the dataset (`trainer.global_rank` is the learner's id), or its own order."
-            )

@@ -38,6 +38,7 @@ from lightning_diloco.strategy import checks
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
 from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, refuse_what_has_not_landed
 from lightning_diloco.strategy.outer_sync import OuterSync
+from lightning_diloco.strategy.streams import share_stream
 
 __all__ = ["DecoupledDiLoCoStrategy"]
 
@@ -266,7 +267,9 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        checks.warn_if_stream(dataloader, self._trainer, self.distributed_sampler_kwargs["num_replicas"])
+        share = self.distributed_sampler_kwargs
+        if self._wants_sampler:
+            dataloader = share_stream(dataloader, share["rank"], share["num_replicas"])
         return super().process_dataloader(dataloader)
 
     @override
