@@ -26,6 +26,7 @@ from lightning_diloco.config import SyncConfig
 from lightning_diloco.protocol import identity, learner_state, members, messages, records
 from lightning_diloco.protocol.rounds import FragmentRound
 from tests import doc_pages as docs
+from tests.citizen.cases import CASES
 from tests.doc_pages import ROOT
 
 PROTOCOL, OPTIONS, INVARIANTS, DEPENDENCIES = (f"docs/{name}.md" for name in ("protocol", "options", "invariants", "dependencies"))
@@ -47,6 +48,7 @@ COMPARED = {
     *((DEPENDENCIES, name) for name in ("dependencies", "test dependencies")),
     ("README.md", "some options"),
     (INVARIANTS, "invariants"),
+    ("docs/lightning.md", "lightning"),
 }
 
 
@@ -54,7 +56,7 @@ def strategy_defaults() -> dict[str, Any]:
     from lightning_diloco import DecoupledDiLoCoStrategy
 
     parameters = inspect.signature(DecoupledDiLoCoStrategy.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in sync_defaults()}
 
 
 def sync_defaults() -> dict[str, Any]:
@@ -127,6 +129,10 @@ def test_commands_are_listed_with_their_options():
     for name, parser in commands().items():
         listed = set(re.findall(r"--[\w-]+", rows[name]))
         assert listed <= set(parser._option_string_actions), name
+
+
+def test_what_works_is_what_the_tests_run():
+    assert docs.first_codes("docs/lightning.md", "lightning") == [*CASES]
 
 
 @pytest.mark.parametrize("name", ["dependencies", "test dependencies"])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.strategy.registration import wrong_framework
 
-__all__ = ["check_host", "check_island", "check_local", "check_trainable"]
+__all__ = ["check_callbacks", "check_host", "check_island", "check_local", "check_trainable"]
 
 
 def check_host(accelerator: Accelerator | None, num_nodes: int) -> None:
@@ -45,6 +46,23 @@ def check_trainable(module: pl.LightningModule) -> None:
             f"{type(module).__name__} has no trainable parameters: there is nothing to synchronize. "
             "Unfreeze some, or train without this strategy."
         )
+
+
+def check_callbacks(trainer: pl.Trainer) -> None:
+    """Check that no callback of a job of several processes runs a training of its own before the fit.
+
+    It would run in every learner, find something else in each, and read back a checkpoint that only learner 0 writes.
+
+    Raises:
+        ConfigurationError: a finder of the batch size or the learning rate.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+            raise ConfigurationError(
+                f"{type(callback).__name__} trains before the fit, on one device and without learners. Use it with a Trainer without this "
+                "strategy, Tuner(Trainer(devices=1)).lr_find(model) or .scale_batch_size(model), and pass on what it finds."
+            )
 
 
 def check_local(sync: SyncConfig, launch: str, num_devices: int, environment: ClusterEnvironment | None) -> None:

@@ -27,7 +27,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_diloco.runtime.rundir import make_run_dir
 from lightning_diloco.strategy.advice import advise
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP
-from lightning_diloco.strategy.checks import check_trainable
+from lightning_diloco.strategy.checks import check_callbacks, check_trainable
 from lightning_diloco.strategy.csv_logs import keep_csv_logs
 from lightning_diloco.strategy.finish import JobRecorder, load_final_weights, validate_global, write_last_checkpoint
 from lightning_diloco.strategy.fit_call import FitCall
@@ -71,6 +71,7 @@ class SupervisorLauncher(_Launcher):
         num_learners = len(strategy.parallel_devices or [])
         if num_learners == 1:
             rank_zero_info("decoupled_diloco: one learner (on CPU devices='auto' means 1). Pass Trainer(devices=N) for N learners.")
+        check_callbacks(trainer)
         check_trainable(fit.model)
         run_dir = make_run_dir(strategy.process_options.run_dir)
         self._prepare(trainer, fit)

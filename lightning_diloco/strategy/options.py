@@ -6,15 +6,17 @@ go, how work is counted. Options of the stable surface whose issue has not lande
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_type_hints
 from urllib.parse import urlsplit
 
+from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError
 
-__all__ = ["LaunchMode", "ProcessOptions", "Role", "refuse_what_has_not_landed"]
+__all__ = ["LaunchMode", "ProcessOptions", "Role", "name_sync_fields", "refuse_what_has_not_landed"]
 
 LaunchMode = Literal["supervised", "inline"]
 """Who runs the learner: processes started by a supervisor, or this process."""
@@ -22,6 +24,8 @@ LaunchMode = Literal["supervised", "inline"]
 Role = Literal["supervisor", "learner", "inline", "island"]
 """`supervisor` starts learners and does not train; `learner` was started by one; `inline` is learner and syncer in one process; `island`
 is one learner of a syncer that someone else started."""
+
+_Init = TypeVar("_Init", bound=Callable[..., None])
 
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
@@ -82,6 +86,25 @@ class ProcessOptions:
                 )
             if self.learner_id is not None and self.learner_id >= self.num_learners:
                 raise ConfigurationError(f"learner_id={self.learner_id}: must be below num_learners={self.num_learners}.")
+
+
+def name_sync_fields(init: _Init) -> _Init:
+    """Show the fields of `SyncConfig` in a constructor's signature in the place of ``**sync``: to `help`, editors and LightningCLI.
+
+    Args:
+        init: takes the fields as its last, variable keyword argument.
+
+    Returns:
+        The same function; only what `inspect.signature` says of it has changed.
+    """
+    signature, hints = inspect.signature(init), get_type_hints(SyncConfig)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    sync = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+        for field in fields(SyncConfig)
+    ]
+    vars(init)["__signature__"] = signature.replace(parameters=[*own, *sync])
+    return init
 
 
 def refuse_what_has_not_landed(

@@ -36,7 +36,7 @@ from lightning_diloco.config import SyncConfig
 from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.strategy import checks
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
-from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, refuse_what_has_not_landed
+from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, refuse_what_has_not_landed
 from lightning_diloco.strategy.outer_sync import OuterSync
 from lightning_diloco.strategy.streams import share_stream
 
@@ -77,6 +77,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
 
     strategy_name = "decoupled_diloco"
 
+    @name_sync_fields
     def __init__(
         self,
         *,

@@ -83,6 +83,10 @@ def _run(assigned: dict[str, Any]) -> LearnerResult:
     trainer._data_connector.prepare_data = _nothing
     if assigned["learner_id"] == 0 and assigned["life"] > 0:
         keep_csv_logs(trainer.loggers)
+        for callback in trainer.callbacks:
+            # LightningCLI's SaveConfigCallback takes the file of this very run for that of an earlier one, and raises.
+            if hasattr(callback, "already_saved"):
+                callback.already_saved = True
     payload.state.restore()
     SigtermPolicy(_find_sync).install()
     call._call_and_handle_interrupt(trainer, payload.function, *payload.args, **payload.kwargs)
