@@ -285,6 +285,11 @@ class LearnerClient:
     def _tensors(self, fragment_id: int) -> list[nn.Parameter]:
         return parameters_of(self._module, self._store.views[fragment_id])
 
+    def unmerged_parameters(self) -> list[str]:
+        """Names of parameters that are trainable now and in no fragment: frozen when the layout was planned."""
+        merged = {id(p) for view in self._store.views for p in parameters_of(self._module, view)}
+        return [name for name, p in self._module.named_parameters() if p.requires_grad and id(p) not in merged]
+
     # ---- the end ------------------------------------------------------------------------------------------------------------
 
     def leave(self, reason: Literal["limit", "signal", "stopped"]) -> None:

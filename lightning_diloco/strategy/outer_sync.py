@@ -30,6 +30,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
+from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
 from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.strategy.assignment import Assignment
@@ -118,7 +119,9 @@ class OuterSync(Callback):
             self._clock.advance(info.job_step)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the batch."""
+        """Count the batch; once an epoch, look whether something was unfrozen that nobody would merge."""
+        if batch_idx == 0:
+            self._check_unfrozen()
         if self._clock is not None:
             self._clock.on_first_batch()
         self._watch.on_batch_start(trainer.scaler)
@@ -208,6 +211,14 @@ class OuterSync(Callback):
             batch_size=_batch_size(trainer),
             counters_path=assignment.counters_path(),
         )
+
+    def _check_unfrozen(self) -> None:
+        names = [] if self._client is None or not self.is_joined else self._client.unmerged_parameters()
+        if names:
+            raise ConfigurationError(
+                f"{names[0]} (and {len(names) - 1} more) became trainable after the job had begun, but what is frozen at its beginning is "
+                "not merged, and every learner would train its own. Pass DecoupledDiLoCoStrategy(include_frozen=True)."
+            )
 
     def _swap_in(self) -> None:
         assert self._client is not None
