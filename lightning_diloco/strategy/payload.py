@@ -17,7 +17,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +28,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateS
 from torch.utils.data import DataLoader
 
 from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.strategy.compiled import CompiledModule, note_compiled, uncompiled
 from lightning_diloco.strategy.unpicklable import find_unpicklable
 
 __all__ = ["InterpreterState", "Payload", "load_payload", "save_payload"]
@@ -79,6 +80,7 @@ class Payload:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     state: InterpreterState
+    compiled: list[CompiledModule] = field(default_factory=list)
 
 
 def save_payload(payload: Payload, path: Path) -> None:
@@ -87,12 +89,8 @@ def save_payload(payload: Payload, path: Path) -> None:
     Raises:
         ConfigurationError: something cannot be pickled; the sentence names the attribute.
     """
-    if any(getattr(arg, "_compiler_ctx", None) is not None for arg in (*payload.args, *payload.kwargs.values())):
-        raise ConfigurationError(
-            "A module that was compiled as a whole cannot be sent to the learner processes: compiled code belongs to one process. "
-            "Compile its parts in configure_model (self.net = torch.compile(self.net)), which runs in each learner, or use launch='inline'."
-        )
-    with _unimportable_by_value(payload), path.open("wb") as file:
+    payload.compiled = note_compiled((*payload.args, *payload.kwargs.values()))
+    with uncompiled(payload.compiled), _unimportable_by_value(payload), path.open("wb") as file:
         try:
             _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(payload)
         except (RecursionError, MemoryError, OSError):
@@ -106,6 +104,8 @@ def load_payload(path: Path) -> Payload:
     with path.open("rb") as file:
         payload = pickle.load(file)
     assert isinstance(payload, Payload)
+    for note in payload.compiled:
+        note.compile()
     return payload
 
 

@@ -9,8 +9,10 @@ import threading
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.compile import from_compiled, to_uncompiled
 
 from lightning_diloco import ConfigurationError, DecoupledDiLoCoStrategy, SyncConfig
+from lightning_diloco.strategy.payload import InterpreterState, Payload, load_payload, save_payload
 from tests.strategy.kit import ROOT, TinyModel, loader, quiet
 
 WRONG = [
@@ -164,12 +166,6 @@ def test_data_that_cannot_be_sent_is_named_too(tmp_path):
         trainer.fit(TinyModel(), data)
 
 
-def test_a_module_that_was_compiled_as_a_whole_gets_a_sentence(tmp_path):
-    trainer = Trainer(**quiet(devices=2, max_steps=1, strategy=DecoupledDiLoCoStrategy(run_dir=tmp_path / "run")))
-    with pytest.raises(ConfigurationError, match=r"Compile its parts in configure_model"):
-        trainer.fit(torch.compile(TinyModel(), backend="eager"), loader())
-
-
 class WithoutLog(TinyModel):
     """`self.log` inside a compiled step fails in dynamo with every strategy."""
 
@@ -182,3 +178,33 @@ def test_a_compiled_module_trains_inline(tmp_path):
     trainer = Trainer(**quiet(devices=1, max_steps=3, strategy=strategy))
     trainer.fit(torch.compile(WithoutLog(), backend="eager"), loader())
     assert strategy.summary["learners"][0]["inner_steps"] == 3
+
+
+def test_how_a_module_was_compiled_travels_and_the_callers_stays_compiled(tmp_path):
+    module = from_compiled(torch.compile(WithoutLog(), backend="eager", fullgraph=True, dynamic=True))
+    step, context = module.training_step, module._compiler_ctx
+    payload = Payload(trainer=None, function=id, args=(module,), kwargs={}, state=InterpreterState.capture())
+    save_payload(payload, tmp_path / "payload.pkl")
+    assert module.training_step is step and module._compiler_ctx is context
+    again = load_payload(tmp_path / "payload.pkl").args[0]
+    assert again._compiler_ctx["dynamo_ctx"].fullgraph and again._compiler_ctx["dynamo_ctx"]._dynamic
+    batch = [torch.ones(2, 8)]
+    assert torch.equal(again.training_step(batch, 0), module.training_step(batch, 0))
+    assert to_uncompiled(again).training_step.__func__ is WithoutLog.training_step
+
+
+def test_a_compiled_module_whose_backend_cannot_be_read_gets_a_sentence(tmp_path):
+    module = from_compiled(torch.compile(WithoutLog(), backend="eager"))
+    module._compiler_ctx = {**module._compiler_ctx, "dynamo_ctx": object()}
+    payload = Payload(trainer=None, function=id, args=(module,), kwargs={}, state=InterpreterState.capture())
+    with pytest.raises(ConfigurationError, match=r"WithoutLog was compiled as a whole.*Compile its parts in configure_model"):
+        save_payload(payload, tmp_path / "payload.pkl")
+
+
+@pytest.mark.process
+def test_a_compiled_module_trains_on_two_learners(tmp_path):
+    strategy = DecoupledDiLoCoStrategy(run_dir=tmp_path / "run", num_fragments=2, sync_interval_steps=4)
+    trainer = Trainer(**quiet(devices=2, max_steps=12, strategy=strategy))
+    trainer.fit(torch.compile(WithoutLog(), backend="eager"), loader())
+    assert [row["inner_steps"] for row in strategy.summary["learners"]] == [12, 12]
+    assert strategy.summary["merges"] > 0
