@@ -286,9 +286,9 @@ class LearnerClient:
         return parameters_of(self._module, self._store.views[fragment_id])
 
     def unmerged_parameters(self) -> list[str]:
-        """Names of parameters that are trainable now and in no fragment: frozen when the layout was planned."""
+        """Names of parameters that are trainable now and in no fragment: frozen, or not there, when the layout was planned."""
         merged = {id(p) for view in self._store.views for p in parameters_of(self._module, view)}
-        return [name for name, p in self._module.named_parameters() if p.requires_grad and id(p) not in merged]
+        return [n for n, p in self._module.named_parameters() if p.requires_grad and p.numel() and id(p) not in merged]
 
     # ---- the end ------------------------------------------------------------------------------------------------------------
 

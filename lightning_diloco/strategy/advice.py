@@ -31,12 +31,13 @@ def advise(summary: Mapping[str, Any]) -> list[str]:
     late = [row for row in learners if row["rounds_eligible"] >= FEW_ROUNDS and row["participation"] < LOW_PARTICIPATION]
     if not late:
         return []
-    worst = min(late, key=lambda row: row["participation"])
-    config = summary["config"]
+    worst, config = min(late, key=lambda row: row["participation"]), summary["config"]
+    quorum, overlap = config["min_quorum"], config["overlap_steps"]
+    pace = "" if worst["step_median_s"] is None else f", with steps of {1e3 * worst['step_median_s']:.1f} ms"
+    all_of_them = "" if quorum >= len(learners) else f", or min_quorum (up to {len(learners)}: all that are active)"
     return [
         f"{len(late)} of {len(learners)} learners had a participation below {LOW_PARTICIPATION:g}: learner {worst['learner_id']} was in "
-        f"{worst['participation']:.0%} of the merges it could have been in, with steps of {1e3 * worst['step_median_s']:.1f} ms. A merge "
-        f"waits for min_quorum={config['min_quorum']} contributions and then for the grace window, which is 0 where answers take more than "
-        f"overlap_steps={config['overlap_steps']} steps. Raise min_quorum (up to {len(learners)}: it waits for all that are active) or "
-        'overlap_steps; see docs/concepts.md, "Short steps".'
+        f"{worst['participation']:.0%} of the merges it could have been in{pace}. A merge waits for min_quorum={quorum} contributions and "
+        f"then for the grace window: 0 where answers take more than overlap_steps={overlap} steps. Raise overlap_steps{all_of_them}; "
+        'see docs/concepts.md, "Short steps".'
     ]

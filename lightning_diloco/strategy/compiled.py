@@ -59,7 +59,9 @@ def uncompiled(notes: list[CompiledModule]) -> Iterator[None]:
             to_uncompiled(note.module)
             for name in _PATCHED[:-1]:
                 # Lightning leaves the class's own methods behind as attributes of the instance.
-                vars(note.module).pop(name, None)
+                method = getattr(vars(note.module).get(name), "__func__", None)
+                if method is not None and method is getattr(type(note.module), name, None):
+                    del vars(note.module)[name]
         yield
     finally:
         for note, values in zip(notes, kept, strict=True):

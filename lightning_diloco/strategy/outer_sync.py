@@ -20,13 +20,14 @@ The callback has no state of its own in checkpoints, so that they load without t
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
@@ -34,6 +35,7 @@ from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
 from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.strategy.assignment import Assignment
+from lightning_diloco.strategy.checks import check_callbacks
 from lightning_diloco.strategy.counting import count_tokens
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 from lightning_diloco.strategy.job_clock import JobClock
@@ -98,6 +100,8 @@ class OuterSync(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give learners of one job different random streams."""
         assignment = self._strategy.assignment
+        if assignment is not None and assignment.role in ("learner", "island"):
+            check_callbacks(trainer)
         if assignment is not None and assignment.num_learners > 1:
             reseed_learner(assignment.learner_id, assignment.life)
 
@@ -106,6 +110,9 @@ class OuterSync(Callback):
         assignment = self._strategy.assignment
         if assignment is None:
             return
+        if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            # It will unfreeze what is frozen now.
+            self._strategy.sync = dataclasses.replace(self._strategy.sync, include_frozen=True)
         client = LearnerClient(pl_module, self._client_options(trainer, assignment), context=assignment.context)
         self._client = client
         if (effective := len(client.layout.fragments)) < self._strategy.sync.num_fragments:
@@ -213,7 +220,14 @@ class OuterSync(Callback):
         )
 
     def _check_unfrozen(self) -> None:
-        names = [] if self._client is None or not self.is_joined else self._client.unmerged_parameters()
+        if self._client is None or not self.is_joined:
+            return
+        names, known = self._client.unmerged_parameters(), {tensor.name for tensor in self._client.layout.static}
+        if added := [name for name in names if name not in known]:
+            raise ConfigurationError(
+                f"{added[0]} (and {len(added) - 1} more) was added to the module after the job had begun: it is not merged, and every "
+                "learner would train its own. Make all parameters before training starts (in __init__, setup or configure_model)."
+            )
         if names:
             raise ConfigurationError(
                 f"{names[0]} (and {len(names) - 1} more) became trainable after the job had begun, but what is frozen at its beginning is "

@@ -13,7 +13,6 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Callable
@@ -25,7 +24,6 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
@@ -247,9 +245,6 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         num_learners = 1 if self.assignment is None else self.assignment.num_learners
         # With one learner the user's loader object stays as it is.
         connector.use_distributed_sampler = self._wants_sampler and is_fit and num_learners > 1
-        if is_fit and any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            # It will unfreeze what is frozen now.
-            self.sync = dataclasses.replace(self.sync, include_frozen=True)
         self._outer_sync = OuterSync.attach(trainer, self) if is_fit and self.assignment is not None else None
 
     @override

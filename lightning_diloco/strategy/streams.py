@@ -3,8 +3,10 @@
 Lightning cuts map-style data with a sampler and leaves streams alone, so L learners would each train on everything. A stride needs
 nothing of the dataset but the same order on every learner: each loader worker strides over its own part of the stream, and all learners
 have the same loader with the same number of workers, so the parts are disjoint and complete. Where the order is random and differs
-between learners, items are taken twice or not at all; and every learner reads (and drops) the others' items. Who shares out the stream
-inside the dataset turns this off with ``Trainer(use_distributed_sampler=False)``, Lightning's own word for it.
+between learners (each has a random stream of its own), items are taken twice or not at all; and every learner reads the others' items.
+
+A stream with a state of its own, a datapipe, and a loader of another class are left whole: type and state would not survive. Who shares
+out the stream inside the dataset turns all of this off with ``Trainer(use_distributed_sampler=False)``, Lightning's own word for it.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from itertools import islice
 from typing import Any
 
 from lightning.fabric.utilities.data import has_iterable_dataset
-from lightning_utilities.core.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader, IterableDataset
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader, IterableDataset, IterDataPipe
 
 __all__ = ["StridedStream", "share_stream"]
 
@@ -84,7 +86,13 @@ def share_stream(loader: Any, learner_id: int, num_learners: int) -> Any:
     stream: Any = loader.dataset
     if isinstance(stream, StridedStream):
         return loader
-    rank_zero_info(
+    if type(loader) is not DataLoader or isinstance(stream, IterDataPipe) or hasattr(stream, "state_dict"):
+        rank_zero_warn(
+            "The training data is an IterableDataset that is not shared out, because its loader, type or state would not survive it: "
+            f"each of {num_learners} learners reads all of it. Share it out inside the dataset (`trainer.global_rank` is the learner's id)."
+        )
+        return loader
+    rank_zero_warn(
         f"The training data is an IterableDataset: each of {num_learners} learners trains on every {num_learners}-th item, which needs the "
         "same order on all of them. If the dataset is shared out already, pass Trainer(use_distributed_sampler=False)."
     )

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from lightning_diloco import DecoupledDiLoCoStrategy
-from tests.citizen.cases import CASES
-from tests.strategy.kit import equal, global_parameters, latest, parameters_of, quiet
+from tests.citizen.cases import CASES, stream
+from tests.strategy.kit import TinyModel, equal, global_parameters, latest, parameters_of, quiet
 
-pytestmark = [pytest.mark.process, pytest.mark.slow]
+pytestmark = pytest.mark.process
+STREAMS = "ignore:The training data is an IterableDataset:UserWarning"
 
 
+class Noting(TinyModel):
+    """Writes down the first number of every item that it trains on."""
+
+    def training_step(self, batch, batch_idx):
+        with Path(f"seen_{self.trainer.global_rank}").open("a") as file:
+            file.write("".join(f"{x[0].item()}\n" for x in batch[0]))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings(STREAMS)
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_stream_is_shared_out_unless_the_trainer_says_otherwise(is_shared, tmp_path, monkeypatch):
+    """Scenario 20: each item once per epoch, or once per learner."""
+    monkeypatch.chdir(tmp_path)
+    strategy = DecoupledDiLoCoStrategy(num_fragments=2, sync_interval_steps=3)
+    trainer = Trainer(**quiet(devices=2, strategy=strategy, max_epochs=1, use_distributed_sampler=is_shared))
+    trainer.fit(Noting(), stream(2))
+    first, second = (Path(f"seen_{i}").read_text().split() for i in range(2))
+    assert len(first) == len(second) == (32 if is_shared else 64)
+    assert len({*first, *second}) == 64 and set(first).isdisjoint(second) == is_shared
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(STREAMS)
 @pytest.mark.parametrize("name", CASES)
 def test_a_fit_on_two_learners_ends_in_order(name, tmp_path, monkeypatch):
     """Scenarios 15 to 18, 20 and 23."""

@@ -62,6 +62,33 @@ def test_what_a_user_unfreezes_is_refused_with_the_remedy_and_merged_with_it(tmp
     assert not torch.equal(global_parameters(latest(tmp_path))["layer.weight"], before["layer.weight"])
 
 
+def test_a_callback_of_the_module_counts_as_the_trainers(tmp_path):
+    class Own(Backbone):
+        def configure_callbacks(self):
+            return [BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)]
+
+    model = Own()
+    before = parameters_of(model)
+    fit(model)
+    assert not torch.equal(global_parameters(latest(tmp_path))["backbone.weight"], before["backbone.weight"])
+
+
+def test_a_layer_that_is_added_after_the_join_is_refused_with_another_remedy():
+    class Add(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.more = torch.nn.Linear(2, 2)
+
+    with pytest.raises(ConfigurationError, match=r"more.weight \(and 1 more\) was added .* Make all parameters before"):
+        fit(TinyModel(), Add())
+
+
+def test_a_parameter_without_elements_is_nobodys_business():
+    model = TinyModel()
+    model.dummy = torch.nn.Parameter(torch.empty(0))
+    assert fit(model).strategy.summary["status"] == "finished"
+
+
 def test_what_stays_frozen_and_what_is_pruned_is_no_error(tmp_path):
     class Prune(Callback):
         def on_train_epoch_start(self, trainer, pl_module):

@@ -21,6 +21,13 @@ def test_the_learner_that_was_in_the_fewest_merges_is_named_with_figure_and_reme
         assert part in sentence
 
 
+def test_what_is_not_known_or_is_at_its_limit_is_left_out():
+    figures = summary(0.61, 0.7)
+    figures["learners"][0]["step_median_s"], figures["config"]["min_quorum"] = None, 2
+    (sentence,) = advise(figures)
+    assert " ms" not in sentence and "up to" not in sentence and "Raise overlap_steps;" in sentence
+
+
 @pytest.mark.parametrize(
     "silent",
     [summary(1.0, LOW_PARTICIPATION), summary(0.1, eligible=FEW_ROUNDS - 1), summary(None, eligible=0), {}],

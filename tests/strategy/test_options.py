@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from types import MethodType
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.compile import from_compiled, to_uncompiled
 
 from lightning_diloco import ConfigurationError, DecoupledDiLoCoStrategy, SyncConfig
@@ -201,6 +203,19 @@ def test_a_compiled_module_whose_backend_cannot_be_read_gets_a_sentence(tmp_path
         save_payload(payload, tmp_path / "payload.pkl")
 
 
+def test_a_method_that_was_set_on_the_instance_travels_with_a_compiled_module(tmp_path):
+    def doubled(self, batch, batch_idx):
+        return 2 * self(batch[0]).pow(2).mean()
+
+    module = WithoutLog()
+    batch = [torch.ones(2, 8)]
+    plain = module.training_step(batch, 0)
+    module.training_step = MethodType(doubled, module)
+    module = from_compiled(torch.compile(module, backend="eager"))
+    save_payload(Payload(trainer=None, function=id, args=(module,), kwargs={}, state=InterpreterState.capture()), tmp_path / "payload.pkl")
+    assert torch.equal(load_payload(tmp_path / "payload.pkl").args[0].training_step(batch, 0), 2 * plain)
+
+
 @pytest.mark.process
 def test_a_compiled_module_trains_on_two_learners(tmp_path):
     strategy = DecoupledDiLoCoStrategy(run_dir=tmp_path / "run", num_fragments=2, sync_interval_steps=4)
@@ -208,3 +223,30 @@ def test_a_compiled_module_trains_on_two_learners(tmp_path):
     trainer.fit(torch.compile(WithoutLog(), backend="eager"), loader())
     assert [row["inner_steps"] for row in strategy.summary["learners"]] == [12, 12]
     assert strategy.summary["merges"] > 0
+
+
+@pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])
+def test_a_finder_in_a_job_of_processes_is_refused_with_the_remedy(finder, tmp_path):
+    trainer = Trainer(**quiet(devices=2, strategy=DecoupledDiLoCoStrategy(run_dir=tmp_path / "run"), callbacks=[finder()]))
+    with pytest.raises(ConfigurationError, match=rf"{finder.__name__} trains before the fit.*Tuner\(Trainer\(devices=1\)\)"):
+        trainer.fit(TinyModel(), loader())
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_learning_rate_finder_works_inline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Found(TinyModel):
+        lr = 0.5
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    def run(strategy):
+        seed_everything(2, verbose=False)
+        trainer = Trainer(**quiet(devices=1, max_steps=4, strategy=strategy, callbacks=[LearningRateFinder(num_training_steps=30)]))
+        model = Found()
+        trainer.fit(model, loader(256))
+        return model.lr
+
+    assert run(DecoupledDiLoCoStrategy(launch="inline")) == run("auto")

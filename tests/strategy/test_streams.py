@@ -7,9 +7,12 @@ import pickle
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data.datapipes.iter import IterableWrapper
 
 from lightning_diloco.strategy.streams import StridedStream, share_stream
 from tests.strategy.kit import loader
+
+pytestmark = pytest.mark.filterwarnings("ignore:The training data is an IterableDataset:UserWarning")
 
 
 class Numbers(IterableDataset):
@@ -36,6 +39,15 @@ def init_worker(worker_id):
     worker.dataset.first, worker.dataset.stride = worker_id + worker.dataset.first, worker.num_workers
 
 
+class Stateful(Numbers):
+    def state_dict(self):
+        return {}
+
+
+class OwnLoader(DataLoader):
+    """A loader of a class of its own."""
+
+
 def items(dataloader) -> list[int]:
     return [int(i) for batch in dataloader for i in torch.as_tensor(batch).flatten()]
 
@@ -57,6 +69,16 @@ def test_the_users_loader_keeps_its_dataset_and_one_learner_its_loader():
     assert isinstance(whole.dataset, Numbers) and items(whole) == list(range(8))
     assert items(shared) == items(shared) == [1, 3, 5, 7]
     assert share_stream(shared, 1, 2) is shared, "a loader that comes by again is not cut twice"
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [DataLoader(Stateful(8)), OwnLoader(Numbers(8)), DataLoader(IterableWrapper(range(8)).sharding_filter(), batch_size=None)],
+    ids=["state", "loader", "datapipe"],
+)
+def test_what_would_not_survive_is_left_whole_with_a_warning(whole):
+    with pytest.warns(UserWarning, match="is not shared out"):
+        assert share_stream(whole, 0, 2) is whole
 
 
 def test_what_is_no_stream_stays_as_it_is():
