@@ -105,7 +105,7 @@ class Rounds:
             return actions
         self._admit(active, now_s)
         steps = {m.learner_id: m.inner_step for m in active}
-        for fragment_id in job.pace.due(steps, max(1, min(job.config.min_quorum, len(active)))):
+        for fragment_id in job.pace.due(steps, self._quorum(len(active))):
             if job.pace.allowance <= 0:
                 break
             if self._rounds[fragment_id].stage == "idle":
@@ -126,8 +126,8 @@ class Rounds:
                 job.pace.admit(member.learner_id, member.inner_step - alone, staggered=alone)
                 member.is_admitted = True
 
-    def _quorum(self, now_s: float) -> int:
-        return max(1, min(self._job.config.min_quorum, len(self._job.members.active(now_s))))
+    def _quorum(self, num_active: int) -> int:
+        return max(1, min(self._job.config.min_quorum, num_active))
 
     def _open(self, round_: FragmentRound, active: list[Member], now_s: float) -> list[SyncerAction]:
         job, fragment_id = self._job, round_.fragment_id
@@ -144,7 +144,7 @@ class Rounds:
         record = RoundOpenRecord(
             fragment_id=fragment_id,
             round_id=round_.round_id,
-            quorum=self._quorum(now_s),
+            quorum=self._quorum(len(active)),
             active=tuple(m.learner_id for m in active),
             pulled=tuple(m.learner_id for m in pulled),
             carried=tuple(h.learner_id for h in round_.held),
@@ -174,7 +174,7 @@ class Rounds:
         """Move one collecting round as far as it goes."""
         if round_.stage == "pulling":
             contributors = len({h.learner_id for h in round_.held})
-            round_.quorum = self._quorum(now_s)
+            round_.quorum = self._quorum(len(self._job.members.active(now_s)))
             if contributors >= round_.quorum and not self._waits_for_an_answer(round_, now_s):
                 round_.stage = "grace"
                 round_.grace_opened_s = now_s
@@ -224,7 +224,7 @@ class Rounds:
         return min(times, default=None)
 
     def _collecting(self) -> list[FragmentRound]:
-        return [r for r in self._rounds if r.stage in ("pulling", "grace")]
+        return [r for r in self._rounds if r.is_collecting]
 
     def force(self, round_: FragmentRound, now_s: float) -> list[SyncerAction]:
         """Close what is held now, whoever is missing: nobody else will come."""

@@ -20,8 +20,8 @@ from lightning_diloco.errors import ConfigurationError
 
 __all__ = ["CompiledModule", "note_compiled", "uncompiled"]
 
-_PATCHED = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
-"""What Lightning sets on a compiled module."""
+_METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+"""What Lightning replaces on a compiled module, beside setting `_compiler_ctx`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +53,11 @@ def note_compiled(values: Iterable[Any]) -> list[CompiledModule]:
 @contextmanager
 def uncompiled(notes: list[CompiledModule]) -> Iterator[None]:
     """The modules are as they were before they were compiled, inside."""
-    kept = [{name: vars(note.module)[name] for name in _PATCHED if name in vars(note.module)} for note in notes]
+    kept = [{name: vars(note.module)[name] for name in (*_METHODS, "_compiler_ctx") if name in vars(note.module)} for note in notes]
     try:
         for note in notes:
             to_uncompiled(note.module)
-            for name in _PATCHED[:-1]:
+            for name in _METHODS:
                 # Lightning leaves the class's own methods behind as attributes of the instance.
                 method = getattr(vars(note.module).get(name), "__func__", None)
                 if method is not None and method is getattr(type(note.module), name, None):

@@ -113,6 +113,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Leaves behind what belongs to this process: the iterators of loaders, with their worker processes."""
 
     def reducer_override(self, obj: Any) -> Any:
+        """A loader without its iterator; everything else as cloudpickle has it."""
         if isinstance(obj, DataLoader) and getattr(obj, "_iterator", None) is not None:
             return _bare_loader, (type(obj), {**vars(obj), "_iterator": None})
         return super().reducer_override(obj)

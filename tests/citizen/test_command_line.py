@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 
 from lightning_diloco import DecoupledDiLoCoStrategy, SyncConfig
-from tests.strategy.kit import Script, latest, summary_of
+from tests.strategy.kit import Script, latest, learner_processes, summary_of, wait_until
 
 SCRIPT = """
 import lightning_diloco
@@ -35,14 +35,49 @@ def test_a_constructors_signature_names_every_option_of_the_job():
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("strategy", "num_fragments"), [(BY_CLASS, 1), pytest.param(BY_NAME, 2, marks=pytest.mark.slow)], ids=["by class", "by name"]
+    ("strategy", "num_fragments", "kept"),
+    [
+        (BY_CLASS, 1, "class_path: lightning_diloco.DecoupledDiLoCoStrategy"),
+        pytest.param(BY_NAME, 2, "strategy: decoupled_diloco", marks=pytest.mark.slow),
+    ],
+    ids=["by class", "by name"],
 )
-def test_lightning_cli_trains_and_keeps_its_configuration(strategy, num_fragments, tmp_path):
+def test_lightning_cli_trains_and_keeps_its_configuration(strategy, num_fragments, kept, tmp_path):
     Script(tmp_path, SCRIPT).run(*arguments(strategy))
     summary = summary_of(latest(tmp_path))
     assert summary["status"] == "finished" and summary["config"]["num_fragments"] == num_fragments
     assert len(summary["learners"]) == 2
-    assert "decoupled_diloco" in (tmp_path / "config.yaml").read_text() or num_fragments == 1
+    assert kept in (tmp_path / "config.yaml").read_text()
+
+
+SLOW_SCRIPT = """
+import time
+import lightning_diloco
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+
+class Model(BoringModel):
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.05)
+        return super().training_step(batch, batch_idx)
+
+LightningCLI(Model, BoringDataModule)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_restarted_learner_does_not_trip_over_the_configuration_that_it_saved(tmp_path):
+    script = Script(tmp_path, SLOW_SCRIPT)
+    supervisor = script.start(*arguments([*BY_CLASS, "max_steps=200"]))
+    try:
+        wait_until(lambda: (tmp_path / "config.yaml").exists(), "the configuration is saved", script=script)
+        learner_processes(supervisor)[0].kill()
+        assert script.wait(120) == 0, script.text()
+    finally:
+        script.close()
+    summary = summary_of(latest(tmp_path))
+    assert summary["status"] == "finished" and summary["restarts"]["learners"] == 1
 
 
 @pytest.mark.process
