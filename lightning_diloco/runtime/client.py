@@ -22,7 +22,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Literal
 
@@ -40,6 +40,7 @@ from lightning_diloco.runtime.client_loop import ClientLoop, Encode
 from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOptions, JoinInfo
 from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
+from lightning_diloco.runtime.global_state import GlobalState, MomentumTracker
 from lightning_diloco.runtime.healing import Remedy, parameters_of, poisoned_fragments
 from lightning_diloco.runtime.learner_store import Adoption, LearnerStore
 
@@ -80,7 +81,13 @@ class LearnerClient:
         self._options = options
         self._nonce = secrets.token_bytes(16)
         self._machine = LearnerMachine(self._learner_options())
-        self._store = LearnerStore(module, self.layout, wire_dtype=config.wire_dtype, is_rebase=config.adopt == "rebase")
+        self._store = LearnerStore(
+            module,
+            self.layout,
+            wire_dtype=config.wire_dtype,
+            is_rebase=config.adopt == "rebase",
+            momentum=MomentumTracker(self.layout, config, is_on=options.keeps_momentum),
+        )
         self._times = StepTimes()
         self._loop = ClientLoop(
             module=module,
@@ -92,6 +99,7 @@ class LearnerClient:
             config=config,
             context=context,
             patience_s=self._patience_s,
+            founding=options.founding,
         )
         self._counters: CounterFile | None = None
         self._inner_steps = 0
@@ -101,6 +109,7 @@ class LearnerClient:
         self._stash: list[list[Tensor]] | None = None
         self._residuals: list[Tensor | None] = []
         self._swap_depth = 0
+        self._swapped: GlobalState | None = None
         self._is_closed = False
 
     def _learner_options(self) -> LearnerOptions:
@@ -118,6 +127,7 @@ class LearnerClient:
             batch_size=options.batch_size,
             tokens_per_step=options.tokens_per_step,
             life=options.life,
+            founded_n=options.founding.numbers(self.layout),
         )
 
     # ---- joining ------------------------------------------------------------------------------------------------------------
@@ -258,7 +268,7 @@ class LearnerClient:
         with torch.no_grad():
             self._stash = [[t.detach().clone() for t in self._tensors(i)] for i in range(len(self._store.views))]
         self._residuals = [view.residual() for view in self._store.views]
-        self.load_global()
+        self._swapped = self.load_global()
 
     def swap_out_global(self) -> None:
         """Put the local parameters back, bit for bit."""
@@ -273,14 +283,39 @@ class LearnerClient:
                     tensor.copy_(value)
                 if self._residuals[fragment_id] is not None:
                     self._store.views[fragment_id].load_residual(self._residuals[fragment_id])
-        self._stash, self._residuals = None, []
+        self._stash, self._residuals, self._swapped = None, [], None
 
-    def load_global(self) -> None:
-        """Put the last published fragments into the parameters, for good."""
-        for fragment_id, view in enumerate(self._store.views):
-            with self._loop.lock:
-                published = self._store.published(fragment_id)
+    def load_global(self) -> GlobalState:
+        """Put the last published fragments into the parameters, for good; returns what was put there."""
+        with self._loop.lock:
+            state = self._store.global_state()
+        for view, published in zip(self._store.views, state.published, strict=True):
             view.copy_from(published)
+        return state
+
+    def global_state(self) -> GlobalState:
+        """The global model that the parameters hold after `load_global` or inside a swap, with versions and momentum, by reference."""
+        if self._swapped is not None:
+            return self._swapped
+        with self._loop.lock:
+            return self._store.global_state()
+
+    def local_tensors(self) -> dict[str, Tensor]:
+        """Copies of this learner's own parameters by name, whatever the module holds at the moment."""
+        tensors: dict[str, Tensor] = {}
+        for fragment_id, view in enumerate(self._store.views):
+            values = self._tensors(fragment_id) if self._stash is None else self._stash[fragment_id]
+            names = (part.name for part in view.fragment.slices)
+            tensors.update((name, value.detach().clone()) for name, value in zip(names, values, strict=True))
+        return tensors
+
+    def set_local(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put earlier `local_tensors` into the parameters: what they differ from the global ones is work that was not merged yet."""
+        with torch.no_grad():
+            for fragment_id, view in enumerate(self._store.views):
+                for part, parameter in zip(view.fragment.slices, self._tensors(fragment_id), strict=True):
+                    if (value := tensors.get(part.name)) is not None and value.shape == parameter.shape:
+                        parameter.copy_(value)
 
     def _tensors(self, fragment_id: int) -> list[nn.Parameter]:
         return parameters_of(self._module, self._store.views[fragment_id])

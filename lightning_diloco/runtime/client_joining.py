@@ -17,6 +17,7 @@ from lightning_diloco.outer import buffer_of, crc32, load_static, pack_static
 from lightning_diloco.protocol.events import JoinRequested, LearnerEvent, StaticInstalled
 from lightning_diloco.protocol.identity import FragmentInfo
 from lightning_diloco.protocol.messages import Found, FoundingFragment, FoundingStatic, Message, Ping, StaticState
+from lightning_diloco.runtime.global_state import FoundingState
 from lightning_diloco.runtime.learner_store import LearnerStore
 
 __all__ = ["Joining"]
@@ -39,6 +40,7 @@ class Joining:
         send: sends a control message.
         send_payload: sends a payload with its header.
         patience_s: silence of the syncer after which the learner gives up; signs of life are asked for often enough.
+        founding: what a job that goes on from a checkpoint begins with, should this learner found it.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class Joining:
         send: Callable[[Message], object],
         send_payload: Callable[[Message, memoryview], None],
         patience_s: float,
+        founding: FoundingState,
     ) -> None:
+        self._founding = founding
         self._module = module
         self._store = store
         self._feed = feed
@@ -80,12 +84,22 @@ class Joining:
         """Found the job from the module's values of this moment; the training thread waits inside `join`."""
         layout = self._store.layout
         static = pack_static(self._module, layout)
-        values = [self._store.found(f.fragment_id) for f in layout.fragments]
+        numbers, buffers = self._founding.numbers(layout), self._founding.buffers(layout)
+        values = [self._store.found(f.fragment_id, n) for f, n in zip(layout.fragments, numbers, strict=True)]
+        self._store.momentum.found(buffers)
         infos = tuple(FragmentInfo(fragment_id=f.fragment_id, num_params=f.num_params, kind=f.kind) for f in layout.fragments)
         self._payloads = [(FoundingFragment(fragment_id=i, crc=crc32(flat)), flat) for i, flat in enumerate(values)]
+        self._payloads += [(FoundingFragment(fragment_id=i, crc=crc32(b), part="momentum"), b) for i, b in enumerate(buffers)]
         if static.numel():
             self._payloads.append((FoundingStatic(crc=crc32(static)), static))
-        self._found = Found(layout=layout.to_bytes(), fragments=infos, static_bytes=static.numel(), static_crc=crc32(static))
+        self._found = Found(
+            layout=layout.to_bytes(),
+            fragments=infos,
+            static_bytes=static.numel(),
+            static_crc=crc32(static),
+            versions=numbers,
+            has_momentum=bool(buffers),
+        )
         self._send(self._found)
 
     def send_state(self) -> None:

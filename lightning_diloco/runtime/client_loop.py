@@ -59,6 +59,7 @@ from lightning_diloco.protocol.messages import (
 from lightning_diloco.protocol.wire import decode_from_syncer, decode_syncer_header, encode
 from lightning_diloco.runtime.client_joining import Joining
 from lightning_diloco.runtime.figures import StepTimes
+from lightning_diloco.runtime.global_state import FoundingState
 from lightning_diloco.runtime.learner_store import LearnerStore
 from lightning_diloco.runtime.transport import SYNCER, LearnerTransport, PayloadReceived, TransportEvent
 from lightning_diloco.runtime.transport import ControlReceived as ControlBytes
@@ -98,6 +99,7 @@ class ClientLoop:
         config: SyncConfig,
         context: zmq.Context[zmq.Socket[bytes]] | None,
         patience_s: float,
+        founding: FoundingState,
     ) -> None:
         self.lock = threading.Lock()
         self.settled = threading.Event()
@@ -122,6 +124,7 @@ class ClientLoop:
             send=self._send,
             send_payload=self._send_payload,
             patience_s=patience_s,
+            founding=founding,
         )
         self._leave: Leave | None = None
         self._is_report_taken = True
@@ -356,14 +359,15 @@ class ClientLoop:
         store, fragment_id = self._store, action.fragment_id
         published = store.decode(fragment_id, payload, is_full=action.is_full, crc=header.crc)
         if published is not None and action.is_joining:
-            store.set_joined(fragment_id, published)
+            store.set_joined(fragment_id, published, action.version.n)
         elif published is not None:
             with self.lock:
                 base = store.base(fragment_id)
             adoption = store.prepare(fragment_id, published, base, action.with_contribution)
+            momentum = store.momentum_of(fragment_id, published, action.version.n)
             self._count_staleness(fragment_id, action)
             with self.lock:
-                store.set_prepared(fragment_id, adoption)
+                store.set_prepared(fragment_id, adoption, action.version.n, momentum)
         self._feed(Decoded(fragment_id=fragment_id, version=action.version, crc_ok=published is not None))
 
     def _count_staleness(self, fragment_id: int, action: Decode) -> None:

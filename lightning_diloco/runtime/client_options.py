@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_diloco.config import SyncConfig
+from lightning_diloco.runtime.global_state import FoundingState
 
 __all__ = ["JOIN_TIMEOUT_S", "ClientOptions", "JoinInfo"]
 
@@ -29,6 +30,8 @@ class ClientOptions:
         life: how many processes of this learner its supervisor started before.
         counters_path: folder of the memory-mapped totals; the file is named by this process.
         join_timeout_s: no syncer answers for so long: `SyncerUnavailableError` (None: 60 s).
+        founding: versions and outer momentum to begin with, should this process found the job.
+        keeps_momentum: follow the outer momentum, for `LearnerClient.global_state`; costs 4 bytes per parameter.
     """
 
     endpoint: str
@@ -42,6 +45,8 @@ class ClientOptions:
     life: int = 0
     counters_path: Path | None = None
     join_timeout_s: float | None = None
+    founding: FoundingState = field(default_factory=FoundingState)
+    keeps_momentum: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from lightning_diloco.outer import (
     rebase_delta,
     reference,
 )
+from lightning_diloco.runtime.global_state import GlobalState, MomentumTracker
 from lightning_diloco.runtime.healing import Remedy
 
 __all__ = ["Adoption", "LearnerStore"]
@@ -50,9 +51,10 @@ class LearnerStore:
         layout: planned from it.
         wire_dtype: how contributions and differences are encoded.
         is_rebase: whether adoption adds a difference (rebase) or overwrites.
+        momentum: follows the syncer's momentum for checkpoints.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, *, wire_dtype: str, is_rebase: bool) -> None:
+    def __init__(self, module: nn.Module, layout: Layout, *, wire_dtype: str, is_rebase: bool, momentum: MomentumTracker) -> None:
         self.layout = layout
         self.views = [FragmentView(module, fragment) for fragment in layout.fragments]
         self._wire_dtype = wire_dtype
@@ -64,6 +66,8 @@ class LearnerStore:
         self._contributions: list[dict[int, Tensor]] = [{} for _ in range(count)]
         self._payloads: dict[tuple[int, int], Tensor] = {}
         self._staging: list[list[Tensor]] = [[] for _ in range(count)]
+        self._versions = [0] * count
+        self.momentum = momentum
 
     def base(self, fragment_id: int) -> Tensor:
         """The last adopted version, float32 [N]."""
@@ -77,13 +81,19 @@ class LearnerStore:
         published = self._published[fragment_id]
         return self.base(fragment_id) if published is None else published
 
+    def global_state(self) -> GlobalState:
+        """Under the lock: the published fragments of this moment with all that belongs to them."""
+        published = tuple(self.published(i) for i in range(len(self.views)))
+        return GlobalState(published=published, momentum=self.momentum.buffers, versions=tuple(self._versions))
+
     # ---- joining ------------------------------------------------------------------------------------------------------------
 
-    def found(self, fragment_id: int) -> Tensor:
-        """Take the module's present values as the founding base."""
+    def found(self, fragment_id: int, version: int) -> Tensor:
+        """Take the module's present values as the founding base, which begins with this version."""
         flat = torch.empty(self.views[fragment_id].num_params)
         self.views[fragment_id].copy_to(flat)
         self._base[fragment_id] = self._published[fragment_id] = flat
+        self._versions[fragment_id] = version
         return flat
 
     # ---- publications (background thread) -----------------------------------------------------------------------------------
@@ -111,13 +121,20 @@ class LearnerStore:
         merged = self._contributions[fragment_id].get(with_contribution)
         return Adoption(published, self.views[fragment_id].split(rebase_delta(published, base, merged)))
 
-    def set_joined(self, fragment_id: int, published: Tensor) -> None:
+    def set_joined(self, fragment_id: int, published: Tensor, version: int) -> None:
         """While joining: this version is the base."""
         self._base[fragment_id] = self._published[fragment_id] = published
+        self._versions[fragment_id] = version
 
-    def set_prepared(self, fragment_id: int, adoption: Adoption) -> None:
+    def momentum_of(self, fragment_id: int, published: Tensor, version: int) -> Tensor | None:
+        """The momentum that goes with this version, which is the next one; None if nobody asks for it."""
+        return self.momentum.after(fragment_id, self.published(fragment_id), published, self._versions[fragment_id], version)
+
+    def set_prepared(self, fragment_id: int, adoption: Adoption, version: int, momentum: Tensor | None) -> None:
         """Under the lock: this version can be adopted."""
         self._published[fragment_id], self._prepared[fragment_id] = adoption.published, adoption
+        self._versions[fragment_id] = version
+        self.momentum.set(fragment_id, momentum)
 
     def take(self, fragment_id: int) -> Adoption:
         """Under the lock: the training thread adopts this version; it is the base from here on."""

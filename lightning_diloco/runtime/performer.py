@@ -47,6 +47,7 @@ from lightning_diloco.protocol.messages import (
 )
 from lightning_diloco.protocol.records import EndRecord, MergeRecord, PublishRecord, Record, TapeLine
 from lightning_diloco.protocol.wire import decode_learner_header, encode
+from lightning_diloco.runtime.global_state import OUTER_NAME
 from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES, Closed, SyncerStore
 from lightning_diloco.runtime.tape import TapeWriter
 from lightning_diloco.runtime.transport import SyncerTransport
@@ -163,9 +164,7 @@ class Performer:
             return "The layout does not have the sizes or the fingerprint that go with it."
         if static_bytes(layout) != message.static_bytes:
             return f"static_bytes={message.static_bytes}: the layout has {static_bytes(layout)}."
-        if message.has_momentum:
-            return "has_momentum=True: founding from a checkpoint comes with the resilience issue. Found from the weights alone."
-        self.store = SyncerStore(layout, config)
+        self.store = SyncerStore(layout, config, has_momentum=message.has_momentum)
         return None
 
     def take_founding(self, session: str, header: LearnerHeader, payload: memoryview, done: Callable[[tuple[int, ...], int], bool]) -> None:
@@ -181,7 +180,7 @@ class Performer:
         def work() -> tuple[int, ...] | RemoteProtocolError | None:
             try:
                 if isinstance(header, FoundingFragment):
-                    store.found_fragment(header.fragment_id, payload, header.crc)
+                    store.found_fragment(header.fragment_id, header.part, payload, header.crc)
                 elif isinstance(header, FoundingStatic):
                     store.found_static(payload, header.crc)
             except RemoteProtocolError as error:
@@ -213,7 +212,7 @@ class Performer:
             expected = static_bytes(self.store.layout) if is_founder else -1
         elif isinstance(header, Contribution | FoundingFragment) and header.fragment_id < len(sizes):
             is_founding = isinstance(header, FoundingFragment)
-            if is_founding != is_founder or (isinstance(header, FoundingFragment) and header.part != "values"):
+            if is_founding != is_founder or (isinstance(header, FoundingFragment) and header.part not in self.store.founding_parts):
                 return "refused"
             expected = payload_bytes(sizes[header.fragment_id], "fp32" if is_founding else self.store.config.wire_dtype)
         else:
@@ -291,6 +290,7 @@ class Performer:
             sha256 = store.global_sha256()
             try:
                 store.save_global(self._options.run_dir / GLOBAL_NAME)
+                store.save_outer(self._options.run_dir / OUTER_NAME, action.versions)
             except (OSError, SafetensorError) as error:
                 _log.error("The global model could not be written to %s: %s. The run has failed.", self._options.run_dir, error)
                 action = Ended(status="failed", versions=action.versions)

@@ -9,9 +9,10 @@ contributions are folded an accumulator (4 N) and one decoded contribution (4 N)
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from lightning_diloco.outer import (
     static_bytes,
 )
 from lightning_diloco.outer.static import unpack_static
+from lightning_diloco.runtime.global_state import by_name
 
 __all__ = ["Closed", "SyncerStore"]
 
@@ -63,18 +65,22 @@ class SyncerStore:
     Args:
         layout: the founder's, validated.
         config: the founder's.
+        has_momentum: whether the founder brings the outer momentum of an earlier job.
     """
 
-    def __init__(self, layout: Layout, config: SyncConfig) -> None:
+    def __init__(self, layout: Layout, config: SyncConfig, *, has_momentum: bool = False) -> None:
         self.layout = layout
+        self.founding_parts = ("values", "momentum") if has_momentum else ("values",)
+        """What the founder sends of every fragment."""
+        self._founding: list[dict[str, Tensor]] = [{} for _ in layout.fragments]
         self.config = config
         self.static = torch.empty(0, dtype=torch.uint8)
         self._states: list[FragmentState | None] = [None] * len(layout.fragments)
         self._accumulators = [MergeAccumulator(f) for f in layout.fragments]
         self._norms: list[list[tuple[float, ...]]] = [[] for _ in layout.fragments]
 
-    def found_fragment(self, fragment_id: int, payload: memoryview, crc: int) -> None:
-        """Take the founder's float32 values of one fragment.
+    def found_fragment(self, fragment_id: int, part: str, payload: memoryview, crc: int) -> None:
+        """Take one of the `founding_parts` of one fragment, float32; with the last one the fragment is founded.
 
         Raises:
             RemoteProtocolError: wrong length or checksum, or values that are not finite.
@@ -86,7 +92,12 @@ class SyncerStore:
             raise RemoteProtocolError("bad_checksum", f"Fragment {fragment_id} of the founding state does not have its checksum.")
         if not torch.isfinite(values).all():
             raise RemoteProtocolError("nonfinite", f"Fragment {fragment_id} of the founding state is not finite. Check the initialization.")
-        self._states[fragment_id] = FragmentState.founded(values)
+        parts = self._founding[fragment_id]
+        parts[part] = values
+        if len(parts) == len(self.founding_parts):
+            state = FragmentState.founded(parts["values"])
+            self._states[fragment_id] = replace(state, momentum=parts.get("momentum", state.momentum))
+            self._founding[fragment_id] = {}
 
     def found_static(self, payload: memoryview, crc: int) -> None:
         """Take the founder's static state.
@@ -101,8 +112,8 @@ class SyncerStore:
 
     @property
     def founding_bytes(self) -> int:
-        """Payload bytes of a founding: float32 values and the static state."""
-        return 4 * sum(f.num_params for f in self.layout.fragments) + static_bytes(self.layout)
+        """Payload bytes of a founding: float32 values, momentum if there is one, and the static state."""
+        return 4 * len(self.founding_parts) * sum(f.num_params for f in self.layout.fragments) + static_bytes(self.layout)
 
     @property
     def is_complete(self) -> bool:
@@ -178,6 +189,20 @@ class SyncerStore:
             shadow = self.state(fragment.fragment_id).shadow
             for part, flat in zip(fragment.slices, shadow.split_with_sizes([s.length for s in fragment.slices]), strict=True):
                 tensors[part.name] = flat.reshape(part.global_shape).clone()
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary)
-        temporary.replace(path)
+        _write(tensors, path)
+
+    def save_outer(self, path: Path, versions: tuple[int, ...]) -> None:
+        """Write versions and momentum, for a checkpoint to go on from, under the module's names, atomically.
+
+        Without outer momentum there are only the versions, in the file's metadata: JSON, n by parameter name.
+        """
+        numbers = {p.name: n for f, n in zip(self.layout.fragments, versions, strict=True) for p in f.slices}
+        momenta = tuple(self.state(f.fragment_id).momentum for f in self.layout.fragments)
+        tensors = by_name(self.layout, momenta) if self.config.outer_momentum > 0 else {}
+        _write(tensors, path, {"versions": json.dumps(numbers)})
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata)
+    temporary.replace(path)

@@ -25,6 +25,7 @@ from lightning_diloco.protocol.records import JoinRecord, RunRecord, TapeLine
 from lightning_diloco.runtime.summary import SummaryKeeper
 from lightning_diloco.runtime.tape import TAPE_NAME, TapeTail, append_run_record
 from lightning_diloco.strategy.fit_call import FitCall
+from lightning_diloco.strategy.resume import put_final_outer_state
 
 __all__ = ["JobRecorder", "load_final_weights", "validate_global", "write_last_checkpoint"]
 
@@ -104,10 +105,11 @@ def load_final_weights(module: pl.LightningModule, run_dir: Path, dump: dict[str
 
 
 def write_last_checkpoint(trainer: pl.Trainer, run_dir: Path, dump: dict[str, Any] | None) -> None:
-    """Write ``checkpoints/last.ckpt``: learner 0's training state with the final weights, as plain Lightning reads it."""
+    """Write ``checkpoints/last.ckpt``: learner 0's training state with the final weights and the syncer's momentum."""
     path = run_dir / "checkpoints" / "last.ckpt"
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False) if dump is None else dump
     checkpoint["state_dict"] = trainer.lightning_module.state_dict()
+    put_final_outer_state(checkpoint, run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     TorchCheckpointIO().save_checkpoint(checkpoint, path)
 

@@ -13,9 +13,11 @@ One **inner step** is a batch in which at least one optimizer was really stepped
 | ``on_validation_start`` | pause, global weights in (the callback is first in the list) |
 | `end_validation` | global weights out, go on (called by the strategy, whose hook comes after every callback's) |
 | ``on_train_end`` | leave with final contributions, then take the global weights for good |
+| ``on_save_checkpoint``, ``on_load_checkpoint`` | outer momentum and versions, for the job that goes on from the file |
 | ``on_exception`` | weights out; after SIGTERM leave in order, otherwise close |
 
-The callback has no state of its own in checkpoints, so that they load without this package.
+In checkpoints it leaves what the next job goes on from, under a key that Lightning does not know (`strategy.resume`): they load without
+this package.
 """
 
 from __future__ import annotations
@@ -34,11 +36,13 @@ from torch.optim import Optimizer
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
 from lightning_diloco.runtime.figures import Figures
+from lightning_diloco.runtime.global_state import GlobalState
 from lightning_diloco.strategy.assignment import Assignment
 from lightning_diloco.strategy.checks import check_callbacks
 from lightning_diloco.strategy.counting import count_tokens
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 from lightning_diloco.strategy.job_clock import JobClock
+from lightning_diloco.strategy.resume import CHECKPOINT_KEY, Resumed, outer_state, read_resumed
 from lightning_diloco.strategy.seeding import reseed_learner
 from lightning_diloco.strategy.step_watch import StepWatch
 
@@ -67,6 +71,8 @@ class OuterSync(Callback):
         self._has_left = False
         self._has_asked = False
         self._is_validating = False
+        self._resumed = Resumed()
+        self._saved: GlobalState | None = None
         self.figures: Figures | None = None
         """The client's figures at the last boundary; None before the first one."""
 
@@ -120,6 +126,9 @@ class OuterSync(Callback):
         client.on_heal = lambda parameters: reset_nonfinite_moments(trainer.optimizers, parameters)
         info = client.join()
         _log.info("learner %d joined as %s, incarnation %d, job step %d", info.learner_id, info.role, info.incarnation, info.job_step)
+        if info.role == "member":
+            client.set_local(self._resumed.local)
+        self._resumed = Resumed()
         self._strategy.on_joined(info.learner_id)
         self._clock = JobClock(trainer)
         if self._strategy.sync.lr_clock == "job":
@@ -169,6 +178,8 @@ class OuterSync(Callback):
             yield
             return
         self._swap_in()
+        assert self._client is not None
+        self._saved = self._client.global_state()
         try:
             yield
         finally:
@@ -185,7 +196,25 @@ class OuterSync(Callback):
         assert self._client is not None
         self._pass_on_stop(trainer)
         self._leave("stopped" if trainer.should_stop else "limit")
-        self._client.load_global()
+        self._saved = self._client.load_global()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what the next job goes on from; called after ``state_dict`` was taken, whose versions these are."""
+        if self._client is None or not self._strategy.is_global_zero:
+            return
+        state = self._client.global_state() if self._saved is None else self._saved
+        is_alone = self._strategy.assignment is not None and self._strategy.assignment.num_learners == 1
+        local = self._client.local_tensors() if is_alone and self.is_joined else {}
+        checkpoint[CHECKPOINT_KEY] = outer_state(self._client.layout, state, local)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what the job is to begin with, should this learner found it."""
+        self._resumed = read_resumed(checkpoint)
+
+    def forget_saved(self) -> None:
+        """A checkpoint has been written: its copies of the global model may go."""
+        if not self._has_left:
+            self._saved = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the local weights back; leave in order if it was a signal. Never raises: the exception on its way is the news."""
@@ -217,6 +246,8 @@ class OuterSync(Callback):
             device=str(self._strategy.root_device),
             batch_size=_batch_size(trainer),
             counters_path=assignment.counters_path(),
+            founding=self._resumed.founding,
+            keeps_momentum=self._strategy.is_global_zero,
         )
 
     def _check_unfrozen(self) -> None:

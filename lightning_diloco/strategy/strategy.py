@@ -335,6 +335,8 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
             _log.warning("%s is not written: the weights of this process are not those that its learners train", filepath)
             return
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        if self._outer_sync is not None:
+            self._outer_sync.forget_saved()
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:

@@ -268,7 +268,6 @@ BAD_FOUNDINGS = {
     "sizes": {"fragments": (FragmentInfo(fragment_id=0, num_params=10**15),)},
     "static": {"static_bytes": 2**60},
     "versions": {"versions": (1, 2)},
-    "momentum": {"has_momentum": True},
 }
 
 

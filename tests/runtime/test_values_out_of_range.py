@@ -78,7 +78,7 @@ def test_an_outer_step_that_overflows_leaves_the_fragment_as_it_was_and_the_next
     layout = plan_layout(nn.Linear(4, 2, bias=False), num_fragments=1, merge="mean", mean_patterns=(), include_frozen=False)
     store = SyncerStore(layout, SyncConfig(num_fragments=1, merge="mean", outer_lr=1e12))
     founded = torch.linspace(-1.0, 1.0, 8)
-    store.found_fragment(0, buffer_of(founded), crc32(founded))
+    store.found_fragment(0, "values", buffer_of(founded), crc32(founded))
     store.fold(0, torch.full((8,), 1e29), 1.0)
     with caplog.at_level(logging.ERROR):
         closed = store.close(0, 1)
