@@ -77,9 +77,8 @@ def job_table(summary: Mapping[str, Any]) -> Table:
         "  merged / pending / discarded": tokens,
         "bytes up / down": f"{_megabytes(summary['bytes_up'])} / {_megabytes(summary['bytes_down'])}",
         "goodput": _share(summary["goodput"]),
-        "validation loss": _number(val.get("val_loss")),
-        "validation perplexity": _number(val.get("val_perplexity")),
     }
+    rows |= {f"validation {name.removeprefix('val_')}": _number(value) for name, value in sorted(val.items())}
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -6,6 +6,7 @@ learner holds. So the module gets buffers and other state from learner 0, and th
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import warnings
@@ -127,7 +128,7 @@ def validate_global(trainer: pl.Trainer, fit: FitCall, run_dir: Path) -> dict[st
         quiet = _quiet_trainer(trainer, run_dir)
         # The launcher has run it once for the machine.
         quiet._data_connector.prepare_data = _nothing  # type: ignore[method-assign]
-        results = quiet.validate(fit.model, dataloaders=fit.val_dataloaders, datamodule=fit.datamodule, verbose=False)
+        results = quiet.validate(_twin(fit.model), dataloaders=fit.val_dataloaders, datamodule=fit.datamodule, verbose=False)
         return {name: float(value) for result in results for name, value in result.items()}
     except Exception as error:
         _log.warning("the validation of the final global model failed, summary.json has none: %s: %s", type(error).__name__, error)
@@ -135,6 +136,18 @@ def validate_global(trainer: pl.Trainer, fit: FitCall, run_dir: Path) -> dict[st
     finally:
         _set_rng_states(rng_states)
         fit.attach(trainer)
+
+
+def _twin(module: pl.LightningModule) -> pl.LightningModule:
+    """A copy that shares the parameters: what the hooks of this validation note in the module is not for the user's one.
+
+    A module that cannot be copied is validated itself.
+    """
+    try:
+        return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    except Exception as error:
+        _log.debug("the module cannot be copied for the last validation: %s", error)
+        return module
 
 
 def _nothing() -> None:

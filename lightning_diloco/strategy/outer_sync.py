@@ -95,6 +95,16 @@ class OuterSync(Callback):
         return self._has_left
 
     @property
+    def _is_identity(self) -> bool:
+        """Whether merging is the identity, up to the last bit: nobody to merge with, and an outer step that goes where the learner is.
+
+        What a merge at this moment would publish is then known without one: it is in the module.
+        """
+        assignment, sync = self._strategy.assignment, self._strategy.sync
+        is_alone = assignment is not None and assignment.role != "island" and assignment.num_learners == 1
+        return is_alone and (sync.outer_lr, sync.outer_momentum, sync.wire_dtype) == (1.0, 0.0, "fp32")
+
+    @property
     def is_validating(self) -> bool:
         """Whether the module holds the global weights for a validation, so that an exception may strike at any moment."""
         return self._is_validating
@@ -159,14 +169,16 @@ class OuterSync(Callback):
             return
         assert self._client is not None
         self._client.set_paused(True)
-        self._swap_in()
         self._is_validating = True
+        if not self._is_identity:
+            self._swap_in()
 
     def end_validation(self) -> None:
         """Go on with the local weights; called after every other hook of the validation's end."""
         if self._is_validating:
             self._is_validating = False
-            self._swap_out()
+            if self._depth:
+                self._swap_out()
             if self.is_joined:
                 assert self._client is not None
                 self._client.set_paused(False)
@@ -174,7 +186,7 @@ class OuterSync(Callback):
     @contextmanager
     def global_weights(self) -> Iterator[None]:
         """The module holds the last published weights inside; nests with a validation."""
-        if not self.is_joined:
+        if not self.is_joined or self._is_identity:
             yield
             return
         self._swap_in()

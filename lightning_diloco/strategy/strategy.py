@@ -76,6 +76,8 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
     """
 
     strategy_name = "decoupled_diloco"
+    world_size = 1
+    """What a learner reduces over: itself."""
 
     @name_sync_fields
     def __init__(
@@ -165,11 +167,6 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
     def figures(self) -> Figures | None:
         """What the learner of this process has exchanged so far; None outside of a fit."""
         return None if self._outer_sync is None else self._outer_sync.figures
-
-    @property
-    @override
-    def world_size(self) -> int:
-        return 1
 
     @property
     @override
