@@ -87,7 +87,9 @@ def compare(known: dict[str, Any], mode: str, files: list[str]) -> int:
         reason = next((reason for part, reason in EXPECTED.items() if part in test), "NOT EXPECTED")
         print(f"fails with us: {test}: {reason}")
     share = 100 * len(new) / max(passed, 1)
-    print(f"{mode}: {passed} tests pass without us, {len(new)} of them fail with us ({share:.1f} %), {len(unexpected)} not listed; {totals}")
+    print(
+        f"{mode}: {passed} tests pass without us, {len(new)} of them fail with us ({share:.1f} %), {len(unexpected)} not listed; {totals}"
+    )
     return 1 if unexpected else 0
 
 

@@ -28,6 +28,9 @@ from lightning_diloco.outer.spec import Fragment, FragmentKind, Layout, MergeRul
 
 __all__ = ["Fragment", "FragmentKind", "Layout", "MergeRule", "TensorSlice", "TensorSpec", "balanced_fragments", "plan_layout"]
 
+RUNNING_STATISTICS = frozenset(("running_mean", "running_var"))
+"""Persistent buffers of these names change in training and belong to the parameters: BatchNorm's, InstanceNorm's, and alike."""
+
 
 def balanced_fragments(sizes: Sequence[int], num_fragments: int) -> list[list[int]]:
     """Assign tensors to fragments: largest first, each into the smallest fragment so far.
@@ -62,6 +65,8 @@ def plan_layout(
 
     Trainable parameters are cut into fragments; frozen parameters and persistent buffers are static state. A parameter without
     elements has nothing to synchronize and is static too. With `include_frozen`, floating-point frozen parameters are cut as well.
+    Running statistics (`RUNNING_STATISTICS`) are the last fragment, of kind ``buffers``: they describe the parameters that they were
+    measured with, so whoever takes the merged parameters needs the merged statistics.
 
     Args:
         module: the module, with every parameter materialized. Only metadata is read.
@@ -82,22 +87,17 @@ def plan_layout(
         )
     embeddings = _embedding_ids(module)
     slices = [
-        TensorSlice(
-            name=entry.names[0],
-            dtype=dtype_name(entry.tensor.dtype),
-            global_shape=tuple(entry.tensor.shape),
-            offset=0,
-            length=entry.tensor.numel(),
-            tied_names=tuple(entry.names[1:]),
-            merge="mean" if merge == "mean" or _is_averaged(entry, embeddings, mean_patterns) else "rda",
-        )
-        for entry in synchronized
+        _slice_of(entry, "mean" if merge == "mean" or _is_averaged(entry, embeddings, mean_patterns) else "rda") for entry in synchronized
     ]
     parts = balanced_fragments([part.length for part in slices], num_fragments)
+    fragments = [Fragment(fragment_id=i, kind="parameters", slices=tuple(slices[j] for j in indices)) for i, indices in enumerate(parts)]
+    statistics = [entry for entry in static if _is_running_statistic(entry)]
+    if statistics:
+        buffers = tuple(_slice_of(entry, "mean") for entry in statistics)
+        fragments.append(Fragment(fragment_id=len(fragments), kind="buffers", slices=buffers))
+        static = [entry for entry in static if not _is_running_statistic(entry)]
     return Layout(
-        fragments=tuple(
-            Fragment(fragment_id=i, kind="parameters", slices=tuple(slices[j] for j in indices)) for i, indices in enumerate(parts)
-        ),
+        fragments=tuple(fragments),
         static=tuple(
             TensorSpec(
                 name=entry.names[0],
@@ -131,6 +131,23 @@ def _collect(module: nn.Module) -> Iterator[_Found]:
     for entry in found.values():
         _check_tensor(entry.tensor, entry.names[0])
         yield entry
+
+
+def _slice_of(entry: _Found, merge: MergeRule) -> TensorSlice:
+    return TensorSlice(
+        name=entry.names[0],
+        dtype=dtype_name(entry.tensor.dtype),
+        global_shape=tuple(entry.tensor.shape),
+        offset=0,
+        length=entry.tensor.numel(),
+        tied_names=tuple(entry.names[1:]),
+        merge=merge,
+    )
+
+
+def _is_running_statistic(entry: _Found) -> bool:
+    is_float = dtype_name(entry.tensor.dtype) in PARAMETER_DTYPES
+    return not entry.is_parameter and is_float and entry.tensor.numel() > 0 and entry.names[0].rpartition(".")[2] in RUNNING_STATISTICS
 
 
 def _check_tensor(tensor: Tensor, name: str) -> None:

@@ -147,6 +147,15 @@ class Fragment:
         return tuple(part for part in self.slices if part.offset == 0)
 
     @property
+    def holds_values(self) -> bool:
+        """Whether contributions are the values themselves (buffers) rather than pseudo-gradients."""
+        return self.kind == "buffers"
+
+    def wire_dtype(self, configured: str) -> str:
+        """How contributions and differences of this fragment travel: buffers always exactly."""
+        return "fp32" if self.holds_values else configured
+
+    @property
     def num_params(self) -> int:
         """Elements of the flat fragment."""
         return sum(part.length for part in self.slices)

@@ -154,6 +154,22 @@ class FragmentView:
             if same_device:
                 torch._foreach_add_(same_device, same_device_deltas)
 
+    def move_to(self, published: Tensor, delta_views: Sequence[Tensor]) -> None:
+        """Adopt running statistics: add the difference, but never go beyond what is published, so that a variance stays one.
+
+        Args:
+            published: the new version, float32 [N].
+            delta_views: what `split` made of the difference to it.
+        """
+        with torch.no_grad():
+            for live, target, delta in zip(self._live, self.split(published), delta_views, strict=True):
+                theta = live.resolve()
+                local, goal = theta.float(), target.to(theta.device)
+                moved = torch.clamp(local + delta.to(theta.device), torch.minimum(local, goal), torch.maximum(local, goal))
+                theta.copy_(moved)
+                if live.residual is not None:
+                    live.residual.zero_()
+
     def residual(self) -> Tensor | None:
         """A copy of the residuals, one after the other, float32 in host memory, for the rejoin checkpoint; None without any."""
         parts = self._residuals()

@@ -259,7 +259,7 @@ class Admission:
                 parent=None,
                 crc=crc,
                 merged_through={},
-                difference_bytes=per_element * f.num_params,
+                difference_bytes=(per_element if f.kind == "parameters" else 4) * f.num_params,
                 full_bytes=4 * f.num_params,
             )
             for f, n, crc in zip(found.fragments, numbers, event.crcs, strict=True)
@@ -283,7 +283,7 @@ class Admission:
             job_id=job.options.job_id,
             lineage=job.options.lineage,
             epoch=job.epoch,
-            config={**job.config.as_dict(), "num_fragments": job.num_fragments},
+            config={**job.config.as_dict(), "num_fragments": sum(f.kind == "parameters" for f in job.fragments)},
             fingerprint=job.fingerprint,
             fragments=job.fragments,
             founded_n=numbers,

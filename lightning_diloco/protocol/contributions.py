@@ -93,6 +93,10 @@ class Contributions:
     def _accept(self, event: ContributionArrived, member: Member, key: ContributionKey, now_s: float) -> list[SyncerAction]:
         job, header = self._job, event.header
         round_ = self._rounds.of(header.fragment_id)
+        actions: list[SyncerAction] = []
+        if header.after is not None and any(h.learner_id == member.learner_id for h in round_.held):
+            # Two parts of one learner's work are added up, never averaged: the earlier one is merged before this one is folded in.
+            actions += self._rounds.force(round_, now_s)
         outcome: Outcome = "folded" if round_.is_collecting else "carried"
         weight = contribution_weight(header.tokens, header.steps)
         held = Held(
@@ -107,7 +111,7 @@ class Contributions:
         job.ledger.hold(member.learner_id, header.fragment_id, header.tokens)
         job.decide(member.learner_id, header.fragment_id, header.seq, Decision(crc=header.crc, outcome="held"))
         member.snapshot_step[header.fragment_id] = header.inner_step
-        actions: list[SyncerAction] = [Fold(key=key, weight=weight), self._tape(event, member, weight, outcome, None)]
+        actions += [Fold(key=key, weight=weight), self._tape(event, member, weight, outcome, None)]
         actions.append(self._answer(member, header, "held", None))
         # A late answer to the previous round is in this one: nothing more will come of this learner while it is held.
         return actions + self._rounds.end_pull(member.learner_id, header.fragment_id, None, now_s)

@@ -150,7 +150,9 @@ class Job:
 
     def _prepare(self) -> None:
         config, count = self.config, max(1, len(self.fragments))
-        self.gates = [NormGate(config.norm_gate) for _ in range(count)]
+        # Buffers are values: their size says nothing about the steps behind it.
+        kinds = [f.kind for f in self.fragments] or ["parameters"]
+        self.gates = [NormGate(config.norm_gate if kind == "parameters" else None) for kind in kinds]
         self.pace = Pace(num_fragments=count, sync_interval_steps=config.sync_interval_steps)
         self.grace = GraceWindow(
             overlap_steps=config.overlap_steps, grace_fraction=config.grace_fraction, grace_cap_steps=config.grace_cap_steps

@@ -41,7 +41,7 @@ from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOption
 from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
 from lightning_diloco.runtime.global_state import GlobalState, MomentumTracker
-from lightning_diloco.runtime.healing import Remedy, parameters_of, poisoned_fragments
+from lightning_diloco.runtime.healing import Remedy, poisoned_fragments, tensors_of
 from lightning_diloco.runtime.learner_store import Adoption, LearnerStore
 
 __all__ = ["ClientOptions", "Figures", "JoinInfo", "LearnerClient"]
@@ -229,6 +229,8 @@ class LearnerClient:
                 view = self._store.views[action.fragment_id]
                 if item.delta_views is None:
                     view.copy_from(item.published)
+                elif view.fragment.holds_values:
+                    view.move_to(item.published, item.delta_views)
                 else:
                     view.add_(item.delta_views)
             elif isinstance(item, Encode):
@@ -247,7 +249,7 @@ class LearnerClient:
         if self.on_heal is not None:
             # One step with a NaN puts it into the moments of all parameters.
             healed = self._store.views if action.reason == "nonfinite" else [self._store.views[action.fragment_id]]
-            self.on_heal([p for view in healed for p in parameters_of(self._module, view)])
+            self.on_heal([p for view in healed for p in tensors_of(self._module, view) if isinstance(p, nn.Parameter)])
 
     def set_paused(self, is_paused: bool) -> None:
         """No inner steps for a while (validation, checkpoint), or on again."""
@@ -317,12 +319,12 @@ class LearnerClient:
                     if (value := tensors.get(part.name)) is not None and value.shape == parameter.shape:
                         parameter.copy_(value)
 
-    def _tensors(self, fragment_id: int) -> list[nn.Parameter]:
-        return parameters_of(self._module, self._store.views[fragment_id])
+    def _tensors(self, fragment_id: int) -> list[Tensor]:
+        return tensors_of(self._module, self._store.views[fragment_id])
 
     def unmerged_parameters(self) -> list[str]:
         """Names of parameters that are trainable now and in no fragment: frozen, or not there, when the layout was planned."""
-        merged = {id(p) for view in self._store.views for p in parameters_of(self._module, view)}
+        merged = {id(p) for view in self._store.views for p in tensors_of(self._module, view)}
         return [n for n, p in self._module.named_parameters() if p.requires_grad and p.numel() and id(p) not in merged]
 
     # ---- the end ------------------------------------------------------------------------------------------------------------

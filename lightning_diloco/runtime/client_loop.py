@@ -277,8 +277,9 @@ class ClientLoop:
         if isinstance(header, StaticState):
             return total_bytes == static_bytes(self._store.layout)
         if isinstance(header, Publication) and header.fragment_id < len(self._store.views):
-            wire_dtype = "fp32" if header.parent is None else self._config.wire_dtype
-            return total_bytes == payload_bytes(self._store.views[header.fragment_id].num_params, wire_dtype)
+            fragment = self._store.layout.fragments[header.fragment_id]
+            wire_dtype = "fp32" if header.parent is None else fragment.wire_dtype(self._config.wire_dtype)
+            return total_bytes == payload_bytes(fragment.num_params, wire_dtype)
         return False
 
     def _take(self, event: TransportEvent) -> None:

@@ -80,7 +80,7 @@ class MomentumTracker:
     """
 
     def __init__(self, layout: Layout, config: SyncConfig, *, is_on: bool) -> None:
-        self._config = config
+        self._layout, self._config = layout, config
         self.is_on = is_on and config.outer_momentum > 0
         self._buffers = [torch.zeros(f.num_params) for f in layout.fragments] if self.is_on else []
 
@@ -99,7 +99,7 @@ class MomentumTracker:
 
         Of versions that were skipped only the sum is known: each counts for an equal share of it.
         """
-        if not self.is_on or new <= old:
+        if not self.is_on or new <= old or self._layout.fragments[fragment_id].holds_values:
             return None
         buffer, share = self._buffers[fragment_id], torch.sub(published, before).div_(new - old)
         for n in range(old + 1, new + 1):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_diloco.outer import FragmentView, contribution_norm, reference
 from lightning_diloco.protocol.learner_state import FragmentState
 
-__all__ = ["MAX_NORM", "Remedy", "is_sound", "parameters_of", "poisoned_fragments"]
+__all__ = ["MAX_NORM", "Remedy", "is_sound", "poisoned_fragments", "tensors_of"]
 
 MAX_NORM = 1e30
 """A contribution of this norm or more counts as not finite: two of them can overflow float32 in the outer step, and NaN is for good."""
@@ -47,15 +47,17 @@ def poisoned_fragments(module: nn.Module, views: Sequence[FragmentView], fragmen
 
 
 def _is_finite(module: nn.Module, view: FragmentView) -> bool:
-    return all(bool(torch.isfinite(parameter).all()) for parameter in parameters_of(module, view))
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(module, view))
 
 
-def parameters_of(module: nn.Module, view: FragmentView) -> list[nn.Parameter]:
-    """The parameters of a fragment, pruned ones too (`torch.nn.utils.prune` renames them)."""
-    return [_parameter(module, part.name) for part in view.fragment.slices]
+def tensors_of(module: nn.Module, view: FragmentView) -> list[Tensor]:
+    """The parameters or buffers of a fragment, pruned ones too (`torch.nn.utils.prune` renames them)."""
+    return [_tensor(module, part.name, view.fragment.holds_values) for part in view.fragment.slices]
 
 
-def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+def _tensor(module: nn.Module, name: str, is_buffer: bool) -> Tensor:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
+    if is_buffer:
+        return owner.get_buffer(leaf)
     return owner.get_parameter(leaf if owner._parameters.get(leaf) is not None else f"{leaf}_orig")

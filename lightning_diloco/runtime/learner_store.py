@@ -81,6 +81,9 @@ class LearnerStore:
         published = self._published[fragment_id]
         return self.base(fragment_id) if published is None else published
 
+    def _dtype(self, fragment_id: int) -> str:
+        return self.layout.fragments[fragment_id].wire_dtype(self._wire_dtype)
+
     def global_state(self) -> GlobalState:
         """Under the lock: the published fragments of this moment with all that belongs to them."""
         published = tuple(self.published(i) for i in range(len(self.views)))
@@ -104,7 +107,7 @@ class LearnerStore:
         if is_full:
             new = decode_full(payload, num_params)
         else:
-            new = decode_publication(payload, self.published(fragment_id), num_params, self._wire_dtype)
+            new = decode_publication(payload, self.published(fragment_id), num_params, self._dtype(fragment_id))
         return new if crc32(new) == crc else None
 
     def prepare(self, fragment_id: int, published: Tensor, base: Tensor, with_contribution: int) -> Adoption:
@@ -119,7 +122,11 @@ class LearnerStore:
         if not self._is_rebase:
             return Adoption(published, None)
         merged = self._contributions[fragment_id].get(with_contribution)
-        return Adoption(published, self.views[fragment_id].split(rebase_delta(published, base, merged)))
+        if self.layout.fragments[fragment_id].holds_values:
+            delta = torch.sub(published, base if merged is None else merged)
+        else:
+            delta = rebase_delta(published, base, merged)
+        return Adoption(published, self.views[fragment_id].split(delta))
 
     def set_joined(self, fragment_id: int, published: Tensor, version: int) -> None:
         """While joining: this version is the base."""
@@ -153,16 +160,19 @@ class LearnerStore:
         return free.pop() if free else torch.empty(self.views[fragment_id].num_params)
 
     def encode(self, fragment_id: int, seq: int, base: Tensor, local: Tensor, after: int) -> int:
-        """Encode base minus local, relative to contribution `after` if there is one; keeps payload and decoded value.
+        """Encode base minus local, relative to contribution `after` if there is one; of buffers the values. Keeps payload and d^.
 
         Returns:
             crc of the payload.
         """
-        anchor = reference(base, self._contributions[fragment_id].get(after))
-        payload = encode(pseudo_gradient(anchor, local), self._wire_dtype)
+        wire_dtype = self._dtype(fragment_id)
+        if self.layout.fragments[fragment_id].holds_values:
+            payload = encode(local, wire_dtype)
+        else:
+            payload = encode(pseudo_gradient(reference(base, self._contributions[fragment_id].get(after)), local), wire_dtype)
         self._staging[fragment_id].append(local)
         self._payloads[fragment_id, seq] = payload
-        self._contributions[fragment_id][seq] = decode(payload, base.numel(), self._wire_dtype)
+        self._contributions[fragment_id][seq] = decode(payload, base.numel(), wire_dtype)
         return crc32(payload)
 
     def remedy(self, fragment_id: int, keep_seq: int) -> Remedy:
@@ -172,7 +182,8 @@ class LearnerStore:
             fragment_id: whose values.
             keep_seq: seq of the contribution on its way (0: none).
         """
-        return Remedy(self.base(fragment_id), self._contributions[fragment_id].get(keep_seq))
+        sent = None if self.layout.fragments[fragment_id].holds_values else self._contributions[fragment_id].get(keep_seq)
+        return Remedy(self.base(fragment_id), sent)
 
     def payload(self, fragment_id: int, seq: int) -> memoryview:
         """The encoded contribution, to be sent (again)."""

@@ -214,7 +214,8 @@ class Performer:
             is_founding = isinstance(header, FoundingFragment)
             if is_founding != is_founder or (isinstance(header, FoundingFragment) and header.part not in self.store.founding_parts):
                 return "refused"
-            expected = payload_bytes(sizes[header.fragment_id], "fp32" if is_founding else self.store.config.wire_dtype)
+            configured = "fp32" if is_founding else self.store.config.wire_dtype
+            expected = payload_bytes(sizes[header.fragment_id], self.store.layout.fragments[header.fragment_id].wire_dtype(configured))
         else:
             return "refused"
         return True if total_bytes == expected else "oversized" if total_bytes > expected else "refused"

@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import RemoteProtocolError
 from lightning_diloco.outer import (
+    Fragment,
     FragmentState,
     Layout,
     MergeAccumulator,
@@ -138,8 +139,12 @@ class SyncerStore:
             The decoded pseudo-gradient, float32 [N]; its float64 norm; whether the payload has its checksum.
         """
         crc_ok = crc32(payload) == crc
-        d = decode(payload, self.layout.fragments[fragment_id].num_params, self.config.wire_dtype)
+        fragment = self.layout.fragments[fragment_id]
+        d = decode(payload, fragment.num_params, self._dtype(fragment))
         return d, contribution_norm(d), crc_ok
+
+    def _dtype(self, fragment: Fragment) -> str:
+        return fragment.wire_dtype(self.config.wire_dtype)
 
     def fold(self, fragment_id: int, d: Tensor, weight: float) -> None:
         """Fold one contribution into the fragment's open merge."""
@@ -147,18 +152,21 @@ class SyncerStore:
         self._norms[fragment_id].append(record.norms)
 
     def close(self, fragment_id: int, merge_index: int) -> Closed:
-        """Merge, take the outer step, and encode the publication."""
+        """Merge, take the outer step, and encode the publication; merged buffers are the new ones."""
         start_s = time.monotonic()
-        config, before = self.config, self.state(fragment_id)
+        config, before, fragment = self.config, self.state(fragment_id), self.layout.fragments[fragment_id]
         merged, record = self._accumulators[fragment_id].result()
-        momentum = momentum_at(merge_index, config.outer_momentum, config.outer_momentum_warmup)
-        stepped = outer_step(before, merged, lr=config.outer_lr, momentum=momentum)
-        difference, shadow = encode_publication(stepped.theta, before.shadow, config.wire_dtype)
+        momentum, wire_dtype = momentum_at(merge_index, config.outer_momentum, config.outer_momentum_warmup), self._dtype(fragment)
+        if fragment.holds_values:
+            momentum, stepped = 0.0, FragmentState.founded(merged)
+        else:
+            stepped = outer_step(before, merged, lr=config.outer_lr, momentum=momentum)
+        difference, shadow = encode_publication(stepped.theta, before.shadow, wire_dtype)
         if not bool(torch.isfinite(shadow).all()):
             # Finite contributions can still overflow, with a huge outer learning rate for one. NaN in the global model is for good.
             _log.error("The outer step of fragment %d is not finite; the fragment stays as it was, without momentum.", fragment_id)
             stepped = FragmentState.founded(before.theta)
-            difference, shadow = encode_publication(before.theta, before.shadow, config.wire_dtype)
+            difference, shadow = encode_publication(before.theta, before.shadow, wire_dtype)
         self._states[fragment_id] = FragmentState(theta=stepped.theta, momentum=stepped.momentum, shadow=shadow, merge_index=merge_index)
         norms, self._norms[fragment_id] = tuple(self._norms[fragment_id]), []
         self._accumulators[fragment_id] = MergeAccumulator(self.layout.fragments[fragment_id])
@@ -178,9 +186,9 @@ class SyncerStore:
         return sha256_of(self.state(i).shadow for i in range(len(self._states)))
 
     def save_global(self, path: Path) -> None:
-        """Write all parameters, the published fragments and the frozen ones, under the module's names, atomically.
+        """Write the published fragments and the frozen parameters under the module's names, atomically.
 
-        Buffers are not here: each learner trains its own, and those of the founding are out of date. A tensor stored below float32
+        Running statistics are a fragment; other buffers are not here, because each learner has its own. A tensor stored below float32
         by the module stands here in float32; tied tensors stand under their first name.
         """
         static = unpack_static(self.layout, self.static)

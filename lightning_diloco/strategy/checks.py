@@ -79,7 +79,7 @@ def check_local(sync: SyncConfig, launch: str, num_devices: int, environment: Cl
             f"min_quorum={sync.min_quorum} with devices={num_devices}: a merge cannot need more contributions than there are learners. "
             f"Lower min_quorum to at most {num_devices} or raise devices."
         )
-    if environment is not None and environment.creates_processes_externally:
+    if launch == "supervised" and environment is not None and environment.creates_processes_externally:
         size = environment.world_size()
         if size > 1:
             raise ConfigurationError(

@@ -11,22 +11,23 @@ import logging
 import time
 import warnings
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from safetensors.torch import load_file
 from torch import nn
+from torch import save as torch_save
 
 from lightning_diloco.protocol.records import JoinRecord, RunRecord, TapeLine
 from lightning_diloco.runtime.summary import SummaryKeeper
 from lightning_diloco.runtime.tape import TAPE_NAME, TapeTail, append_run_record
 from lightning_diloco.strategy.fit_call import FitCall
-from lightning_diloco.strategy.resume import put_final_outer_state
+from lightning_diloco.strategy.resume import CHECKPOINT_KEY, put_final_outer_state
 
 __all__ = ["JobRecorder", "load_final_weights", "validate_global", "write_last_checkpoint"]
 
@@ -95,24 +96,34 @@ def load_final_weights(module: pl.LightningModule, run_dir: Path, dump: dict[str
         return
     state = {} if dump is None else dump["state_dict"]
     final = load_file(path)
-    if is_overridden("configure_model", module) and not final.keys() <= dict(module.named_parameters(remove_duplicate=False)).keys():
+    if is_overridden("configure_model", module) and not final.keys() <= module.state_dict().keys():
         # The module makes its layers in the learners; it is made to be called more than once.
         module.configure_model()
     if state:
         module.load_state_dict(state, strict=False)
     missing = _copy(module, final)
     if missing:
-        _log.warning("the calling process's module has no parameter %s: its final weights are in %s only", ", ".join(missing), path)
+        _log.warning("the calling process's module has no tensor %s: its final weights are in %s only", ", ".join(missing), path)
 
 
 def write_last_checkpoint(trainer: pl.Trainer, run_dir: Path, dump: dict[str, Any] | None) -> None:
-    """Write ``checkpoints/last.ckpt``: learner 0's training state with the final weights and the syncer's momentum."""
+    """Write ``checkpoints/last.ckpt``: learner 0's training state with the final weights and the syncer's momentum.
+
+    A state that cannot be pickled costs a warning and everything but the weights; the fit has ended well.
+    """
     path = run_dir / "checkpoints" / "last.ckpt"
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False) if dump is None else dump
     checkpoint["state_dict"] = trainer.lightning_module.state_dict()
     put_final_outer_state(checkpoint, run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    TorchCheckpointIO().save_checkpoint(checkpoint, path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        torch_save(checkpoint, temporary)
+    except (PicklingError, TypeError, AttributeError) as error:
+        _log.warning("the training state cannot be pickled, %s has the weights and the outer state only: %s", path, error)
+        kept = ("state_dict", "epoch", "global_step", "pytorch-lightning_version", CHECKPOINT_KEY)
+        torch_save({name: checkpoint[name] for name in kept if name in checkpoint}, temporary)
+    temporary.replace(path)
 
 
 def validate_global(trainer: pl.Trainer, fit: FitCall, run_dir: Path) -> dict[str, float] | None:
@@ -135,7 +146,7 @@ def validate_global(trainer: pl.Trainer, fit: FitCall, run_dir: Path) -> dict[st
         return None
     finally:
         _set_rng_states(rng_states)
-        fit.attach(trainer)
+        fit.give_back(trainer)
 
 
 def _twin(module: pl.LightningModule) -> pl.LightningModule:
@@ -181,10 +192,10 @@ def _quiet_trainer(trainer: pl.Trainer, run_dir: Path) -> pl.Trainer:
 
 
 def _copy(module: nn.Module, final: dict[str, torch.Tensor]) -> list[str]:
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    missing = [name for name in final if name not in parameters]
+    tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    missing = [name for name in final if name not in tensors]
     with torch.no_grad():
         for name, value in final.items():
-            if name in parameters:
-                parameters[name].copy_(value)
+            if name in tensors:
+                tensors[name].copy_(value)
     return missing

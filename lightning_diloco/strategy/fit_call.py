@@ -38,6 +38,12 @@ class FitCall:
             self.model, train_dataloaders=self.train_dataloaders, val_dataloaders=self.val_dataloaders, datamodule=self.datamodule
         )
 
+    def give_back(self, trainer: pl.Trainer) -> None:
+        """Let module and data belong to this Trainer again, after another one; its loaders stay as they are."""
+        self.model.trainer = trainer
+        if self.datamodule is not None:
+            self.datamodule.trainer = trainer
+
     def has_validation(self, trainer: pl.Trainer) -> bool:
         """Whether the fit has a validation loop."""
         source: Any = self.datamodule if self.datamodule is not None else self.model

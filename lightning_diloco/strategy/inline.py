@@ -25,7 +25,7 @@ from lightning_diloco.runtime.service import ServiceOptions, SyncerService
 from lightning_diloco.strategy.assignment import Assignment
 from lightning_diloco.strategy.finish import JobRecorder, load_final_weights, validate_global, write_last_checkpoint
 from lightning_diloco.strategy.fit_call import FitCall
-from lightning_diloco.strategy.launcher import make_launch_dir, read_dump
+from lightning_diloco.strategy.launcher import make_launch_dir
 from lightning_diloco.strategy.sigterm import SigtermPolicy
 
 if TYPE_CHECKING:
@@ -78,9 +78,8 @@ class InlineLauncher(_Launcher):
             policy.install()
             function(*args, **kwargs)
             _end(service, "finished")
-            dump = read_dump(launch_dir)
             load_final_weights(fit.model, run_dir, None)
-            write_last_checkpoint(trainer, run_dir, dump)
+            write_last_checkpoint(trainer, run_dir, strategy.final_state)
             val = validate_global(trainer, fit, run_dir)
             status = "finished"
         except (KeyboardInterrupt, SIGTERMException):
@@ -93,6 +92,7 @@ class InlineLauncher(_Launcher):
                 _end(service, status, is_strict=False)
             policy.remove()
             strategy.take(None)
+            strategy.final_state = None
             shutil.rmtree(launch_dir, ignore_errors=True)
             context.destroy(linger=0)
             strategy.summary = recorder.finish(status, time.monotonic(), _NO_RESTARTS, val)

@@ -71,6 +71,7 @@ class OuterSync(Callback):
         self._has_left = False
         self._has_asked = False
         self._is_validating = False
+        self._bar_metrics: dict[str, float] = {}
         self._resumed = Resumed()
         self._saved: GlobalState | None = None
         self.figures: Figures | None = None
@@ -131,7 +132,7 @@ class OuterSync(Callback):
             self._strategy.sync = dataclasses.replace(self._strategy.sync, include_frozen=True)
         client = LearnerClient(pl_module, self._client_options(trainer, assignment), context=assignment.context)
         self._client = client
-        if (effective := len(client.layout.fragments)) < self._strategy.sync.num_fragments:
+        if (effective := sum(not f.holds_values for f in client.layout.fragments)) < self._strategy.sync.num_fragments:
             _log.info("num_fragments=%d, but the model has %d tensors: that many are used", self._strategy.sync.num_fragments, effective)
         client.on_heal = lambda parameters: reset_nonfinite_moments(trainer.optimizers, parameters)
         info = client.join()
@@ -140,6 +141,7 @@ class OuterSync(Callback):
             client.set_local(self._resumed.local)
         self._resumed = Resumed()
         self._strategy.on_joined(info.learner_id)
+        self._show_in_bar(trainer)
         self._clock = JobClock(trainer)
         if self._strategy.sync.lr_clock == "job":
             self._clock.advance(info.job_step)
@@ -242,6 +244,8 @@ class OuterSync(Callback):
     def close(self) -> None:
         """Close the client and take the hooks off the optimizers; idempotent."""
         self._watch.detach()
+        if self._strategy._trainer is not None and (bar := self._strategy._trainer.progress_bar_callback) is not None:
+            vars(bar).pop("get_metrics", None)
         if self._client is not None:
             self.figures = self._client.figures
             self._client.close()
@@ -261,6 +265,18 @@ class OuterSync(Callback):
             founding=self._resumed.founding,
             keeps_momentum=self._strategy.is_global_zero,
         )
+
+    def _show_in_bar(self, trainer: pl.Trainer) -> None:
+        """Add our figures to what the bar shows, without putting them among the user's metrics."""
+        bar = trainer.progress_bar_callback
+        if bar is None or "get_metrics" in vars(bar):
+            return
+        metrics = bar.get_metrics
+
+        def get_metrics(*args: Any) -> dict[str, Any]:
+            return {**metrics(*args), **self._bar_metrics}
+
+        bar.get_metrics = get_metrics  # type: ignore[method-assign, assignment]
 
     def _check_unfrozen(self) -> None:
         if self._client is None or not self.is_joined:
@@ -317,9 +333,8 @@ class OuterSync(Callback):
         bar = {"merges": float(figures.merges), "staleness": float(figures.staleness_versions)}
         if figures.participation is not None:
             bar["participation"] = float(figures.participation)
-        # Not through `self.log`: the names would appear among the user's callback metrics.
-        trainer._logger_connector._progress_bar_metrics.update(bar)
-        if trainer.loggers and trainer._logger_connector.should_update_logs:
+        self._bar_metrics.update(bar)
+        if figures.merges and trainer.loggers and trainer._logger_connector.should_update_logs:
             values = {f"diloco/{name}": value for name, value in bar.items()}
             values |= {"diloco/stall_s": figures.stall_s, "diloco/bytes_up": figures.bytes_up, "diloco/bytes_down": figures.bytes_down}
             values |= {"diloco/inner_steps": figures.inner_steps, "diloco/tokens": figures.tokens}

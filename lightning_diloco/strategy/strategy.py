@@ -141,6 +141,8 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         """The content of ``summary.json`` of the last fit; None before it and in learners."""
         self.is_saving_blocked = False
         """Checkpoints are not written: this process holds untrained weights because its learners train, or have failed."""
+        self.final_state: dict[str, Any] | None = None
+        """Inline: the training state at the end of the fit, for the last checkpoint; None otherwise."""
         self._joined_id = 0
         self._outer_sync: OuterSync | None = None
         self._trainer: pl.Trainer | None = None
@@ -214,7 +216,9 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         checks.check_local(self.sync, self.process_options.launch, num_devices, self.cluster_environment)
         if self.process_options.launch == "inline":
             from lightning_diloco.strategy.inline import InlineLauncher
+            from lightning_diloco.strategy.one_device import count_inline_as_one_device
 
+            count_inline_as_one_device()
             self._launcher = InlineLauncher(self)
         else:
             from lightning_diloco.strategy.launcher import SupervisorLauncher
@@ -234,7 +238,9 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
     @override
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
-        self._trainer = trainer = model.trainer
+        self._trainer = trainer = model._trainer
+        if trainer is None:
+            return
         connector = trainer._accelerator_connector
         if self._wants_sampler is None:
             self._wants_sampler = bool(connector.use_distributed_sampler)
@@ -278,7 +284,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
     @override
     def on_train_end(self) -> None:
         if self.assignment is not None and self.assignment.launch_dir is not None and self.is_global_zero:
-            self._dump_training_state(self.assignment.launch_dir / CHECKPOINT_DUMP)
+            self._leave_training_state(self.assignment.launch_dir / CHECKPOINT_DUMP)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -364,10 +370,15 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
             run_dir=run_dir,
         )
 
-    def _dump_training_state(self, path: Path) -> None:
-        assert self._trainer is not None
+    def _leave_training_state(self, path: Path) -> None:
+        """For the calling process, which writes the last checkpoint after the drain; inline that is this one."""
+        assert self._trainer is not None and self.assignment is not None
         try:
-            torch.save(self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False), path)
+            state = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            if self.assignment.role == "inline":
+                self.final_state = state
+            else:
+                torch.save(state, path)
         except Exception as error:
             path.unlink(missing_ok=True)
             _log.warning("the training state could not be written, last.ckpt will lack the optimizers: %s", error)

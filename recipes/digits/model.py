@@ -26,9 +26,7 @@ class DigitsNet(LightningModule):
         weight_decay: of AdamW.
     """
 
-    def __init__(
-        self, *, hidden_sizes: list[int], depths: list[int], learning_rate: float = 3e-3, weight_decay: float = 0.05
-    ) -> None:
+    def __init__(self, *, hidden_sizes: list[int], depths: list[int], learning_rate: float = 3e-3, weight_decay: float = 0.05) -> None:
         super().__init__()
         self.save_hyperparameters()
         config = ResNetConfig(

@@ -68,7 +68,9 @@ class HFCausalLM(LightningModule):
         except ValueError as error:
             raise ConfigurationError(f"model.architecture={architecture!r}: {str(error)[:300]}") from error
         if weights is not None and not Path(weights).is_file():
-            raise ConfigurationError(f"model.weights={weights!r}: there is no such file; give RUN_DIR/global.safetensors of an earlier run.")
+            raise ConfigurationError(
+                f"model.weights={weights!r}: there is no such file; give RUN_DIR/global.safetensors of an earlier run."
+            )
 
     def configure_model(self) -> None:
         """Make the network, in each process anew: transformers' router hooks do not survive being pickled, and the balance would be 0."""
@@ -95,7 +97,8 @@ class HFCausalLM(LightningModule):
         if balance is None:
             return loss
         self.log("balance_loss", balance, batch_size=len(batch))
-        return loss + self._made.router_aux_loss_coef * balance
+        total: Tensor = loss + self._made.router_aux_loss_coef * balance
+        return total
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log the loss of a batch of windows (B, T + 1), uint8."""
