@@ -64,6 +64,8 @@ def check_rounds(tape: list[Event], *, is_ended: bool) -> None:
         del is_open[p]
         if e["event"] == "merge":
             assert len(e["members"]) >= max(e["quorum"], 1), f"fragment {p} round {r}: merge of {len(e['members'])} under its quorum"
+            processes = [(m["learner_id"], m["incarnation"]) for m in e["members"]]
+            assert len(set(processes)) == len(processes), f"fragment {p} round {r}: one process is averaged with itself"
     if is_ended:
         assert of(tape, "end"), "the tape has no end record"
         assert not is_open, f"rounds never ended: {is_open}"

@@ -32,6 +32,12 @@ from tests.protocol.toy import TOKENS, Bag, Node, bag_crc, bag_sum
 __all__ = ["TOKENS", "Bag", "Node", "Pair"]
 
 
+def check_members(record: MergeRecord) -> None:
+    """A merge averages its members, so two parts of one process's work must not be among them: they would count half."""
+    processes = [(m.learner_id, m.incarnation) for m in record.members]
+    assert len(set(processes)) == len(processes), f"merged with itself: {processes}"
+
+
 class Pair:
     """The whole job in one process.
 
@@ -253,6 +259,8 @@ class Pair:
 
     def _perform_syncer(self, action: act.SyncerAction) -> None:
         if isinstance(action, act.Tape):
+            if isinstance(action.record, MergeRecord):
+                check_members(action.record)
             self.tape.append(action.record)
         elif isinstance(action, act.Reply):
             node = self.by_session(action.session)

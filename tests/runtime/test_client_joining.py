@@ -290,4 +290,4 @@ def test_the_configuration_of_the_options_is_the_jobs(tmp_path):
     config = SyncConfig(num_fragments=2, sync_interval_steps=3, heartbeat_s=0.2)
     with running_job(tmp_path, config=config) as job:
         job.client(0).join()
-        assert job.machine.job.config == config and job.machine.job.num_fragments == 2
+        assert job.machine.job.config == config and job.machine.job.num_fragments == 3, "two, and the running statistics"

@@ -200,7 +200,7 @@ def test_messages_that_a_syncer_says_are_not_taken_from_a_learner(job, peer):
     "message",
     [
         Busy(fragment_id=2**62, round_id=1),
-        NeedFull(fragment_id=4),
+        NeedFull(fragment_id=5),
         Progress(inner_step=2**62, tokens=2**62),
         Heartbeat(inner_step=2**60, tokens=1),
     ],
