@@ -27,15 +27,9 @@ from lightning_diloco.protocol.records import DiscardRecord, MergeRecord, Record
 from lightning_diloco.protocol.syncer import SyncerMachine
 from lightning_diloco.protocol.wire import decode_from_learner, decode_from_syncer, decode_learner_header, decode_syncer_header, encode
 from tests.protocol.invariants import check_learner, check_syncer
-from tests.protocol.toy import TOKENS, Bag, Node, bag_crc, bag_sum
+from tests.protocol.toy import TOKENS, Bag, Node, bag_crc, bag_sum, check_members
 
 __all__ = ["TOKENS", "Bag", "Node", "Pair"]
-
-
-def check_members(record: MergeRecord) -> None:
-    """A merge averages its members, so two parts of one process's work must not be among them: they would count half."""
-    processes = [(m.learner_id, m.incarnation) for m in record.members]
-    assert len(set(processes)) == len(processes), f"merged with itself: {processes}"
 
 
 class Pair:
@@ -259,8 +253,7 @@ class Pair:
 
     def _perform_syncer(self, action: act.SyncerAction) -> None:
         if isinstance(action, act.Tape):
-            if isinstance(action.record, MergeRecord):
-                check_members(action.record)
+            check_members(action.record)
             self.tape.append(action.record)
         elif isinstance(action, act.Reply):
             node = self.by_session(action.session)

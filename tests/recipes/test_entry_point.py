@@ -25,7 +25,12 @@ def train(tmp_path, *options):
 def test_help_names_the_recipe_and_the_values_and_ends_well(tmp_path):
     done = train(tmp_path, "--help")
     assert done.returncode == 0
-    for text in ("recipe: gpt_text", "max_steps:", "sync_interval_steps: 24", "data.path=FILE_OR_FOLDER"):
+    for text in (
+        "recipe: digits, gpt_text, hf_causal_lm, lora_text, moe_text",
+        "max_steps:",
+        "sync_interval_steps: 24",
+        "data.path=FILE_OR_FOLDER",
+    ):
         assert text in done.stdout
 
 
