@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all check clean
+.PHONY: help train test test-all check extras clean
 
 help:
 	@echo "make train     train gpt_text on two learners; ARGS='key=value ...' changes the recipe"
 	@echo "make test      the tests, without the slow ones"
 	@echo "make test-all  all tests"
 	@echo "make check     format, lint, types, layers"
+	@echo "make extras    install what only some recipes need: transformers, peft, scikit-learn"
 	@echo "make clean     remove .venv, caches and build files (outputs/ stays)"
 	@echo "PYTHON=...     the interpreter to set .venv up with (now: $(PYTHON))"
 
@@ -32,6 +33,9 @@ check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_layering.py
+
+extras: $(READY)
+	@$(PIP) install -qq -c constraints.txt -e '.[recipes]'
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

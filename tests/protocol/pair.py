@@ -253,8 +253,7 @@ class Pair:
 
     def _perform_syncer(self, action: act.SyncerAction) -> None:
         if isinstance(action, act.Tape):
-            check_members(action.record)
-            self.tape.append(action.record)
+            self.tape.append(check_members(action.record))
         elif isinstance(action, act.Reply):
             node = self.by_session(action.session)
             if node is not None:

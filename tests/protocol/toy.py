@@ -10,7 +10,7 @@ from typing import Any
 from lightning_diloco.protocol import actions as act
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.messages import Publication
-from lightning_diloco.protocol.records import MergeRecord
+from lightning_diloco.protocol.records import MergeRecord, Record
 
 Bag = Counter[int]
 """Atoms and their coefficients; none is 0."""
@@ -73,7 +73,8 @@ class Node:
         return self.stage == "joined"
 
 
-def check_members(record: object) -> None:
+def check_members(record: Record) -> Record:
     """A merge averages its members, so two parts of one process's work must not be among them: they would count half."""
     processes = [(m.learner_id, m.incarnation) for m in record.members] if isinstance(record, MergeRecord) else []
     assert len(set(processes)) == len(processes), f"merged with itself: {processes}"
+    return record
