@@ -208,7 +208,7 @@ def two_learner_run() -> TapeBuilder:
     tape.leave(0)
     tape.leave(1, 1)
     tape.merge(1, [tape.contribute(0, 1, 8, 80)], (0, 1))
-    tape.merge(1, [tape.contribute(1, 1, 2, 10, "carried", 1), tape.contribute(1, 1, 1, 5, "carried", 1)], ())
+    tape.merge(1, [tape.contribute(1, 1, 3, 15, "carried", 1)], ())
     tape.now_s = 31.0
     tape.end()
     tape.run()
