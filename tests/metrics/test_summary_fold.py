@@ -33,7 +33,7 @@ def test_figures_of_a_run_with_a_death_a_pause_and_carried_work():
             {"fragment_id": 0, "version": 2, "num_params": 30, "merged": 180, "pending": 0, "discarded": 15},
             {"fragment_id": 1, "version": 3, "num_params": 10, "merged": 180, "pending": 0, "discarded": 15},
         ],
-        "bytes_up": 160 + 10 * 100,
+        "bytes_up": 160 + 9 * 100,
         "bytes_down": 7 + 2 * 50 + 20,
         "val": {"val_loss": 1.25},
         "global_sha256": "ab",
