@@ -51,10 +51,18 @@ class Contributions:
         known = job.decisions.get((member.learner_id, header.fragment_id), {}).get(header.seq)
         if known is not None and known.crc == header.crc:
             return self._again(event, member, key, known, now_s)
+        if header.after is not None and known is None and self._must_wait(member, header.fragment_id):
+            later = Resolved(fragment_id=header.fragment_id, seq=header.seq, outcome="unknown", reason=None)
+            return [DropPayload(key=key), Reply(session=member.session, message=later, incarnation=member.incarnation)]
         reason = self._refusal(event, member, known)
         if reason is not None:
             return self._refuse(event, member, key, reason, now_s)
         return self._accept(event, member, key, now_s)
+
+    def _must_wait(self, member: Member, fragment_id: int) -> bool:
+        """Whether the part of its work before this one came during a merge, which has to end first; the learner sends it again."""
+        round_ = self._rounds.of(fragment_id)
+        return round_.stage == "merging" and any(h.learner_id == member.learner_id for h in round_.held)
 
     def _refusal(self, event: ContributionArrived, member: Member, known: Decision | None) -> Refusal | None:
         job, header = self._job, event.header
