@@ -277,7 +277,7 @@ def test_the_ten_lines_run_and_write_what_the_readme_says(tmp_path):
     assert merges > 0
     run_dir = tmp_path / "outputs" / "latest"
     files = re.findall(r"^\| `([\w./]+)` \|", docs.text_of("README.md").partition("## The run directory")[2], re.M)
-    assert len(files) == 6
+    assert len(files) == 7
     assert [name for name in files if not (run_dir / name).exists()] == []
 
 

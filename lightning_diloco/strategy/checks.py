@@ -79,8 +79,11 @@ def check_local(sync: SyncConfig, launch: str, num_devices: int, environment: Cl
             f"min_quorum={sync.min_quorum} with devices={num_devices}: a merge cannot need more contributions than there are learners. "
             f"Lower min_quorum to at most {num_devices} or raise devices."
         )
-    if launch == "supervised" and environment is not None and environment.creates_processes_externally:
-        size = environment.world_size()
+    if environment is not None and environment.creates_processes_externally:
+        try:
+            size = environment.world_size()
+        except KeyError:  # a scheduler's environment without its number of tasks: nothing that it started
+            size = 1
         if size > 1:
             raise ConfigurationError(
                 f"{type(environment).__name__}: this process is one of {size} that an outside launcher started, and each would start "

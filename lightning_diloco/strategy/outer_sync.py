@@ -274,6 +274,7 @@ class OuterSync(Callback):
         metrics = bar.get_metrics
 
         def get_metrics(*args: Any) -> dict[str, Any]:
+            """The bar's own, then ours."""
             return {**metrics(*args), **self._bar_metrics}
 
         bar.get_metrics = get_metrics  # type: ignore[method-assign, assignment]

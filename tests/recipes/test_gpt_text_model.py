@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_diloco.errors import ConfigurationError
+from recipes.byte_model import warmup_cosine
 from recipes.gpt_text.data import TextData
-from recipes.gpt_text.model import GPT, GPTText, rotary_table, rotate, warmup_cosine
+from recipes.gpt_text.model import GPT, GPTText, rotary_table, rotate
 
 CONTEXT = 16
 

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.compile import from_compiled, to_uncompiled
 
 from lightning_diloco import ConfigurationError, DecoupledDiLoCoStrategy, SyncConfig
+from lightning_diloco.strategy import checks
 from lightning_diloco.strategy.payload import InterpreterState, Payload, load_payload, save_payload
 from tests.strategy.kit import ROOT, TinyModel, loader, quiet
 
@@ -81,6 +82,15 @@ def test_a_process_that_a_launcher_started_as_one_of_many_is_refused(monkeypatch
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(ConfigurationError, match=r"one of 2 that an outside launcher started"):
         Trainer(**quiet(devices=2, strategy="decoupled_diloco"))
+    with pytest.raises(ConfigurationError, match=r"one of 2 that an outside launcher started"):
+        Trainer(**quiet(devices=1, strategy=DecoupledDiLoCoStrategy(launch="inline")))
+
+
+def test_a_schedulers_environment_without_a_number_of_tasks_is_no_launcher(monkeypatch):
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    checks.check_local(SyncConfig(), "inline", 1, SLURMEnvironment(auto_requeue=False))
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
