@@ -139,6 +139,8 @@ def validate_global(trainer: pl.Trainer, fit: FitCall, run_dir: Path) -> dict[st
         quiet = _quiet_trainer(trainer, run_dir)
         # The launcher has run it once for the machine.
         quiet._data_connector.prepare_data = _nothing  # type: ignore[method-assign]
+        # What the module's `configure_callbacks` returns has seen the end of the fit.
+        quiet._callback_connector._attach_model_callbacks = _nothing  # type: ignore[method-assign]
         results = quiet.validate(_twin(fit.model), dataloaders=fit.val_dataloaders, datamodule=fit.datamodule, verbose=False)
         return {name: float(value) for result in results for name, value in result.items()}
     except Exception as error:

@@ -81,9 +81,14 @@ class OuterSync(Callback):
     def attach(cls, trainer: pl.Trainer, strategy: DecoupledDiLoCoStrategy) -> OuterSync:
         """Put a fresh one at the front of the Trainer's callbacks, in place of one of an earlier fit."""
         callback = cls(strategy)
-        others = [c for c in trainer.callbacks if not isinstance(c, OuterSync)]  # type: ignore[attr-defined]
-        trainer.callbacks[:] = [callback, *others]  # type: ignore[attr-defined]
+        _remove_from(trainer)
+        trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
         return callback
+
+    def detach(self) -> None:
+        """Leave the Trainer's callbacks: after a fit they are the user's."""
+        if self._strategy._trainer is not None:
+            _remove_from(self._strategy._trainer)
 
     @property
     def is_joined(self) -> bool:
@@ -341,6 +346,10 @@ class OuterSync(Callback):
             values |= {"diloco/inner_steps": figures.inner_steps, "diloco/tokens": figures.tokens}
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _remove_from(trainer: pl.Trainer) -> None:
+    trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, OuterSync)]  # type: ignore[attr-defined]
 
 
 def _batch_size(trainer: pl.Trainer) -> int:

@@ -288,12 +288,14 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        """Nothing to add: the callback has put the weights back, and `teardown` closes the client."""
+        """Nothing of DDP's, which explains its own errors: the callback has put the weights back, and `teardown` closes the client."""
+        super(ParallelStrategy, self).on_exception(exception)
 
     @override
     def teardown(self) -> None:
         if self._outer_sync is not None:
             self._outer_sync.close()
+            self._outer_sync.detach()
         super().teardown()
 
     # -- collectives: a learner stands alone ---------------------------------------------------------------------------------------

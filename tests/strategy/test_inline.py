@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DistributedSampler
 
@@ -209,14 +209,18 @@ def test_the_users_loader_is_kept_as_it_is(tmp_path):
     assert trainer.train_dataloader is data
 
 
-def test_the_callback_is_attached_once_and_first_even_after_a_second_fit(tmp_path):
-    model = TinyModel()
-    trainer = fit(model, max_steps=4)
+def test_the_callback_is_there_once_and_first_during_a_fit_and_gone_after_it(tmp_path):
+    seen = []
+    note = LambdaCallback(on_train_end=lambda trainer, _: seen.append([type(c) for c in trainer.callbacks]))
+    strategy = DecoupledDiLoCoStrategy(**FAST)
+    trainer = Trainer(**quiet(devices=1, strategy=strategy, max_steps=4, callbacks=[note]))
+    before = list(trainer.callbacks)
+    trainer.fit(TinyModel(), loader())
     first = trainer.strategy.summary["job_id"]
     trainer.fit_loop.epoch_loop.max_steps = 8
-    trainer.fit(model, loader())
-    ours = [i for i, callback in enumerate(trainer.callbacks) if isinstance(callback, OuterSync)]
-    assert ours == [0]
+    trainer.fit(TinyModel(), loader())
+    assert len(seen) == 2 and all(types[0] is OuterSync and OuterSync not in types[1:] for types in seen)
+    assert trainer.callbacks == before
     assert trainer.global_step == 8
     assert trainer.strategy.summary["job_id"] != first
 
