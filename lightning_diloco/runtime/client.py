@@ -181,7 +181,7 @@ class LearnerClient:
         Args:
             tokens: trained in this step, at least 0.
         """
-        start_s = time.perf_counter()
+        start_s = time.monotonic()
         self._inner_steps += 1
         self._tokens += tokens
         self._uncounted_steps += 1
@@ -189,7 +189,7 @@ class LearnerClient:
         if self._counters is not None:
             self._counters.update(self._inner_steps, self._tokens)
         self._exchange()
-        self._times.step(time.perf_counter() - start_s)
+        self._times.step(time.monotonic() - start_s)
 
     def _exchange(self) -> None:
         loop = self._loop

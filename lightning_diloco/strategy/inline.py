@@ -80,7 +80,9 @@ class InlineLauncher(_Launcher):
             _end(service, "finished")
             load_final_weights(fit.model, run_dir, None)
             write_last_checkpoint(trainer, run_dir, strategy.final_state)
-            val = validate_global(trainer, fit, run_dir)
+            sync = strategy._outer_sync
+            known = None if sync is None else sync.validated
+            val = validate_global(trainer, fit, run_dir) if known is None else known
             status = "finished"
         except (KeyboardInterrupt, SIGTERMException):
             status = "stopped"

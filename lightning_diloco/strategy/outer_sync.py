@@ -76,6 +76,8 @@ class OuterSync(Callback):
         self._saved: GlobalState | None = None
         self.figures: Figures | None = None
         """The client's figures at the last boundary; None before the first one."""
+        self.validated: dict[str, float] | None = None
+        """Metrics of the validation since the last inner step, if they are those of the final global model too; see `_is_identity`."""
 
     @classmethod
     def attach(cls, trainer: pl.Trainer, strategy: DecoupledDiLoCoStrategy) -> OuterSync:
@@ -165,6 +167,7 @@ class OuterSync(Callback):
         if not self.is_joined or not self._watch.has_stepped(trainer.scaler):
             return
         assert self._client is not None
+        self.validated = None
         self._client.boundary(tokens=self._tokens)
         self._tokens = 0
         self._obey(trainer)
@@ -186,6 +189,7 @@ class OuterSync(Callback):
             self._is_validating = False
             if self._depth:
                 self._swap_out()
+            self._keep_metrics()
             if self.is_joined:
                 assert self._client is not None
                 self._client.set_paused(False)
@@ -279,10 +283,16 @@ class OuterSync(Callback):
         metrics = bar.get_metrics
 
         def get_metrics(*args: Any) -> dict[str, Any]:
-            """The bar's own, then ours."""
-            return {**metrics(*args), **self._bar_metrics}
+            """Ours, then the bar's own: the user's stand where they always do, at the end."""
+            return {**self._bar_metrics, **metrics(*args)}
 
         bar.get_metrics = get_metrics  # type: ignore[method-assign, assignment]
+
+    def _keep_metrics(self) -> None:
+        trainer = self._strategy._trainer
+        # With several loaders Lightning has those of the last one only at this point.
+        if self._is_identity and trainer is not None and trainer._results is not None and len(trainer.num_val_batches) == 1:
+            self.validated = {name: float(value) for name, value in trainer._results.metrics(on_step=False)["log"].items()}
 
     def _check_unfrozen(self) -> None:
         if self._client is None or not self.is_joined:

@@ -369,23 +369,3 @@ def test_shards_are_injected_for_training_only(tmp_path):
     assert strategy.distributed_sampler_kwargs == {"num_replicas": 1, "rank": 0}
     strategy.take(None)
     assert trainer.global_rank == 0
-
-
-def test_with_a_neutral_outer_optimizer_the_published_model_is_the_learners_at_every_end(tmp_path):
-    """What is carried and what follows it at the end are added up: averaged, half of the last steps would be lost."""
-
-    class Late(Callback):
-        """Lets the syncer's answers come in at odd moments, and keeps the weights of the last step."""
-
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            time.sleep(0.02 * (batch_idx % 3 == 0))
-            self.last = {k: v.clone() for k, v in pl_module.state_dict().items()}
-
-    for steps in range(9, 15):
-        last = Late()
-        options = {"num_fragments": 4, "sync_interval_steps": 4, "outer_lr": 1.0, "outer_momentum": 0.0, "wire_dtype": "fp32"}
-        strategy = DecoupledDiLoCoStrategy(launch="inline", run_dir=tmp_path / str(steps), **options)
-        model = TinyModel()
-        Trainer(**quiet(strategy=strategy, devices=1, max_steps=steps, callbacks=[last])).fit(model, loader())
-        for name, value in last.last.items():
-            torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-7)
