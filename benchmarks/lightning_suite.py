@@ -59,7 +59,7 @@ def run(tests: Path, file: str, mode: str, timeout_s: int) -> dict[str, Any]:
         environment = {**os.environ, "SUITE_MODE": mode, "SUITE_OUT": str(out), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         # Not in the suite's folder: its tests may leave nothing there, and a job has a run directory.
         where = [str(tests.resolve() / file), f"--rootdir={tests.resolve()}"]
-        command = [sys.executable, "-m", "pytest", *where, "-q", "-p", "lightning_suite_plugin", f"--timeout={timeout_s}"]
+        command = [sys.executable, "-m", "pytest", *where, "-q", "--tb=native", "-p", "lightning_suite_plugin", f"--timeout={timeout_s}"]
         log = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace")
         result = json.loads(out.read_text()) if out.exists() else {"outcomes": {}, "totals": {}}
     result["seconds"] = round(time.monotonic() - start_s, 1)
