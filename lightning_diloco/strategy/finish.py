@@ -1,7 +1,8 @@
 """The end of a job in the calling process: final weights, ``checkpoints/last.ckpt``, validation of the global model, the run's record.
 
 All of it happens after the drain: every learner has left and the syncer has written ``global.safetensors``, which is newer than what any
-learner holds. So the module gets buffers and other state from learner 0, and then the parameters from that file, bit for bit.
+learner holds. So the module gets buffers and other state from learner 0, and then the parameters from that file, bit for bit; unless a
+callback has left weights of its own in learner 0's module (`strategy.own_weights`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lightning_diloco.protocol.records import JoinRecord, RunRecord, TapeLine
 from lightning_diloco.runtime.summary import SummaryKeeper
 from lightning_diloco.runtime.tape import TAPE_NAME, TapeTail, append_run_record
 from lightning_diloco.strategy.fit_call import FitCall
+from lightning_diloco.strategy.own_weights import take_own_weights
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY, put_final_outer_state
 
 __all__ = ["JobRecorder", "load_final_weights", "validate_global", "write_last_checkpoint"]
@@ -83,7 +85,7 @@ class JobRecorder:
 
 
 def load_final_weights(module: pl.LightningModule, run_dir: Path, dump: dict[str, Any] | None) -> None:
-    """Give the module learner 0's buffers and the syncer's final parameters, in place.
+    """Give the module learner 0's buffers and the syncer's final parameters, in place; or what a callback has made of them.
 
     Args:
         module: the caller's module.
@@ -94,6 +96,7 @@ def load_final_weights(module: pl.LightningModule, run_dir: Path, dump: dict[str
     if not path.exists():
         _log.info("no learner has joined: there was nothing to train, and the weights are what they were")
         return
+    is_own = take_own_weights(dump)
     state = {} if dump is None else dump["state_dict"]
     final = load_file(path)
     if is_overridden("configure_model", module) and not final.keys() <= module.state_dict().keys():
@@ -101,6 +104,9 @@ def load_final_weights(module: pl.LightningModule, run_dir: Path, dump: dict[str
         module.configure_model()
     if state:
         module.load_state_dict(state, strict=False)
+    if is_own:
+        _log.info("a callback has put weights of its own into the module: they are kept, and the published ones are in %s", path)
+        return
     missing = _copy(module, final)
     if missing:
         _log.warning("the calling process's module has no tensor %s: its final weights are in %s only", ", ".join(missing), path)

@@ -26,6 +26,7 @@ from lightning_diloco.strategy.assignment import Assignment
 from lightning_diloco.strategy.finish import JobRecorder, load_final_weights, validate_global, write_last_checkpoint
 from lightning_diloco.strategy.fit_call import FitCall
 from lightning_diloco.strategy.launcher import make_launch_dir
+from lightning_diloco.strategy.own_weights import take_own_weights
 from lightning_diloco.strategy.sigterm import SigtermPolicy
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class InlineLauncher(_Launcher):
             policy.install()
             function(*args, **kwargs)
             _end(service, "finished")
-            load_final_weights(fit.model, run_dir, None)
+            if not take_own_weights(strategy.final_state):
+                load_final_weights(fit.model, run_dir, None)
             write_last_checkpoint(trainer, run_dir, strategy.final_state)
             sync = strategy._outer_sync
             known = None if sync is None else sync.validated

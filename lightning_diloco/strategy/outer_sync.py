@@ -12,7 +12,7 @@ One **inner step** is a batch in which at least one optimizer was really stepped
 | ``on_train_batch_end`` | the boundary, if an optimizer was stepped; then the job's stop is obeyed |
 | ``on_validation_start`` | pause, global weights in (the callback is first in the list) |
 | `end_validation` | global weights out, go on (called by the strategy, whose hook comes after every callback's) |
-| ``on_train_end`` | leave with final contributions, then take the global weights for good |
+| ``on_train_end`` | leave with final contributions, then hold the global weights; what later callbacks put there is kept |
 | ``on_save_checkpoint``, ``on_load_checkpoint`` | outer momentum and versions, for the job that goes on from the file |
 | ``on_exception`` | weights out; after SIGTERM leave in order, otherwise close |
 
@@ -42,6 +42,7 @@ from lightning_diloco.strategy.checks import check_callbacks
 from lightning_diloco.strategy.counting import count_tokens
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 from lightning_diloco.strategy.job_clock import JobClock
+from lightning_diloco.strategy.own_weights import checksums
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY, Resumed, outer_state, read_resumed
 from lightning_diloco.strategy.seeding import reseed_learner
 from lightning_diloco.strategy.step_watch import StepWatch
@@ -74,6 +75,7 @@ class OuterSync(Callback):
         self._bar_metrics: dict[str, float] = {}
         self._resumed = Resumed()
         self._saved: GlobalState | None = None
+        self._left_sums: tuple[int, ...] = ()
         self.figures: Figures | None = None
         """The client's figures at the last boundary; None before the first one."""
         self.validated: dict[str, float] | None = None
@@ -220,6 +222,11 @@ class OuterSync(Callback):
         self._pass_on_stop(trainer)
         self._leave("stopped" if trainer.should_stop else "limit")
         self._saved = self._client.load_global()
+        self._left_sums = checksums(pl_module, self._client.layout)
+
+    def has_own_weights(self, pl_module: pl.LightningModule) -> bool:
+        """Whether a callback has put other weights into the module since this one's `on_train_end`."""
+        return self._client is not None and bool(self._left_sums) and checksums(pl_module, self._client.layout) != self._left_sums
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what the next job goes on from; called after ``state_dict`` was taken, whose versions these are."""

@@ -38,6 +38,7 @@ from lightning_diloco.strategy import checks
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
 from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, refuse_what_has_not_landed
 from lightning_diloco.strategy.outer_sync import OuterSync
+from lightning_diloco.strategy.own_weights import OWN_WEIGHTS
 from lightning_diloco.strategy.streams import share_stream
 
 __all__ = ["DecoupledDiLoCoStrategy"]
@@ -377,6 +378,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         assert self._trainer is not None and self.assignment is not None
         try:
             state = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            state[OWN_WEIGHTS] = self._outer_sync is not None and self._outer_sync.has_own_weights(self._trainer.lightning_module)
             if self.assignment.role == "inline":
                 self.final_state = state
             else:

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
+    DeviceStatsMonitor,
     EarlyStopping,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
+    ThroughputMonitor,
     Timer,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -40,6 +42,8 @@ class Case:
     options: Callable[[], dict[str, Any]] = field(default=lambda: {"max_epochs": 2})
     steps_per_batch: float = 1.0
     """Inner steps that a batch is worth."""
+    own_weights: bool = False
+    """A callback puts weights of its own into the module at the end, and `fit` returns those."""
 
 
 class Regression(TinyModel):
@@ -187,7 +191,7 @@ def with_lbfgs(module):
 
 
 def opts(**options: Any) -> Callable[[], dict[str, Any]]:
-    return lambda: {"max_epochs": 2, **{k: v() if k == "callbacks" else v for k, v in options.items()}}
+    return lambda: {"max_epochs": 2, **{k: v() if callable(v) else v for k, v in options.items()}}
 
 
 CASES: dict[str, Case] = {
@@ -204,6 +208,14 @@ CASES: dict[str, Case] = {
     "LearningRateMonitor and CSVLogger": Case(
         model=lambda: Regression(with_one_cycle),
         options=lambda: {"max_epochs": 2, "logger": CSVLogger("csv"), "callbacks": [LearningRateMonitor()]},
+    ),
+    "DeviceStatsMonitor": Case(
+        options=opts(logger=lambda: CSVLogger("csv"), log_every_n_steps=2, callbacks=lambda: [DeviceStatsMonitor(cpu_stats=True)])
+    ),
+    "ThroughputMonitor": Case(
+        options=opts(
+            logger=lambda: CSVLogger("csv"), log_every_n_steps=2, callbacks=lambda: [ThroughputMonitor(lambda batch: len(batch[0]))]
+        )
     ),
     "EarlyStopping": Case(
         val=lambda: loader(16), options=opts(max_epochs=6, callbacks=lambda: [EarlyStopping("val_loss", min_delta=9.0, patience=1)])
@@ -227,15 +239,17 @@ CASES: dict[str, Case] = {
     "BatchNorm": Case(model=Normed),
     "LazyLinear, made in setup": Case(model=Lazy),
     "torch.compile of a part": Case(model=lambda: Regression(sgd, wrap=lambda net: torch.compile(net, backend="eager"))),
-    "EMAWeightAveraging": Case(options=opts(callbacks=lambda: [EMAWeightAveraging(decay=0.9)])),
+    "EMAWeightAveraging": Case(options=opts(callbacks=lambda: [EMAWeightAveraging(decay=0.9)]), own_weights=True),
     "StochasticWeightAveraging": Case(
-        options=opts(max_epochs=4, callbacks=lambda: [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)])
+        options=opts(max_epochs=4, callbacks=lambda: [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)]),
+        own_weights=True,
     ),
     "BackboneFinetuning": Case(
         model=Backbone, options=opts(max_epochs=3, callbacks=lambda: [BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)])
     ),
     "ModelPruning": Case(
-        options=opts(max_epochs=3, callbacks=lambda: [ModelPruning("l1_unstructured", parameter_names=["weight"], amount=0.25)])
+        options=opts(max_epochs=3, callbacks=lambda: [ModelPruning("l1_unstructured", parameter_names=["weight"], amount=0.25)]),
+        own_weights=True,
     ),
     "IterableDataset": Case(data=stream),
     "IterableDataset with two workers": Case(data=lambda: stream(2)),

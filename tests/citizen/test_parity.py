@@ -65,6 +65,11 @@ def test_a_fit_with_one_learner_equals_the_plain_one(name, tmp_path, monkeypatch
     ours, trainer = run(case, DecoupledDiLoCoStrategy(**NEUTRAL))
     assert len(plain.seen) == len(ours.seen) > 3
     assert all(equal(a, b) for a, b in zip(plain.seen, ours.seen, strict=True))
+    first, second = (parameters_of(t.lightning_module) for t in (plain_trainer, trainer))
+    if case.own_weights:
+        assert equal(first, second)
+    else:
+        assert all(torch.allclose(second[name].float(), value.float(), rtol=1e-5, atol=1e-6) for name, value in first.items())
     assert trainer.global_step == plain_trainer.global_step and trainer.current_epoch == plain_trainer.current_epoch
     summary = trainer.strategy.summary
     assert summary["merges"] > 0 and summary["bytes_up"] > 0, "the outer synchronization is alive"

@@ -57,5 +57,10 @@ def test_a_fit_on_two_learners_ends_in_order(name, tmp_path, monkeypatch):
     assert all(row["pending"] == 0 for row in summary["fragments"])
     assert all(torch.isfinite(value).all() for value in parameters_of(model).values())
     published = global_parameters(latest(tmp_path))
-    assert equal({k: v.detach() for k, v in model.state_dict().items() if k in published}, published)
+    returned = {k: v.detach() for k, v in model.state_dict().items() if k in published}
+    assert equal(returned, published) != case.own_weights
+    last = torch.load(latest(tmp_path) / "checkpoints/last.ckpt", weights_only=False)["state_dict"]
+    assert equal({name: last[name] for name in returned}, returned)
+    if "Pruning" in name:
+        assert all(0.2 < (v == 0).float().mean() < 0.8 for k, v in returned.items() if k.endswith("weight"))
     assert trainer.state.finished and trainer.current_epoch > 0
