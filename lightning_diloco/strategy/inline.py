@@ -70,7 +70,7 @@ class InlineLauncher(_Launcher):
         service = SyncerService(options, context, on_line=recorder.on_line)
         status: Literal["finished", "stopped", "failed"] = "failed"
         val: dict[str, float] | None = None
-        policy = SigtermPolicy(lambda: strategy._outer_sync)
+        policy = SigtermPolicy(lambda: strategy._outer_sync, is_guest=True)
         try:
             endpoint = service.start()
             strategy.take(

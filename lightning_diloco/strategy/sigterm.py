@@ -27,10 +27,12 @@ class SigtermPolicy:
 
     Args:
         find_sync: gives the callback of the running fit, or None.
+        is_guest: the process is the user's, whose own handler, if there is one, is called first.
     """
 
-    def __init__(self, find_sync: Callable[[], OuterSync | None]) -> None:
+    def __init__(self, find_sync: Callable[[], OuterSync | None], *, is_guest: bool = False) -> None:
         self._find_sync = find_sync
+        self._is_guest = is_guest
         self._was_told = False
         self._previous: Any = None
         self._is_installed = False
@@ -48,6 +50,8 @@ class SigtermPolicy:
             self._is_installed = False
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
+        if self._is_guest and callable(self._previous):
+            self._previous(signum, frame)
         sync = self._find_sync()
         if sync is not None and sync.has_left:
             # On its way out already, with its contributions delivered.

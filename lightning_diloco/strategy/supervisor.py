@@ -334,6 +334,10 @@ class Supervisor:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signals.received.append(signum)
+        previous = self._signals.previous.get(signum)
+        if signum == signal.SIGTERM and callable(previous):
+            # The user's own, as Lightning does it. Python's own of SIGINT would tear the loop apart.
+            previous(signum, frame)
 
     def _obey_signals(self) -> None:
         if self._signals.received:

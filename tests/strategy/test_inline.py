@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import DistributedSampler
 
@@ -369,3 +372,23 @@ def test_shards_are_injected_for_training_only(tmp_path):
     assert strategy.distributed_sampler_kwargs == {"num_replicas": 1, "rank": 0}
     strategy.take(None)
     assert trainer.global_rank == 0
+
+
+def test_the_users_own_handler_of_sigterm_is_called_too(tmp_path):
+    class Signalling(TinyModel):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    called = []
+    before = signal.signal(signal.SIGTERM, lambda *_: called.append("mine"))
+    try:
+        with pytest.raises(SIGTERMException):
+            fit(Signalling(), max_epochs=1)
+        assert called == ["mine"]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert called == ["mine", "mine"], "and is in place again"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert summary_of(latest(tmp_path))["status"] == "stopped"

@@ -108,6 +108,8 @@ LONG = (
     "import lightning_diloco\n"
     + MODEL
     + "from lightning.pytorch.callbacks import OnExceptionCheckpoint\n"
+    + "import signal\n"
+    + "signal.signal(signal.SIGTERM, lambda *_: print('my own handler'))\n"
     + "trainer = pl.Trainer(devices=2, strategy='decoupled_diloco', max_epochs=-1,\n"
     + "    callbacks=[OnExceptionCheckpoint('ckpt')], **QUIET)\n"
     + "trainer.fit(Model(0.02), data(100_000, num_workers=1))\n"
@@ -132,6 +134,7 @@ def test_a_signal_ends_everything_in_order(script, tmp_path, signum, code):
     assert len(children) >= 5
     main.send_signal(signum)
     assert run.wait(timeout_s=15) == code, run.text()
+    assert run.text().count("my own handler") == (signum == signal.SIGTERM)
     assert alive(children) == []
     summary = summary_of(latest(tmp_path))
     assert summary["status"] == "stopped"
