@@ -64,7 +64,7 @@ def main() -> None:
         accelerator="cpu",
         devices=2,
         strategy="ddp",
-        max_steps=1500,
+        max_steps=1000,
         val_check_interval=500,
         logger=CSVLogger("logs"),
         callbacks=[ModelCheckpoint(monitor="val_loss")],
