@@ -156,7 +156,7 @@ class OuterSync(Callback):
             self._clock.advance(info.job_step)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the batch; once an epoch, look whether something was unfrozen that nobody would merge."""
+        """Count the batch; at the beginning of an epoch, look whether something was unfrozen that nobody would merge."""
         if batch_idx == 0:
             self._check_unfrozen()
         if self._clock is not None:
@@ -211,7 +211,8 @@ class OuterSync(Callback):
             self._swap_out()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass on a stop that was decided outside of a batch."""
+        """Look once more for what nobody would merge, and pass on a stop that was decided outside of a batch."""
+        self._check_unfrozen()
         self._pass_on_stop(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

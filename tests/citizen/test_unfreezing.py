@@ -62,6 +62,17 @@ def test_what_a_user_unfreezes_is_refused_with_the_remedy_and_merged_with_it(tmp
     assert not torch.equal(global_parameters(latest(tmp_path))["layer.weight"], before["layer.weight"])
 
 
+def test_what_is_unfrozen_in_the_middle_of_the_only_epoch_is_refused_at_its_end():
+    class Late(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 5:
+                pl_module.layer.requires_grad_(True)
+
+    strategy = DecoupledDiLoCoStrategy(launch="inline", num_fragments=2, sync_interval_steps=3)
+    with pytest.raises(ConfigurationError, match="include_frozen=True"):
+        Trainer(**quiet(devices=1, strategy=strategy, max_epochs=1, callbacks=[Late()])).fit(HalfFrozen(), loader())
+
+
 def test_a_callback_of_the_module_counts_as_the_trainers(tmp_path):
     class Own(Backbone):
         def configure_callbacks(self):
