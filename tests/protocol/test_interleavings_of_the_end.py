@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_diloco.protocol import events as ev
-from lightning_diloco.protocol.messages import Busy, Contribution, Released
+from lightning_diloco.protocol.messages import Busy, Contribution, Released, Resolved
 from lightning_diloco.protocol.records import ContributionRecord
 from tests.protocol.invariants import check_end, check_tape
 from tests.protocol.moves import atoms, bulk_up, contribute, control, down, payloads, pull, up
@@ -269,3 +269,37 @@ def test_a_known_seq_with_other_bytes_is_a_conflict_and_changes_nothing(pair):
     pair.take(event)
     assert pair.of(ContributionRecord)[-1].reason == "conflict"
     assert len(pair.merges()) == merges
+
+
+def test_a_final_contribution_waits_for_the_merge_during_which_the_part_before_it_came():
+    """Both parts in one merge would be averaged, and each count half: the second comes again after the merge (docs/protocol.md, 20)."""
+    pair = Pair(num_fragments=1)
+    a, b = pair.found(2)
+    pull(pair, a, b)
+    for node in (a, b):
+        pair.step(node)
+        pair.step(node)
+    assert payloads(a) and payloads(b)
+    pair.manual_merge = True
+    bulk_up(pair, a)
+    pair.advance(30)
+    round_ = pair.syncer.rounds.of(0)
+    assert round_.stage == "merging"
+    bulk_up(pair, b)
+    assert [h.learner_id for h in round_.held] == [1], "carried"
+    pair.step(b)
+    pair.leave(b)
+    (final,) = payloads(b)
+    assert final.after is not None
+    bulk_up(pair, b)
+    (answer,) = [m for m in down(b) if isinstance(m, Resolved) and m.seq == final.seq]
+    assert answer.outcome == "unknown" and b.stage == "leaving"
+    assert len(round_.held) == 1
+    pair.manual_merge = False
+    pair.settle()
+    assert b.stage == "left" and pair.discarded(1, 0) == {}
+    pair.steps([a], 8)
+    pair.leave(a)
+    pair.settle()
+    assert all(pair.shadow(0)[x] == 1 for x in atoms(pair, 1))
+    check_end(pair)
