@@ -15,7 +15,7 @@ help:
 	@echo "make test      the tests, without the slow ones"
 	@echo "make test-all  all tests"
 	@echo "make check     format, lint, types, layers"
-	@echo "make extras    install what only some recipes need: transformers, peft, scikit-learn"
+	@echo "make extras    install what only some recipes and tests need: transformers, peft, scikit-learn, tensorboard, wandb, a notebook kernel"
 	@echo "make clean     remove .venv, caches and build files (outputs/ stays)"
 	@echo "PYTHON=...     the interpreter to set .venv up with (now: $(PYTHON))"
 
@@ -35,7 +35,7 @@ check: $(READY)
 	@$(BIN)/python -m pytest -q tests/test_layering.py
 
 extras: $(READY)
-	@$(PIP) install -qq -c constraints.txt -e '.[recipes]'
+	@$(PIP) install -qq -c constraints.txt -e '.[test,recipes,companions]'
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

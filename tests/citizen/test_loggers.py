@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning_diloco import DecoupledDiLoCoStrategy
 from tests.strategy.kit import TinyModel, loader, quiet
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.extras]
 OURS = {"diloco/merges", "diloco/participation", "diloco/stall_s", "diloco/tokens"}
 
 

@@ -11,6 +11,7 @@ import pytest
 MISSING = [name for name in ("nbclient", "ipykernel") if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.process,
+    pytest.mark.extras,
     pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not installed: make extras"),
 ]
 ROOT = Path(__file__).resolve().parent.parent.parent

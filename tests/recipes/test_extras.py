@@ -37,6 +37,7 @@ def test_every_recipe_composes(recipe):
     assert cfg.trainer.devices == 2 and cfg.strategy.name == "decoupled_diloco"
 
 
+@pytest.mark.extras
 @with_extras
 @pytest.mark.parametrize(
     ("options", "sentence"),
@@ -53,6 +54,7 @@ def test_a_wrong_value_gets_a_sentence(options, sentence):
         build(*options)
 
 
+@pytest.mark.extras
 @with_extras
 def test_adapters_alone_are_trained_and_continue_a_text():
     cfg, (module, _) = build("recipe=lora_text", "data.context=16")
