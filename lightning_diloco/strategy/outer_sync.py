@@ -363,7 +363,7 @@ class OuterSync(Callback):
             values |= {"diloco/stall_s": figures.stall_s, "diloco/bytes_up": figures.bytes_up, "diloco/bytes_down": figures.bytes_down}
             values |= {"diloco/inner_steps": figures.inner_steps, "diloco/tokens": figures.tokens}
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+                logger.log_metrics(metrics=values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def _remove_from(trainer: pl.Trainer) -> None:
