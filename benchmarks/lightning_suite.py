@@ -23,7 +23,35 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPECTED: dict[str, str] = {}
+CLASS = "compares the strategy's class or options, or that of its launcher"
+DUMP = "exact list of hook calls: last.ckpt is one more checkpoint at the end"
+LOGGER = "exact list of the logger's calls: ours come under diloco/"
+LAST = "counts validations or workers: the final global model is validated once more"
+CALLER = "asks the calling process for what only learners have (a sampler, mocked calls)"
+EXPECTED = {
+    "test_trainer_config_strategy[": CLASS,
+    "test_pytorch_profiler_trainer_fit[": CLASS,
+    "test_ddp_kwargs_from_registry[": CLASS,
+    "test_incorrect_ddp_script_spawning": CLASS,
+    "test_swa_callback_ddp_cpu": CLASS,
+    "test_swa_resume_training_from_checkpoint_ddp": CLASS,
+    "test_dataloader_persistent_workers_performance_warning[": CLASS,
+    "test_trainer_model_hook_system_fit": DUMP,
+    "test_trainer_datamodule_hook_system": DUMP,
+    "test_datamodule_hooks_are_profiled": DUMP,
+    "test_plateau_scheduler_lr_step_interval_updated_after_saving[": DUMP,
+    "test_log_every_n_steps[": LOGGER,
+    "test_throughput_monitor_fit": LOGGER,
+    "test_dataloaders_load_every_n_epochs_": LAST,
+    "test_load_model_from_checkpoint[": "the last merge rounds: base + (weights - base) may differ from the weights in the last bit",
+    "test_distributed_sampler_with_overfit_batches": CALLER,
+    "test_eval_distributed_sampler_warning[": "warns of a sampler in validation; the calling process validates the whole set without one",
+    "test_fit_twice_raises": "a second fit is an error with ddp_fork; here it works",
+    "test_trainer_predict_ddp_spawn": "predictions are an error with ddp_spawn; here the calling process predicts and returns them",
+    "test_spawn_predict_return_predictions": "predictions are an error with ddp_spawn; here the calling process predicts and returns them",
+    "test_logging_sync_dist_true[": "sync_dist: a learner reduces over itself",
+    "test_multiple_early_stopping_callbacks[": "one learner of two diverges: the decision of learner 0 is the one that ends the job",
+}
 """Parts of test ids, and why such a test cannot pass."""
 
 
