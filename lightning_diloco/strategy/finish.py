@@ -104,10 +104,11 @@ def load_final_weights(module: pl.LightningModule, run_dir: Path, dump: dict[str
         module.configure_model()
     if state:
         module.load_state_dict(state, strict=False)
-    if is_own:
-        _log.info("a callback has put weights of its own into the module: they are kept, and the published ones are in %s", path)
-        return
     missing = _copy(module, final)
+    if is_own:
+        # After the published ones: a hook of the user's may have left some out of the state.
+        module.load_state_dict(state, strict=False)
+        _log.info("a callback has put weights of its own into the module: they are kept, and the published ones are in %s", path)
     if missing:
         _log.warning("the calling process's module has no tensor %s: its final weights are in %s only", ", ".join(missing), path)
 

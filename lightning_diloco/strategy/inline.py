@@ -79,11 +79,12 @@ class InlineLauncher(_Launcher):
             policy.install()
             function(*args, **kwargs)
             _end(service, "finished")
-            if not take_own_weights(strategy.final_state):
+            is_own = take_own_weights(strategy.final_state)
+            if not is_own:
                 load_final_weights(fit.model, run_dir, None)
             write_last_checkpoint(trainer, run_dir, strategy.final_state)
             sync = strategy._outer_sync
-            known = None if sync is None else sync.validated
+            known = None if sync is None or is_own else sync.validated
             val = validate_global(trainer, fit, run_dir) if known is None else known
             status = "finished"
         except (KeyboardInterrupt, SIGTERMException):

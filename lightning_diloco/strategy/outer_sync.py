@@ -226,8 +226,11 @@ class OuterSync(Callback):
         self._left_sums = checksums(pl_module, self._client.layout)
 
     def has_own_weights(self, pl_module: pl.LightningModule) -> bool:
-        """Whether a callback has put other weights into the module since this one's `on_train_end`."""
-        return self._client is not None and bool(self._left_sums) and checksums(pl_module, self._client.layout) != self._left_sums
+        """Whether a callback has put other weights into the module since this one's `on_train_end`, and left its parts as they were."""
+        if self._client is None or not self._left_sums:
+            return False
+        now = checksums(pl_module, self._client.layout)
+        return bool(now) and now != self._left_sums
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what the next job goes on from; called after ``state_dict`` was taken, whose versions these are."""
