@@ -15,7 +15,7 @@ help:
 	@echo "make test      the tests, without the slow ones"
 	@echo "make test-all  all tests"
 	@echo "make check     format, lint, types, layers"
-	@echo "make extras    install what only some recipes and tests need: transformers, peft, scikit-learn, tensorboard, wandb, a notebook kernel"
+	@echo "make extras    install what only some recipes and tests need (docs/dependencies.md)"
 	@echo "make clean     remove .venv, caches and build files (outputs/ stays)"
 	@echo "PYTHON=...     the interpreter to set .venv up with (now: $(PYTHON))"
 

@@ -1,4 +1,4 @@
-"""An ordinary Lightning script: a small byte-level transformer on the sources of Python's standard library, with `ddp` on two devices."""
+"""An ordinary Lightning script: a small byte-level transformer on the sources of Python's standard library, on two devices."""
 
 import sysconfig
 import time

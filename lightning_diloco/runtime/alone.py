@@ -42,6 +42,7 @@ class LoneSyncer:
         stop = threading.Event()
 
         def keep() -> None:
+            """Keep the summary up to date."""
             while not stop.wait(SUMMARY_PERIOD_S):
                 keeper.tick(time.monotonic())
 

@@ -178,6 +178,7 @@ class Performer:
             return
 
         def work() -> tuple[int, ...] | RemoteProtocolError | None:
+            """Store the part; the checksums of all fragments after the last one."""
             try:
                 if isinstance(header, FoundingFragment):
                     store.found_fragment(header.fragment_id, header.part, payload, header.crc)
@@ -188,6 +189,7 @@ class Performer:
             return store.crcs() if store.is_complete else None
 
         def then(result: tuple[int, ...] | RemoteProtocolError | None) -> None:
+            """On the loop thread: refuse the founder, or go on."""
             # Meanwhile another founder, or the same one again, may have begun anew.
             if result is None or store is not self.store or self._is_founded or not self._is_founder(session):
                 return

@@ -92,11 +92,11 @@ def load_final_weights(module: pl.LightningModule, run_dir: Path, dump: dict[str
         run_dir: holds ``global.safetensors``; nothing is changed if it does not (no learner has trained a step).
         dump: learner 0's training state, or None.
     """
+    is_own = take_own_weights(dump)
     path = run_dir / "global.safetensors"
     if not path.exists():
         _log.info("no learner has joined: there was nothing to train, and the weights are what they were")
         return
-    is_own = take_own_weights(dump)
     state = {} if dump is None else dump["state_dict"]
     final = load_file(path)
     if is_overridden("configure_model", module) and not final.keys() <= module.state_dict().keys():

@@ -95,6 +95,8 @@ class InlineLauncher(_Launcher):
                 # Lightning's own handling of the exception, which leaves or closes, comes after this: the syncer must not wait for it.
                 self._leave_early(trainer, status)
                 _end(service, status, is_strict=False)
+                # Otherwise Lightning would put the policy's handler back after it was removed.
+                trainer._signal_connector.teardown()
             policy.remove()
             strategy.take(None)
             strategy.final_state = None

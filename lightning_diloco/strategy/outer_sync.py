@@ -42,7 +42,7 @@ from lightning_diloco.strategy.checks import check_callbacks
 from lightning_diloco.strategy.counting import count_tokens
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 from lightning_diloco.strategy.job_clock import JobClock
-from lightning_diloco.strategy.own_weights import checksums
+from lightning_diloco.strategy.own_weights import all_close, checksums
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY, Resumed, outer_state, read_resumed
 from lightning_diloco.strategy.seeding import reseed_learner
 from lightning_diloco.strategy.step_watch import StepWatch
@@ -222,8 +222,14 @@ class OuterSync(Callback):
         assert self._client is not None
         self._pass_on_stop(trainer)
         self._leave("stopped" if trainer.should_stop else "limit")
+        local = {} if self.validated is None else self._client.local_tensors()
         self._saved = self._client.load_global()
-        self._left_sums = checksums(pl_module, self._client.layout)
+        if local and not all_close(local, self._client.local_tensors()):
+            # The last contribution was not merged as it was: what was validated is not the final model.
+            self.validated = None
+        assignment = self._strategy.assignment
+        if self._strategy.is_global_zero and assignment is not None and assignment.launch_dir is not None:
+            self._left_sums = checksums(pl_module, self._client.layout)
 
     def has_own_weights(self, pl_module: pl.LightningModule) -> bool:
         """Whether a callback has put other weights into the module since this one's `on_train_end`, and left its parts as they were."""

@@ -10,28 +10,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.outer import FragmentView, Layout, crc32
 
-__all__ = ["OWN_WEIGHTS", "checksums", "take_own_weights"]
+__all__ = ["OWN_WEIGHTS", "all_close", "checksums", "take_own_weights"]
 
 OWN_WEIGHTS = "decoupled_diloco_own_weights"
 """Key of the training state that learner 0 leaves, if its ``state_dict`` is what `fit` is to return; never in a checkpoint."""
 
 
 def checksums(module: nn.Module, layout: Layout) -> tuple[int, ...]:
-    """One for each fragment, of the values that the module holds now; none if the module is not as it was planned any more."""
+    """One for each fragment of parameters, of what the module holds now; none if the module is not as it was planned any more.
+
+    Running statistics are left out: a forward pass changes them, and means nothing by it.
+    """
     sums = []
     try:
-        for fragment in layout.fragments:
+        for fragment in (f for f in layout.fragments if not f.holds_values):
             flat = torch.empty(fragment.num_params)
             FragmentView(module, fragment).copy_to(flat)
             sums.append(crc32(flat))
     except ConfigurationError:
         return ()
     return tuple(sums)
+
+
+def all_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether tensors of equal names are equal up to what a difference in float32 loses."""
+    return all(torch.allclose(value, second[name], rtol=1e-5, atol=1e-6) for name, value in first.items())
 
 
 def take_own_weights(dump: dict[str, Any] | None) -> bool:

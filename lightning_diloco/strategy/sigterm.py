@@ -6,6 +6,7 @@ validation runs nor while a learner waits to join. Lightning calls an earlier ha
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_diloco.strategy.outer_sync import OuterSync
 
-__all__ = ["EXIT_SIGTERM", "SigtermPolicy", "is_sigterm_exit"]
+__all__ = ["EXIT_SIGTERM", "SigtermPolicy", "is_sigterm_exit", "tell_user"]
+
+_log = logging.getLogger(__name__)
 
 EXIT_SIGTERM = 128 + signal.SIGTERM
 """Exit code of a process that has left after SIGTERM."""
@@ -50,8 +53,8 @@ class SigtermPolicy:
             self._is_installed = False
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
-        if self._is_guest and callable(self._previous):
-            self._previous(signum, frame)
+        if self._is_guest:
+            tell_user(self._previous, signum, frame)
         sync = self._find_sync()
         if sync is not None and sync.has_left:
             # On its way out already, with its contributions delivered.
@@ -64,6 +67,16 @@ class SigtermPolicy:
 
             raise SIGTERMException(EXIT_SIGTERM)
         raise SystemExit(EXIT_SIGTERM)
+
+
+def tell_user(handler: Any, signum: int, frame: FrameType | None) -> None:
+    """Call the user's own handler, if it is a function. What it raises would tear the orderly end apart, which comes in any case."""
+    if not callable(handler):
+        return
+    try:
+        handler(signum, frame)
+    except BaseException as error:
+        _log.info("the handler of signal %d raised %s: the fit ends in order", signum, type(error).__name__)
 
 
 def is_sigterm_exit(error: BaseException) -> bool:

@@ -33,7 +33,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_diloco.errors import LearnerFailedError, SyncerUnavailableError
 from lightning_diloco.strategy.children import Child, ExitStatus, child_environment, start_child
 from lightning_diloco.strategy.results import LearnerResult, as_exception, read_result
-from lightning_diloco.strategy.sigterm import EXIT_SIGTERM
+from lightning_diloco.strategy.sigterm import EXIT_SIGTERM, tell_user
 
 __all__ = ["JobPlan", "Supervisor"]
 
@@ -334,10 +334,9 @@ class Supervisor:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signals.received.append(signum)
-        previous = self._signals.previous.get(signum)
-        if signum == signal.SIGTERM and callable(previous):
-            # The user's own, as Lightning does it. Python's own of SIGINT would tear the loop apart.
-            previous(signum, frame)
+        if signum == signal.SIGTERM:
+            # As Lightning does it; of SIGINT there is Python's own, which raises and nothing else.
+            tell_user(self._signals.previous.get(signum), signum, frame)
 
     def _obey_signals(self) -> None:
         if self._signals.received:

@@ -12,6 +12,7 @@ MISSING = [name for name in ("nbclient", "ipykernel") if importlib.util.find_spe
 pytestmark = [
     pytest.mark.process,
     pytest.mark.extras,
+    pytest.mark.timeout(400),
     pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not installed: make extras"),
 ]
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -10,7 +10,7 @@ from tests.metrics.tape_builder import TapeBuilder, two_learner_run
 
 def test_figures_of_a_run_with_a_death_a_pause_and_carried_work():
     summary = two_learner_run().summary()
-    learners = summary.pop("learners")
+    del summary["learners"]
     floats = {name: summary.pop(name) for name in ("goodput", "goodput_alive", "uptime", "mean_members")}
     useful_s = 16 + 12 * (1 - 15 / 35)
     assert floats == pytest.approx({"goodput": useful_s / 40, "goodput_alive": useful_s / 32.5, "uptime": 16 / 21, "mean_members": 1.6})
@@ -40,6 +40,11 @@ def test_figures_of_a_run_with_a_death_a_pause_and_carried_work():
         "restarts": {"learners": 1, "syncer": 0},
         "steps_lost": 3,
     }
+
+
+def test_figures_of_the_learners_of_that_run():
+    learners = two_learner_run().summary()["learners"]
+    assert len(learners) == 2
     assert learners[0] == pytest.approx(
         {
             "learner_id": 0,

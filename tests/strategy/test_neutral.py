@@ -47,6 +47,25 @@ def test_the_last_validation_is_not_run_twice_if_it_was_of_the_final_model(steps
     assert val == pytest.approx({name: value for results in again for name, value in results.items()}, rel=1e-5)
 
 
+class Jumping(Counting):
+    """Its last step is an outlier, which the norm gate refuses."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.trainer.global_step == 64:
+            with torch.no_grad():
+                self.head.weight.add_(100.0)
+
+
+def test_a_last_validation_of_what_was_refused_is_not_kept(tmp_path):
+    model = Jumping(step_s=0.002)
+    strategy = DecoupledDiLoCoStrategy(**NEUTRAL, run_dir=tmp_path)
+    trainer = Trainer(**quiet(strategy=strategy, devices=1, max_steps=64, num_sanity_val_steps=0))
+    trainer.fit(model, loader(256), loader(8))
+    assert strategy.summary["discarded_by_reason"]["norm"] > 0
+    (again,) = Trainer(**quiet(accelerator="cpu")).validate(model, loader(8), verbose=False)
+    assert strategy.summary["val"]["val_loss"] == pytest.approx(again["val_loss"], rel=1e-5)
+
+
 def test_with_a_neutral_outer_optimizer_the_published_model_is_the_learners_at_every_end(tmp_path):
     """What is carried and what follows it at the end are added up: averaged, half of the last steps would be lost."""
 

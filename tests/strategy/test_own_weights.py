@@ -29,9 +29,25 @@ class Wrap(Callback):
         pl_module.head = nn.Sequential(pl_module.head)
 
 
-def fit(tmp_path, callback, **kwargs) -> tuple[TinyModel, Trainer]:
+class Look(Callback):
+    """A forward pass in train mode, which changes running statistics."""
+
+    def on_train_end(self, trainer, pl_module):
+        pl_module.norm(torch.full((4, 8), 9.0))
+
+
+class Normed(TinyModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+def fit(tmp_path, callback, model=None, **kwargs) -> tuple[TinyModel, Trainer]:
     strategy = DecoupledDiLoCoStrategy(num_fragments=2, sync_interval_steps=3, run_dir=tmp_path, **kwargs.pop("sync", {}))
-    model = TinyModel()
+    model = TinyModel() if model is None else model
     trainer = Trainer(**quiet(strategy=strategy, max_epochs=1, num_sanity_val_steps=0, callbacks=[callback], **kwargs))
     trainer.fit(model, loader(), loader(8))
     return model, trainer
@@ -60,3 +76,10 @@ def test_weights_of_a_callback_are_returned_saved_and_validated(devices, sync, t
 def test_a_module_that_a_callback_takes_apart_is_returned_with_the_published_weights(tmp_path):
     model, _ = fit(tmp_path, Wrap(), devices=2)
     assert equal(parameters_of(model), global_parameters(tmp_path))
+
+
+@pytest.mark.process
+def test_a_forward_pass_at_the_end_is_no_wish_for_other_weights(tmp_path):
+    model, _ = fit(tmp_path, Look(), Normed(), devices=2)
+    published = global_parameters(tmp_path)
+    assert equal({name: value.detach() for name, value in model.state_dict().items() if name in published}, published)

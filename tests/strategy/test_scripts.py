@@ -109,7 +109,7 @@ LONG = (
     + MODEL
     + "from lightning.pytorch.callbacks import OnExceptionCheckpoint\n"
     + "import signal\n"
-    + "signal.signal(signal.SIGTERM, lambda *_: print('my own handler'))\n"
+    + "signal.signal(signal.SIGTERM, lambda *_: (print('my own handler', flush=True), exit(3)))\n"
     + "trainer = pl.Trainer(devices=2, strategy='decoupled_diloco', max_epochs=-1,\n"
     + "    callbacks=[OnExceptionCheckpoint('ckpt')], **QUIET)\n"
     + "trainer.fit(Model(0.02), data(100_000, num_workers=1))\n"
