@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_diloco.strategy.options import Role
+from lightning_diloco.strategy.options import ProcessOptions, Role
 
 if TYPE_CHECKING:
     import zmq
@@ -47,6 +47,22 @@ class Assignment:
     """Where learner 0 leaves its final training state; None: nowhere."""
     context: zmq.Context[Any] | None = None
     """Shared with the syncer's thread, for inproc endpoints."""
+
+    @classmethod
+    def of_island(cls, options: ProcessOptions) -> Assignment:
+        """That of a learner of a syncer elsewhere; makes the folder for its counters if it has a run directory."""
+        assert options.syncer is not None
+        run_dir = options.run_dir
+        if run_dir is not None:
+            (run_dir / "counters").mkdir(parents=True, exist_ok=True)
+        return cls(
+            role="island",
+            endpoint=options.syncer,
+            learner_id=options.learner_id or 0,
+            is_id_given=options.learner_id is not None,
+            num_learners=options.num_learners or 1,
+            run_dir=run_dir,
+        )
 
     def counters_path(self) -> Path | None:
         """The folder for this process's running totals, which survive its death."""

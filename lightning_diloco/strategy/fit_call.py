@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,15 @@ class FitCall:
         self.model.trainer = trainer
         if self.datamodule is not None:
             self.datamodule.trainer = trainer
+
+    def with_loaders_of(self, trainer: pl.Trainer) -> FitCall:
+        """This call with the validation loaders that the fit has made: the module's hook for them is not called once more.
+
+        A datamodule is asked again, because Lightning takes loaders or a datamodule, and its other hooks are needed.
+        """
+        if self.datamodule is not None or trainer.val_dataloaders is None:
+            return self
+        return dataclasses.replace(self, val_dataloaders=trainer.val_dataloaders)
 
     def has_validation(self, trainer: pl.Trainer) -> bool:
         """Whether the fit has a validation loop."""

@@ -85,7 +85,7 @@ class InlineLauncher(_Launcher):
             write_last_checkpoint(trainer, run_dir, strategy.final_state)
             sync = strategy._outer_sync
             known = None if sync is None or is_own else sync.validated
-            val = validate_global(trainer, fit, run_dir) if known is None else known
+            val = validate_global(trainer, fit.with_loaders_of(trainer), run_dir) if known is None else known
             status = "finished"
         except (KeyboardInterrupt, SIGTERMException):
             status = "stopped"

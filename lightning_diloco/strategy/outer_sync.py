@@ -13,11 +13,10 @@ One **inner step** is a batch in which at least one optimizer was really stepped
 | ``on_validation_start`` | pause, global weights in (the callback is first in the list) |
 | `end_validation` | global weights out, go on (called by the strategy, whose hook comes after every callback's) |
 | ``on_train_end`` | leave with final contributions, then hold the global weights; what later callbacks put there is kept |
-| ``on_save_checkpoint``, ``on_load_checkpoint`` | outer momentum and versions, for the job that goes on from the file |
 | ``on_exception`` | weights out; after SIGTERM leave in order, otherwise close |
 
-In checkpoints it leaves what the next job goes on from, under a key that Lightning does not know (`strategy.resume`): they load without
-this package.
+To checkpoints the strategy adds what the next job goes on from, under a key that Lightning does not know (`strategy.resume`): they load
+without this package, and no hook of the user's sees it.
 """
 
 from __future__ import annotations
@@ -42,9 +41,10 @@ from lightning_diloco.strategy.checks import check_callbacks
 from lightning_diloco.strategy.counting import count_tokens
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 from lightning_diloco.strategy.job_clock import JobClock
-from lightning_diloco.strategy.own_weights import all_close, checksums
+from lightning_diloco.strategy.own_weights import OWN_WEIGHTS, all_close, checksums
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY, Resumed, outer_state, read_resumed
 from lightning_diloco.strategy.seeding import reseed_learner
+from lightning_diloco.strategy.showing import Showing
 from lightning_diloco.strategy.step_watch import StepWatch
 
 if TYPE_CHECKING:
@@ -72,14 +72,15 @@ class OuterSync(Callback):
         self._has_left = False
         self._has_asked = False
         self._is_validating = False
-        self._bar_metrics: dict[str, float] = {}
+        self._showing: Showing | None = None
         self._resumed = Resumed()
         self._saved: GlobalState | None = None
         self._left_sums: tuple[int, ...] = ()
         self.figures: Figures | None = None
         """The client's figures at the last boundary; None before the first one."""
+        self._written: dict[str, Any] | None = None
         self.validated: dict[str, float] | None = None
-        """Metrics of the validation since the last inner step, if they are those of the final global model too; see `_is_identity`."""
+        """Metrics of the validation since the last inner step, if they are those of the final global model too; see `is_identity`."""
 
     @classmethod
     def attach(cls, trainer: pl.Trainer, strategy: DecoupledDiLoCoStrategy) -> OuterSync:
@@ -105,7 +106,7 @@ class OuterSync(Callback):
         return self._has_left
 
     @property
-    def _is_identity(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether merging is the identity, up to the last bit: nobody to merge with, and an outer step that goes where the learner is.
 
         What a merge at this moment would publish is then known without one: it is in the module.
@@ -150,7 +151,7 @@ class OuterSync(Callback):
             client.set_local(self._resumed.local)
         self._resumed = Resumed()
         self._strategy.on_joined(info.learner_id)
-        self._show_in_bar(trainer)
+        self._showing = Showing(trainer)
         self._clock = JobClock(trainer)
         if self._strategy.sync.lr_clock == "job":
             self._clock.advance(info.job_step)
@@ -169,11 +170,13 @@ class OuterSync(Callback):
         if not self.is_joined or not self._watch.has_stepped(trainer.scaler):
             return
         assert self._client is not None
-        self.validated = None
+        self.validated = self._written = None
         self._client.boundary(tokens=self._tokens)
         self._tokens = 0
         self._obey(trainer)
-        self._report(trainer)
+        self.figures = self._client.figures
+        if self._showing is not None:
+            self._showing.update(self.figures)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the global model; not in the sanity check, which comes before the join."""
@@ -182,7 +185,7 @@ class OuterSync(Callback):
         assert self._client is not None
         self._client.set_paused(True)
         self._is_validating = True
-        if not self._is_identity:
+        if not self.is_identity:
             self._swap_in()
 
     def end_validation(self) -> None:
@@ -199,7 +202,7 @@ class OuterSync(Callback):
     @contextmanager
     def global_weights(self) -> Iterator[None]:
         """The module holds the last published weights inside; nests with a validation."""
-        if not self.is_joined or self._is_identity:
+        if not self.is_joined or self.is_identity:
             yield
             return
         self._swap_in()
@@ -238,23 +241,38 @@ class OuterSync(Callback):
         now = checksums(pl_module, self._client.layout)
         return bool(now) and now != self._left_sums
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add what the next job goes on from; called after ``state_dict`` was taken, whose versions these are."""
-        if self._client is None or not self._strategy.is_global_zero:
-            return
+    def outer_state(self) -> dict[str, Any]:
+        """What the next job goes on from, for a checkpoint whose ``state_dict`` was taken just now; empty before the join."""
+        if self._client is None:
+            return {}
         state = self._client.global_state() if self._saved is None else self._saved
         is_alone = self._strategy.assignment is not None and self._strategy.assignment.num_learners == 1
         local = self._client.local_tensors() if is_alone and self.is_joined else {}
-        checkpoint[CHECKPOINT_KEY] = outer_state(self._client.layout, state, local)
+        return {CHECKPOINT_KEY: outer_state(self._client.layout, state, local)}
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def resume_from(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the job is to begin with, should this learner found it."""
         self._resumed = read_resumed(checkpoint)
 
-    def forget_saved(self) -> None:
+    def on_written(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint has been written: its copies of the global model may go."""
         if not self._has_left:
             self._saved = None
+        if self.is_identity and "optimizer_states" in checkpoint:
+            self._written = {name: value for name, value in checkpoint.items() if name != "state_dict"}
+
+    def training_state(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """What ``last.ckpt`` is made of, at the end of the fit; with a mark if a callback has put weights of its own into the module.
+
+        Where merging is the identity, a checkpoint of the last step is as good as another one, and no hook is called a second time.
+        """
+        module = trainer.lightning_module
+        is_own = self.has_own_weights(module)
+        if self._written is None or is_own:
+            state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        else:
+            state = {**self._written, "state_dict": module.state_dict()}
+        return {**state, **self.outer_state(), OWN_WEIGHTS: is_own}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the local weights back; leave in order if it was a signal. Never raises: the exception on its way is the news."""
@@ -270,8 +288,9 @@ class OuterSync(Callback):
     def close(self) -> None:
         """Close the client and take the hooks off the optimizers; idempotent."""
         self._watch.detach()
-        if self._strategy._trainer is not None and (bar := self._strategy._trainer.progress_bar_callback) is not None:
-            vars(bar).pop("get_metrics", None)
+        if self._showing is not None:
+            self._showing.close()
+            self._showing = None
         if self._client is not None:
             self.figures = self._client.figures
             self._client.close()
@@ -292,23 +311,10 @@ class OuterSync(Callback):
             keeps_momentum=self._strategy.is_global_zero,
         )
 
-    def _show_in_bar(self, trainer: pl.Trainer) -> None:
-        """Add our figures to what the bar shows, without putting them among the user's metrics."""
-        bar = trainer.progress_bar_callback
-        if bar is None or "get_metrics" in vars(bar):
-            return
-        metrics = bar.get_metrics
-
-        def get_metrics(*args: Any) -> dict[str, Any]:
-            """Ours, then the bar's own: the user's stand where they always do, at the end."""
-            return {**self._bar_metrics, **metrics(*args)}
-
-        bar.get_metrics = get_metrics  # type: ignore[method-assign, assignment]
-
     def _keep_metrics(self) -> None:
         trainer = self._strategy._trainer
         # With several loaders Lightning has those of the last one only at this point.
-        if self._is_identity and trainer is not None and trainer._results is not None and len(trainer.num_val_batches) == 1:
+        if self.is_identity and trainer is not None and trainer._results is not None and len(trainer.num_val_batches) == 1:
             self.validated = {name: float(value) for name, value in trainer._results.metrics(on_step=False)["log"].items()}
 
     def _check_unfrozen(self) -> None:
@@ -359,20 +365,6 @@ class OuterSync(Callback):
         self._has_asked = True
         if self._strategy.is_learner_zero and self._client.stop_reason is None:
             self._client.request_stop("trainer.should_stop")
-
-    def _report(self, trainer: pl.Trainer) -> None:
-        assert self._client is not None
-        figures = self.figures = self._client.figures
-        bar = {"merges": float(figures.merges), "staleness": float(figures.staleness_versions)}
-        if figures.participation is not None:
-            bar["participation"] = float(figures.participation)
-        self._bar_metrics.update(bar)
-        if figures.merges and trainer.loggers and trainer._logger_connector.should_update_logs:
-            values = {f"diloco/{name}": value for name, value in bar.items()}
-            values |= {"diloco/stall_s": figures.stall_s, "diloco/bytes_up": figures.bytes_up, "diloco/bytes_down": figures.bytes_down}
-            values |= {"diloco/inner_steps": figures.inner_steps, "diloco/tokens": figures.tokens}
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics=values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def _remove_from(trainer: pl.Trainer) -> None:

@@ -38,7 +38,7 @@ from lightning_diloco.strategy import checks
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
 from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, refuse_what_has_not_landed
 from lightning_diloco.strategy.outer_sync import OuterSync
-from lightning_diloco.strategy.own_weights import OWN_WEIGHTS
+from lightning_diloco.strategy.resume import CHECKPOINT_KEY
 from lightning_diloco.strategy.streams import share_stream
 
 __all__ = ["DecoupledDiLoCoStrategy"]
@@ -212,7 +212,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         checks.check_host(self.accelerator, self.num_nodes)
         if self.process_options.syncer is not None:
             checks.check_island(num_devices)
-            self.take(self._island_assignment())
+            self.take(Assignment.of_island(self.process_options))
             return
         checks.check_local(self.sync, self.process_options.launch, num_devices, self.cluster_environment)
         if self.process_options.launch == "inline":
@@ -340,9 +340,21 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         if self.is_saving_blocked:
             _log.warning("%s is not written: the weights of this process are not those that its learners train", filepath)
             return
-        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        sync = self._outer_sync
+        is_whole = sync is not None and self.is_global_zero and "optimizer_states" in checkpoint
+        # A copy: what hooks of the user's were given stays as it was.
+        ours = sync.outer_state() if sync is not None and is_whole else {}
+        super().save_checkpoint({**checkpoint, **ours}, filepath, storage_options=storage_options)
+        if sync is not None:
+            sync.on_written(checkpoint)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
         if self._outer_sync is not None:
-            self._outer_sync.forget_saved()
+            self._outer_sync.resume_from(checkpoint)
+        checkpoint.pop(CHECKPOINT_KEY, None)
+        return checkpoint
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -358,27 +370,11 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
 
     # -- helpers -------------------------------------------------------------------------------------------------------------------
 
-    def _island_assignment(self) -> Assignment:
-        options = self.process_options
-        assert options.syncer is not None
-        run_dir = options.run_dir
-        if run_dir is not None:
-            (run_dir / "counters").mkdir(parents=True, exist_ok=True)
-        return Assignment(
-            role="island",
-            endpoint=options.syncer,
-            learner_id=options.learner_id or 0,
-            is_id_given=options.learner_id is not None,
-            num_learners=options.num_learners or 1,
-            run_dir=run_dir,
-        )
-
     def _leave_training_state(self, path: Path) -> None:
         """For the calling process, which writes the last checkpoint after the drain; inline that is this one."""
-        assert self._trainer is not None and self.assignment is not None
+        assert self._trainer is not None and self._outer_sync is not None and self.assignment is not None
         try:
-            state = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            state[OWN_WEIGHTS] = self._outer_sync is not None and self._outer_sync.has_own_weights(self._trainer.lightning_module)
+            state = self._outer_sync.training_state(self._trainer)
             if self.assignment.role == "inline":
                 self.final_state = state
             else:

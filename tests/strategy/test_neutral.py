@@ -7,6 +7,9 @@ import time
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_diloco import DecoupledDiLoCoStrategy
 from tests.strategy.kit import TinyModel, loader, quiet
@@ -83,3 +86,98 @@ def test_with_a_neutral_outer_optimizer_the_published_model_is_the_learners_at_e
         Trainer(**quiet(strategy=strategy, devices=1, max_steps=steps, callbacks=[last])).fit(model, loader())
         for name, value in last.last.items():
             torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-7)
+
+
+def _noting(cls, names):
+    """A subclass whose methods of these names note in `called` that they were called, before they do their work."""
+
+    def note(name):
+        def method(self, *args, **kwargs):
+            self.called.append(name)
+            return getattr(super(noting, self), name)(*args, **kwargs)
+
+        return method
+
+    noting = type(cls.__name__, (cls,), {name: note(name) for name in names})
+    return noting
+
+
+class Own(TinyModel):
+    """Makes its own loaders."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def train_dataloader(self):
+        return loader(32)
+
+    def val_dataloader(self):
+        return loader(8)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self(batch[0]).pow(2).mean())
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["mine"] = self.trainer.global_step
+
+
+class Silent(Callback):
+    """With a state."""
+
+    def __init__(self):
+        self.called = []
+
+    def state_dict(self):
+        return {"calls": len(self.called)}
+
+
+HOOKS = [
+    name for hooks in (ModelHooks, DataHooks, CheckpointHooks) for name in vars(hooks) if not name.startswith(("_", "configure_sharded"))
+]
+STEPS = ["training_step", "validation_step", "optimizer_step", "backward", "configure_optimizers", "configure_callbacks"]
+Watched = _noting(Own, HOOKS + STEPS)
+Noting = _noting(Silent, [name for name in vars(Callback) if name.startswith(("on_", "setup", "teardown", "state_dict", "load"))])
+
+
+class Lines(DummyLogger):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def log_metrics(self, metrics, step=None):
+        self.calls.append((dict(metrics), step))
+
+
+def _watch(folder, strategy=None):
+    torch.manual_seed(0)
+    model, callback, logger = Watched(), Noting(), Lines()
+    files = ModelCheckpoint(folder / "files", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True)
+    options = quiet(strategy=strategy or "auto", devices=1, max_epochs=3, callbacks=[callback, files], num_sanity_val_steps=0)
+    options |= {"enable_checkpointing": True, "check_val_every_n_epoch": 2, "logger": logger, "log_every_n_steps": 4}
+    trainer = Trainer(**options)
+    trainer.fit(model)
+    return model, callback, logger
+
+
+def test_hooks_and_loaders_and_rows_of_the_log_are_those_of_a_plain_trainer(tmp_path):
+    """The last checkpoint and the last validation take what is there; figures of the job travel in the rows of the user's metrics."""
+    plain, plain_callback, plain_logger = _watch(tmp_path / "plain")
+    strategy = DecoupledDiLoCoStrategy(**NEUTRAL, run_dir=tmp_path / "job")
+    ours, callback, logger = _watch(tmp_path / "ours", strategy)
+    assert ours.called == plain.called
+    assert callback.called == plain_callback.called
+    assert [step for _, step in logger.calls] == [step for _, step in plain_logger.calls]
+    without = [({k: v for k, v in m.items() if not k.startswith("diloco/")}, step) for m, step in logger.calls]
+    assert without == plain_logger.calls
+    assert any(m.get("diloco/merges", 0) > 0 for m, _ in logger.calls)
+    assert strategy.summary["val"].keys() == {"val_loss"}
+    last = torch.load(tmp_path / "job" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["mine"] == 24
+    assert last["global_step"] == 24
+    assert last["optimizer_states"]
+    assert set(last["decoupled_diloco"]) == {"versions"}
+    for name, value in ours.state_dict().items():
+        assert torch.equal(last["state_dict"][name], value)
