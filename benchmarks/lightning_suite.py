@@ -24,8 +24,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASS = "compares the strategy's class or options, or that of its launcher"
-DUMP = "exact list of hook calls: last.ckpt is one more checkpoint at the end"
-LOGGER = "exact list of the logger's calls: ours come under diloco/"
 LAST = "counts validations or workers: the final global model is validated once more"
 CALLER = "asks the calling process for what only learners have (a sampler, mocked calls)"
 EXPECTED = {
@@ -36,12 +34,6 @@ EXPECTED = {
     "test_swa_callback_ddp_cpu": CLASS,
     "test_swa_resume_training_from_checkpoint_ddp": CLASS,
     "test_dataloader_persistent_workers_performance_warning[": CLASS,
-    "test_trainer_model_hook_system_fit": DUMP,
-    "test_trainer_datamodule_hook_system": DUMP,
-    "test_datamodule_hooks_are_profiled": DUMP,
-    "test_plateau_scheduler_lr_step_interval_updated_after_saving[": DUMP,
-    "test_log_every_n_steps[": LOGGER,
-    "test_throughput_monitor_fit": LOGGER,
     "test_dataloaders_load_every_n_epochs_": LAST,
     "test_load_model_from_checkpoint[": "the last merge rounds: base + (weights - base) may differ from the weights in the last bit",
     "test_distributed_sampler_with_overfit_batches": CALLER,

@@ -151,7 +151,7 @@ class OuterSync(Callback):
             client.set_local(self._resumed.local)
         self._resumed = Resumed()
         self._strategy.on_joined(info.learner_id)
-        self._showing = Showing(trainer)
+        self._showing = Showing(trainer, is_logged=not self.is_identity)
         self._clock = JobClock(trainer)
         if self._strategy.sync.lr_clock == "job":
             self._clock.advance(info.job_step)

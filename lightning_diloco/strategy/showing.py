@@ -22,16 +22,18 @@ class Showing:
 
     Args:
         trainer: of this process.
+        is_logged: whether loggers get them; a job whose merges change nothing is there to be compared with a plain one, row for row.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
+    def __init__(self, trainer: pl.Trainer, *, is_logged: bool) -> None:
         self._connector = trainer._logger_connector
         self._in_bar: dict[str, float] = {}
         self._in_logs: dict[str, float] = {}
         self._replaced: list[tuple[object, str, Any]] = []
         if trainer.progress_bar_callback is not None:
             self._metrics = self._replace(trainer.progress_bar_callback, "get_metrics", self._get_metrics)
-        self._log = self._replace(self._connector, "log_metrics", self._log_metrics)
+        if is_logged:
+            self._log = self._replace(self._connector, "log_metrics", self._log_metrics)
 
     def update(self, figures: Figures) -> None:
         """Show these; floats and integers, called at every boundary."""
