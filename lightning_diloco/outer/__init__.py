@@ -19,7 +19,7 @@ from lightning_diloco.outer.codec import (
 )
 from lightning_diloco.outer.layout import balanced_fragments, plan_layout
 from lightning_diloco.outer.merge import FoldRecord, MergeAccumulator, MergeRecord
-from lightning_diloco.outer.optimizer import FragmentState, momentum_at, outer_step, recovered_momentum
+from lightning_diloco.outer.optimizer import FragmentState, last_step, momentum_at, outer_step, recovered_momentum
 from lightning_diloco.outer.pseudo_gradient import contribution_norm, pseudo_gradient
 from lightning_diloco.outer.spec import Fragment, Layout, TensorSlice, TensorSpec
 from lightning_diloco.outer.static import load_static, pack_static, static_bytes
@@ -46,6 +46,7 @@ __all__ = [
     "encode_full",
     "encode_publication",
     "load_static",
+    "last_step",
     "momentum_at",
     "outer_step",
     "pack_static",

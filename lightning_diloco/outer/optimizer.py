@@ -19,7 +19,7 @@ References:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch import Tensor
 from lightning_diloco.errors import ConfigurationError, LocalProtocolError
 from lightning_diloco.outer._checks import require_flat
 
-__all__ = ["FragmentState", "momentum_at", "outer_step", "recovered_momentum"]
+__all__ = ["FragmentState", "last_step", "momentum_at", "outer_step", "recovered_momentum"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,6 +46,8 @@ class FragmentState:
     """The outer momentum buffer, flat float32 [N]."""
     shadow: Tensor
     """What every learner holds as its base after the last publication, flat float32 [N]."""
+    ahead: float = 0.0
+    """mu of the step that made theta, by which it lies ahead of the iterate; 0 at a founding and after a last step."""
     merge_index: int = 0
     """Merges done so far."""
 
@@ -113,7 +115,45 @@ def outer_step(state: FragmentState, pseudo_gradient: Tensor, *, lr: float, mome
     else:
         buffer = torch.mul(state.momentum, momentum).add_(pseudo_gradient)
         step = torch.mul(buffer, momentum).add_(pseudo_gradient).mul_(lr)
-    return FragmentState(theta=torch.sub(state.theta, step), momentum=buffer, shadow=state.shadow, merge_index=state.merge_index + 1)
+    theta = torch.sub(state.theta, step)
+    return replace(state, theta=theta, momentum=buffer, ahead=momentum, merge_index=state.merge_index + 1)
+
+
+def last_step(state: FragmentState, pseudo_gradient: Tensor, *, lr: float, share: float) -> FragmentState:
+    """The step of a merge from which nobody trains on; the momentum buffer stays as it was, for whoever resumes.
+
+    With x the iterate of Nesterov's method and v = -lr b its velocity, `outer_step` returns theta = x + mu v, a point ahead of the iterate:
+    learners are to measure the next g there, and H steps of theirs will correct it. What a run returns is the iterate, and only as much of
+    the way ahead as was trained. With f the share of H steps that were:
+
+        theta' = x + f mu v - lr g = theta - lr g + (1 - f) lr mu b
+
+    f = 1 is x' of the method, and f = 0 with g = 0 goes back to x. Without momentum it is `outer_step`, bit for bit.
+
+    Args:
+        state: the fragment's state; stays as it is.
+        pseudo_gradient: the merged g, flat float32 [N].
+        lr: outer learning rate, above 0.
+        share: f, in [0, 1].
+
+    Returns:
+        The new state: theta new and not ahead, momentum and shadow shared, merge_index one more.
+
+    Raises:
+        ConfigurationError: lr is outside its range.
+        LocalProtocolError: the pseudo-gradient is not flat float32 of the fragment's size, or the share is outside [0, 1].
+
+    References:
+        Sutskever et al., *On the importance of initialization and momentum in deep learning* (2013): Nesterov's method as x and v.
+        Decoupled DiLoCo does not say how a run ends: our choice, measured in ``docs/lab-notes.md``.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise LocalProtocolError(f"share={share!r}: the part of an interval that was trained, so in [0, 1].")
+    theta = outer_step(state, pseudo_gradient, lr=lr, momentum=0.0).theta
+    back = (1.0 - share) * lr * state.ahead
+    if back > 0.0:
+        theta = theta.add_(torch.mul(state.momentum, back))
+    return replace(state, theta=theta, ahead=0.0, merge_index=state.merge_index + 1)
 
 
 def recovered_momentum(buffer: Tensor, difference: Tensor, *, lr: float, momentum: float) -> Tensor:

@@ -83,12 +83,14 @@ class Close(_Action, frozen=True, kw_only=True):
     """Merge what was folded, take the outer step, produce the shadow of `version`; answer with `Merged`.
 
     `merge_index` counts the fragment's merges from 1: the momentum's warm-up needs it. Contributions folded after this action belong to
-    the fragment's next merge.
+    the fragment's next merge. `last_share`: None if learners train on from the result. When everybody has said a last word it is the share
+    of a sync interval, in [0, 1], that was trained since the merge before.
     """
 
     fragment_id: int
     version: Version
     merge_index: int
+    last_share: float | None = None
 
 
 class Transmit(_Action, frozen=True, kw_only=True):

@@ -50,7 +50,7 @@ class Departures:
         self._leaving[member.session] = message
         self._until_s[member.session] = now_s + self._job.config.drain_timeout_s
         self._is_winding_up = self._is_winding_up or message.reason != "signal"
-        member.is_paused = True
+        member.is_paused = member.is_leaving = True
         actions: list[SyncerAction] = []
         for round_ in self._rounds.all:
             if round_.is_collecting:

@@ -56,6 +56,7 @@ class Member:
     last_advance_s: float = 0.0
     last_heard_s: float = 0.0
     is_paused: bool = False
+    is_leaving: bool = False
     is_silent: bool = False
     has_moved: bool = False
     has_answered: bool = False

@@ -166,6 +166,8 @@ class MergeRecord(_Base, frozen=True, kw_only=True, tag="merge"):
     """One merge: members in fold order, and everything a replay needs but the payloads.
 
     `eligible`: learners that were joined, not paused and had work when it closed. `norms`: per member, per tensor; `scales`: per tensor.
+    `last_share`: None, or nobody trained on from the result: the share of a sync interval that was trained for it. The step then left the
+    momentum as it was, and `outer_momentum` is 0.
     """
 
     fragment_id: int
@@ -181,6 +183,7 @@ class MergeRecord(_Base, frozen=True, kw_only=True, tag="merge"):
     outer_lr: float
     outer_momentum: float
     crc: int
+    last_share: float | None = None
     norms: tuple[tuple[float, ...], ...] = ()
     scales: tuple[float, ...] = ()
 

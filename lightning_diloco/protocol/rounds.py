@@ -58,6 +58,7 @@ class FragmentRound:
     merging: list[Held] = field(default_factory=list)
     grace_used_s: float = 0.0
     eligible: tuple[int, ...] = ()
+    last_share: float | None = None
 
     @property
     def is_collecting(self) -> bool:
@@ -279,8 +280,15 @@ class Rounds:
             if m.learner_id in contributors or (not m.is_paused and m.has_work(round_.fragment_id))
         )
         version = next_version(current.version, self._job.epoch)
-        actions.append(Close(fragment_id=round_.fragment_id, version=version, merge_index=version.n))
+        round_.last_share = self._last_share(round_)
+        close = Close(fragment_id=round_.fragment_id, version=version, merge_index=version.n, last_share=round_.last_share)
+        actions.append(close)
         return actions
+
+    def _last_share(self, round_: FragmentRound) -> float | None:
+        if not all(m.is_leaving for m in self._job.members.joined()):
+            return None
+        return min(1.0, max(h.steps for h in round_.merging) / self._job.config.sync_interval_steps)
 
     def merged(self, event: Merged, now_s: float) -> list[SyncerAction]:
         """The merge is done: account for it, publish it to all, write it down."""
@@ -324,6 +332,7 @@ class Rounds:
             merge_s=event.merge_s,
             outer_lr=self._job.config.outer_lr,
             outer_momentum=event.outer_momentum,
+            last_share=round_.last_share,
             crc=event.crc,
             norms=event.norms,
             scales=event.scales,

@@ -334,6 +334,7 @@ class LearnerClient:
         if self._is_closed or self._loop.joined is None or self._loop.fatal is not None:
             return
         drain_s = self._options.config.drain_timeout_s
+        self._store.momentum.freeze()
         if self._uncounted_steps:
             event = Boundary(tokens=self._uncounted_tokens, steps=self._uncounted_steps, can_snapshot=False, poisoned=self._poisoned())
             self._uncounted_steps = self._uncounted_tokens = 0

@@ -82,6 +82,7 @@ class MomentumTracker:
     def __init__(self, layout: Layout, config: SyncConfig, *, is_on: bool) -> None:
         self._layout, self._config = layout, config
         self.is_on = is_on and config.outer_momentum > 0
+        self._is_frozen = False
         self._buffers = [torch.zeros(f.num_params) for f in layout.fragments] if self.is_on else []
 
     @property
@@ -94,12 +95,16 @@ class MomentumTracker:
         if self.is_on and buffers:
             self._buffers = list(buffers)
 
+    def freeze(self) -> None:
+        """This learner leaves: the merges that remain take a step without momentum, and leave the syncer's as it is."""
+        self._is_frozen = True
+
     def after(self, fragment_id: int, before: Tensor, published: Tensor, old: int, new: int) -> Tensor | None:
         """The buffer that goes with version `new`, if `old` was the last one seen; None if it is off.
 
         Of versions that were skipped only the sum is known: each counts for an equal share of it.
         """
-        if not self.is_on or new <= old or self._layout.fragments[fragment_id].holds_values:
+        if not self.is_on or self._is_frozen or new <= old or self._layout.fragments[fragment_id].holds_values:
             return None
         buffer, share = self._buffers[fragment_id], torch.sub(published, before).div_(new - old)
         for n in range(old + 1, new + 1):

@@ -255,8 +255,8 @@ class Performer:
         self._submit(lambda: store.fold(fragment_id, decoded, weight), lambda result: None)
 
     def _close(self, action: Close) -> None:
-        store, fragment_id, merge_index = self._founded_store(), action.fragment_id, action.merge_index
-        self._submit(lambda: store.close(fragment_id, merge_index), self._on_merged)
+        store = self._founded_store()
+        self._submit(lambda: store.close(action.fragment_id, action.merge_index, last_share=action.last_share), self._on_merged)
 
     def _transmit(self, action: Transmit) -> None:
         published = self._published[action.fragment_id]

@@ -31,6 +31,7 @@ from lightning_diloco.outer import (
     decode,
     decode_full,
     encode_publication,
+    last_step,
     momentum_at,
     outer_step,
     sha256_of,
@@ -151,7 +152,7 @@ class SyncerStore:
         record = self._accumulators[fragment_id].fold(d, weight)
         self._norms[fragment_id].append(record.norms)
 
-    def close(self, fragment_id: int, merge_index: int) -> Closed:
+    def close(self, fragment_id: int, merge_index: int, *, last_share: float | None = None) -> Closed:
         """Merge, take the outer step, and encode the publication; merged buffers are the new ones."""
         start_s = time.monotonic()
         config, before, fragment = self.config, self.state(fragment_id), self.layout.fragments[fragment_id]
@@ -159,6 +160,8 @@ class SyncerStore:
         momentum, wire_dtype = momentum_at(merge_index, config.outer_momentum, config.outer_momentum_warmup), self._dtype(fragment)
         if fragment.holds_values:
             momentum, stepped = 0.0, FragmentState.founded(merged)
+        elif last_share is not None:
+            momentum, stepped = 0.0, last_step(before, merged, lr=config.outer_lr, share=last_share)
         else:
             stepped = outer_step(before, merged, lr=config.outer_lr, momentum=momentum)
         difference, shadow = encode_publication(stepped.theta, before.shadow, wire_dtype)
@@ -167,7 +170,7 @@ class SyncerStore:
             _log.error("The outer step of fragment %d is not finite; the fragment stays as it was, without momentum.", fragment_id)
             stepped = FragmentState.founded(before.theta)
             difference, shadow = encode_publication(before.theta, before.shadow, wire_dtype)
-        self._states[fragment_id] = FragmentState(theta=stepped.theta, momentum=stepped.momentum, shadow=shadow, merge_index=merge_index)
+        self._states[fragment_id] = replace(stepped, shadow=shadow, merge_index=merge_index)
         norms, self._norms[fragment_id] = tuple(self._norms[fragment_id]), []
         self._accumulators[fragment_id] = MergeAccumulator(self.layout.fragments[fragment_id])
         return Closed(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_diloco.errors import ConfigurationError, LocalProtocolError
-from lightning_diloco.outer import FragmentState, contribution_norm, momentum_at, outer_step, pseudo_gradient
+from lightning_diloco.outer import FragmentState, contribution_norm, last_step, momentum_at, outer_step, pseudo_gradient
 
 
 def random(seed, size=1000):
@@ -141,3 +141,48 @@ def test_a_state_validates_itself():
         FragmentState(theta=good, momentum=good, shadow=good, merge_index=-1)
     with pytest.raises(LocalProtocolError, match="pseudo_gradient is a"):
         outer_step(FragmentState.founded(good), torch.zeros(1), lr=0.7, momentum=0.5)
+
+
+# --- the last step ------------------------------------------------------------------------------------------------------------------
+
+
+def _nesterov(mu, lr, merges):
+    """The method as x and v (float64) and ours, after some merges with other gradients each: v' = mu v - lr g(x + mu v), x' = x + v'."""
+    x, v = random(1).double(), torch.zeros(1000, dtype=torch.float64)
+    state = FragmentState.founded(x.float())
+    for seed in range(2, 2 + merges):
+        g = random(seed)
+        before, state = state, outer_step(state, g, lr=lr, momentum=mu)
+        v = mu * v - lr * g.double()
+        x = x + v
+    return x, v, before, state, g
+
+
+def test_a_last_step_of_a_whole_interval_ends_at_the_iterate_of_nesterovs_method_and_keeps_the_momentum():
+    x, v, before, state, g = _nesterov(0.75, 0.5, merges=4)
+    last = last_step(before, g, lr=0.5, share=1.0)
+    torch.testing.assert_close(state.theta.double(), x + 0.75 * v, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last.theta.double(), x, rtol=1e-5, atol=1e-5)
+    assert last.momentum is before.momentum
+    assert last.merge_index == state.merge_index
+    assert last.ahead == 0.0
+
+
+def test_a_last_step_of_which_nothing_was_trained_goes_back_to_the_iterate():
+    x, v, _, state, _ = _nesterov(0.75, 0.5, merges=4)
+    zero = torch.zeros(1000)
+    torch.testing.assert_close(last_step(state, zero, lr=0.5, share=0.0).theta.double(), x, rtol=1e-5, atol=1e-5)
+    half = last_step(state, zero, lr=0.5, share=0.5)
+    torch.testing.assert_close(half.theta.double(), x + 0.375 * v, rtol=1e-5, atol=1e-5)
+    assert torch.equal(last_step(half, zero, lr=0.5, share=0.0).theta, half.theta), "it is not ahead any more"
+
+
+def test_without_momentum_the_last_step_is_as_any():
+    state, g = FragmentState.founded(random(1)), random(2)
+    assert torch.equal(last_step(state, g, lr=1.0, share=0.3).theta, outer_step(state, g, lr=1.0, momentum=0.0).theta)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+def test_a_share_outside_of_an_interval_is_refused(share):
+    with pytest.raises(LocalProtocolError, match="share="):
+        last_step(FragmentState.founded(random(1)), random(2), lr=1.0, share=share)

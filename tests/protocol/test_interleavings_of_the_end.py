@@ -61,6 +61,11 @@ def test_the_last_learner_that_leaves_closes_what_remains():
     for i in range(3):
         assert sorted(pair.shadow(i)) == sorted(pair.tokens_of), "all work of both is in the model"
         assert b.published[i] == pair.shadow(i)
+    # Momentum carries the merges from which somebody trains on. Fragment 2 was merged while b did, and b did no step after it.
+    last = {m.fragment_id: m.last_share for m in pair.merges() if m.last_share is not None}
+    interval = pair.syncer.job.config.sync_interval_steps
+    assert last == {0: min(1, 4 / interval), 1: min(1, 4 / interval)}
+    assert len(pair.merges()) == 6
 
 
 def test_two_learners_that_leave_at_the_same_moment_lose_nothing():
