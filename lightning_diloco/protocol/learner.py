@@ -315,7 +315,7 @@ class LearnerMachine:
         if self.state.stage == "receiving":
             fragment.base, fragment.base_merged = fragment.held, fragment.held_merged
             return self._maybe_joined()
-        if before is not None:
+        if before is not None and event.fragment_id not in self.state.options.value_fragments:
             self.state.merges_seen += event.version.n - before.n
             self.state.merges_with_us += 1 if fragment.held_merged.seq > merged_before else 0
         return []

@@ -117,6 +117,7 @@ class LearnerOptions:
         adopt: the adoption rule of that configuration.
         learner_id: the id it wants (None: any free one).
         founded_n: what a founder says in `Found.versions` (founding from a checkpoint).
+        value_fragments: ids of the fragments that hold running statistics: their merges are left out of the figures, as in summary.json.
     """
 
     nonce: str
@@ -132,6 +133,7 @@ class LearnerOptions:
     tokens_per_step: int = 0
     life: int = 0
     founded_n: tuple[int, ...] = ()
+    value_fragments: tuple[int, ...] = ()
 
 
 class LearnerState:

@@ -41,7 +41,7 @@ from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOption
 from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
 from lightning_diloco.runtime.global_state import GlobalState, MomentumTracker
-from lightning_diloco.runtime.healing import Remedy, poisoned_fragments, tensors_of
+from lightning_diloco.runtime.healing import Remedy, describe, poisoned_fragments, tensors_of
 from lightning_diloco.runtime.learner_store import Adoption, LearnerStore
 
 __all__ = ["ClientOptions", "Figures", "JoinInfo", "LearnerClient"]
@@ -128,6 +128,7 @@ class LearnerClient:
             tokens_per_step=options.tokens_per_step,
             life=options.life,
             founded_n=options.founding.numbers(self.layout),
+            value_fragments=tuple(i for i, fragment in enumerate(self.layout.fragments) if fragment.holds_values),
         )
 
     # ---- joining ------------------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ class LearnerClient:
         return poisoned_fragments(self._module, self._store.views, self._machine.state.fragments)
 
     def _heal(self, action: Heal, remedy: Remedy) -> None:
-        _log.warning("Fragment %d was refused (%s): its parameters go back to the last published ones.", action.fragment_id, action.reason)
+        _log.warning("%s", describe(self._machine.state.learner_id, action, self._options.config.norm_gate))
         self._store.views[action.fragment_id].copy_from(remedy.values())
         if self.on_heal is not None:
             # One step with a NaN puts it into the moments of all parameters.
@@ -387,10 +388,9 @@ class LearnerClient:
     def figures(self) -> Figures:
         """Running figures of this learner."""
         state = self._machine.state
-        seen = state.merges_seen
         return Figures(
-            merges=seen,
-            participation=state.merges_with_us / seen if seen else None,
+            merges=state.merges_seen,
+            participation=state.merges_with_us / state.merges_seen if state.merges_seen else None,
             staleness_versions=self._loop.staleness_versions,
             stall_s=self._times.stall_s,
             inner_steps=self._inner_steps,

@@ -21,6 +21,7 @@ MAX_WAITING = 16 * MAX_STEPS_PER_REPORT
 class Figures:
     """What a user may want to see while training.
 
+    `merges`: of fragments of parameters, received since the join; those of running statistics are left out, as in ``summary.json``.
     `participation`: share of the versions received since the join that contain a contribution of this learner (None before the first).
     `staleness_versions`: mean over the last contributions of the versions between a contribution's base and the one that it went into.
     """

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_diloco.outer import FragmentView, contribution_norm, reference
+from lightning_diloco.protocol.actions import Heal
 from lightning_diloco.protocol.learner_state import FragmentState
 
-__all__ = ["MAX_NORM", "Remedy", "is_sound", "poisoned_fragments", "tensors_of"]
+__all__ = ["MAX_NORM", "Remedy", "describe", "is_sound", "poisoned_fragments", "tensors_of"]
 
 MAX_NORM = 1e30
 """A contribution of this norm or more counts as not finite: two of them can overflow float32 in the outer step, and NaN is for good."""
@@ -25,6 +26,26 @@ MAX_NORM = 1e30
 def is_sound(norm: float) -> bool:
     """Whether a contribution of this norm counts as finite; learner and syncer must answer alike."""
     return norm < MAX_NORM
+
+
+def describe(learner_id: int, heal: Heal, norm_gate: float | None) -> str:
+    """What was refused, by which rule, what happens now, and what the user can do.
+
+    Args:
+        learner_id: of this learner.
+        heal: what the rules ask for.
+        norm_gate: of the job.
+    """
+    if heal.reason == "norm":
+        rule = f"its norm per step is above norm_gate={norm_gate} times the running median of this fragment"
+        remedy = "If such jumps are normal in this training, pass norm_gate=None or a larger factor."
+    else:
+        rule = "a value in it is not finite, or too large for float32"
+        remedy = "If it comes again, lower the inner learning rate or clip the gradients."
+    return (
+        f"Learner {learner_id}: fragment {heal.fragment_id} was refused ({heal.reason}): {rule}. "
+        f"Its parameters go back to the last published ones. {remedy}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

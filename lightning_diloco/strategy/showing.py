@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
 
 from lightning_diloco.runtime.figures import Figures
 
@@ -27,8 +28,10 @@ class Showing:
 
     def __init__(self, trainer: pl.Trainer, *, is_logged: bool) -> None:
         self._connector = trainer._logger_connector
-        self._in_bar: dict[str, float] = {}
+        self._in_bar: dict[str, float | str] = {}
         self._in_logs: dict[str, float] = {}
+        self._is_rich = isinstance(trainer.progress_bar_callback, RichProgressBar)
+        """It shows every number with three decimals, and text as it is; the other bar shows an integer as one."""
         self._replaced: list[tuple[object, str, Any]] = []
         if trainer.progress_bar_callback is not None:
             self._metrics = self._replace(trainer.progress_bar_callback, "get_metrics", self._get_metrics)
@@ -36,12 +39,13 @@ class Showing:
             self._log = self._replace(self._connector, "log_metrics", self._log_metrics)
 
     def update(self, figures: Figures) -> None:
-        """Show these; floats and integers, called at every boundary."""
-        self._in_bar = {"merges": float(figures.merges), "staleness": float(figures.staleness_versions)}
+        """Show these; counts are integers. Called at every boundary."""
+        shown: dict[str, float] = {"merges": figures.merges, "staleness": float(figures.staleness_versions)}
         if figures.participation is not None:
-            self._in_bar["participation"] = float(figures.participation)
+            shown["participation"] = float(figures.participation)
+        self._in_bar = {**shown, "merges": str(figures.merges)} if self._is_rich else {**shown}
         if figures.merges:
-            self._in_logs = {f"diloco/{name}": value for name, value in self._in_bar.items()}
+            self._in_logs = {f"diloco/{name}": value for name, value in shown.items()}
             for name in ("stall_s", "bytes_up", "bytes_down", "inner_steps", "tokens"):
                 self._in_logs[f"diloco/{name}"] = getattr(figures, name)
 

@@ -9,6 +9,8 @@ import time
 import torch
 from torch import nn
 
+from lightning_diloco.protocol.actions import Heal
+from lightning_diloco.runtime.healing import describe
 from tests.runtime.job_helpers import CONFIG, running_job, step, train
 from tests.tape_checker import load_tape
 
@@ -45,3 +47,11 @@ def test_no_tokens_of_poisoned_work_are_handed_over_under_the_values_of_a_healed
     assert [r for r, n in summary["discarded_by_reason"].items() if n] == ["nonfinite"]
     for fragment in summary["fragments"]:
         assert fragment["pending"] == 0 and fragment["discarded"] >= 6 * 16
+
+
+def test_a_refusal_names_the_learner_the_rule_and_the_remedy():
+    norm = describe(1, Heal(fragment_id=3, reason="norm"), 10.0)
+    assert norm.startswith("Learner 1: fragment 3 was refused (norm): its norm per step is above norm_gate=10.0 times the running median")
+    assert norm.endswith("If such jumps are normal in this training, pass norm_gate=None or a larger factor.")
+    nonfinite = describe(0, Heal(fragment_id=0, reason="nonfinite"), None)
+    assert "fragment 0 was refused (nonfinite): a value in it is not finite" in nonfinite and "norm_gate" not in nonfinite

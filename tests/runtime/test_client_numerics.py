@@ -175,3 +175,14 @@ def test_the_swap_to_the_global_model_nests_and_restores_every_bit(tmp_path, dty
         train(client, 3, optimizer=torch.optim.SGD(module.parameters(), lr=0.0)) if dtype == torch.float32 else None
         client.leave("limit")
         job.finish()
+
+
+def test_a_learner_counts_the_merges_that_the_summary_counts_and_not_those_of_running_statistics(tmp_path):
+    with running_job(tmp_path) as job:
+        client = job.client(0)
+        client.join()
+        train(client, 80)
+        client.leave("limit")
+        *parameters, statistics = client._machine.state.fragments
+        assert statistics.held.n > 0 and client.figures.merges == sum(fragment.held.n for fragment in parameters)
+        assert client.figures.merges <= job.finish()["merges"]

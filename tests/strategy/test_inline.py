@@ -293,27 +293,6 @@ def test_a_token_budget_ends_the_job(tmp_path):
     assert 80 <= summary["tokens"] < 2000
 
 
-def test_metrics_reach_the_logger_under_our_prefix(tmp_path):
-    from lightning.pytorch.loggers import CSVLogger
-
-    logger = CSVLogger(tmp_path / "csv")
-    trainer = fit(TinyModel(step_s=0.005), max_steps=20, logger=logger, log_every_n_steps=5)
-    text = (tmp_path / "csv" / "lightning_logs" / "version_0" / "metrics.csv").read_text()
-    assert {"diloco/merges", "diloco/staleness", "diloco/tokens", "train_loss"} <= set(text.splitlines()[0].split(","))
-    assert "merges" not in trainer.callback_metrics and "merges" not in trainer.progress_bar_metrics
-
-
-def test_the_progress_bar_shows_our_figures_and_is_given_back(tmp_path):
-    class Bar(LineProgress):
-        def on_train_batch_end(self, trainer, pl_module, *args):
-            self.shown = set(self.get_metrics(trainer, pl_module))
-
-    bar = Bar()
-    fit(TinyModel(step_s=0.005), max_steps=20, callbacks=[bar], enable_progress_bar=True)
-    assert {"merges", "staleness", "participation"} <= bar.shown
-    assert "get_metrics" not in vars(bar)
-
-
 def test_line_progress_prints_an_early_line_and_a_last_one(tmp_path, capsys):
     fit(TinyModel(step_s=0.01), max_steps=40, callbacks=[LineProgress(period_s=0.1)], enable_progress_bar=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
