@@ -1,0 +1,279 @@
+"""M learners in one process on a perfect schedule, to try ideas in a fraction of the time; what holds is then run on the real runtime.
+
+    .venv/bin/python benchmarks/emulate.py NAME=VALUE ... [--json FILE] [--cpu N]
+    .venv/bin/python benchmarks/emulate.py method=diloco learners=4 steps=800 lr=2 seed=0
+    .venv/bin/python benchmarks/emulate.py method=ddp learners=4 steps=800 lr=2
+
+Model, data and inner optimizer are those of the recipe `quality`; merges, outer steps and adoption are the functions of
+`lightning_diloco.outer` that the syncer and the learners call. What is perfect is the schedule: every learner contributes to every merge of
+a fragment at the same inner step, and gets the result `delay` steps later. `method=ddp` is one model on the batches of all learners, which
+is what data parallel training computes. `lr` is in multiples of the recipe's learning rate.
+
+With `--json` a result is appended to the file under its settings, and settings that the file holds are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+
+from lightning_diloco.outer import FragmentState, FragmentView, MergeAccumulator, last_step, momentum_at, outer_step, plan_layout
+from recipes.byte_model import warmup_cosine
+from recipes.gpt_text import build
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """One run."""
+
+    method: str = "diloco"
+    learners: int = 4
+    steps: int = 800
+    lr: float = 1.0
+    seed: int = 0
+    interval: int = 24
+    fragments: int = 24
+    delay: int = 2
+    merge: str = "rda"
+    adopt: str = "rebase"
+    outer_lr: float = 0.7
+    outer_momentum: float = 0.9
+    warmup: int = 5
+    idea: str = ""
+    """What is tried beside: see `Ideas`."""
+
+
+class Run:
+    """One run of one method.
+
+    Args:
+        settings: see `Settings`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.s = settings
+        with initialize_config_dir(str(ROOT / "recipes" / "conf"), version_base="1.3"):
+            cfg = compose("config", overrides=["recipe=quality"])
+        self.peak_lr = cfg.model.learning_rate * settings.lr
+        self.cfg = cfg
+        torch.manual_seed(settings.seed)
+        first, data = build(cfg)
+        data.setup()
+        self.windows = data.train_windows()
+        self.val_batches = [batch.long() for batch in data.val_dataloader()]
+        self.batch = cfg.data.batch_size * (settings.learners if settings.method == "ddp" else 1)
+        self.models: list[Any] = [first]
+        for _ in range(0 if settings.method == "ddp" else settings.learners - 1):
+            model, _ = build(cfg)
+            model.load_state_dict(first.state_dict())
+            self.models.append(model)
+        self.optimizers = [self._optimizer(model) for model in self.models]
+        self.order = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(settings.seed))
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        hp = self.cfg.model
+        parameters = list(model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": hp.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.peak_lr, betas=(0.9, 0.95), fused=True)
+
+    def inner_step(self, index: int, step: int) -> None:
+        """One optimizer step of one learner on its own batch."""
+        model, optimizer = self.models[index], self.optimizers[index]
+        hp = self.cfg.model
+        share = warmup_cosine(step, warmup_steps=hp.warmup_steps, max_steps=self.s.steps, floor=hp.final_lr_share)
+        for group in optimizer.param_groups:
+            group["lr"] = self.peak_lr * share
+        first = (step * len(self.models) + index) * self.batch
+        rows = self.order[torch.arange(first, first + self.batch) % len(self.order)]
+        batch = torch.stack([self.windows[int(i)] for i in rows]).long()
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> float:
+        """Nats per byte on the recipe's validation windows."""
+        total = count = 0.0
+        for batch in self.val_batches:
+            total += float(F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+            count += batch[:, 1:].numel()
+        return total / count
+
+    def train(self) -> dict[str, float]:
+        """Train; returns the validation loss of the final model, and of what else was looked at."""
+        if self.s.method == "ddp":
+            for step in range(self.s.steps):
+                self.inner_step(0, step)
+            return {"val_loss": self.validate(self.models[0])}
+        return Outer(self).train()
+
+
+class Outer:
+    """The outer loop of one run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.s = run, run.s
+        patterns = ("lm_head", "head", "classifier", "fc_out")
+        self.layout = plan_layout(run.models[0], num_fragments=self.s.fragments, merge=self.s.merge, mean_patterns=patterns)  # type: ignore[arg-type]
+        self.views = [[FragmentView(model, f) for f in self.layout.fragments] for model in run.models]
+        start = [self._copy(0, p) for p in range(len(self.layout.fragments))]
+        self.states = [FragmentState.founded(flat) for flat in start]
+        self.bases = list(start)
+        self.opened = [0] * len(start)
+        self.on_way: dict[int, tuple[int, list[Tensor]]] = {}
+        self.ideas = {part.split(":")[0]: float(part.split(":")[1]) if ":" in part else 1.0 for part in self.s.idea.split("+") if part}
+        self.average: dict[int, Tensor] = {}
+        self.num_fragments = len(start)
+
+    def _copy(self, learner: int, fragment: int) -> Tensor:
+        flat = torch.empty(self.layout.fragments[fragment].num_params)
+        self.views[learner][fragment].copy_to(flat)
+        return flat
+
+    def train(self) -> dict[str, float]:
+        """All steps, then the last merges."""
+        s = self.s
+        offsets = [p * s.interval // self.num_fragments for p in range(self.num_fragments)]
+        for step in range(s.steps):
+            for index in range(s.learners):
+                self.run.inner_step(index, step)
+            done = step + 1
+            for p in [p for p, (at, _) in self.on_way.items() if at <= done]:
+                self._adopt(p)
+            for p in range(self.num_fragments):
+                if done % s.interval == offsets[p] % s.interval and done < s.steps and p not in self.on_way and done > self.opened[p]:
+                    self._open(p, done)
+        for p in list(self.on_way):
+            self._adopt(p)
+        found = {"published": self._validate([state.theta for state in self.states])}
+        if self.average:
+            found["average"] = self._validate([self.average[p] for p in range(self.num_fragments)])
+        for p in range(self.num_fragments):
+            merged = self._merge(p, [self.bases[p] - self._copy(m, p) for m in range(s.learners)], s.steps)
+            share = min(1.0, (s.steps - self.opened[p]) / s.interval)
+            self.states[p] = last_step(self.states[p], merged, lr=self.ideas.get("last", s.outer_lr), share=share)
+        found["val_loss"] = self._validate([state.theta for state in self.states])
+        return found
+
+    def _merge(self, p: int, contributions: list[Tensor], done: int) -> Tensor:
+        accumulator = MergeAccumulator(self.layout.fragments[p])
+        for d in contributions:
+            accumulator.fold(d, 1.0)
+        return accumulator.result()[0]
+
+    def _open(self, p: int, done: int) -> None:
+        s = self.s
+        contributions = [self.bases[p] - self._copy(m, p) for m in range(s.learners)]
+        state = self.states[p]
+        momentum = self._momentum(state.merge_index + 1, done)
+        state = outer_step(state, self._merge(p, contributions, done), lr=self._lr(done), momentum=momentum)
+        self.states[p] = state
+        self.opened[p] = done
+        self.on_way[p] = (done + s.delay, contributions)
+
+    def _lr(self, done: int) -> float:
+        return self.s.outer_lr
+
+    def _momentum(self, merge: int, done: int) -> float:
+        momentum = momentum_at(merge, self.s.outer_momentum, self.s.warmup)
+        if "cool" in self.ideas:
+            # Momentum falls to 0 over the last share of the run.
+            momentum *= min(1.0, (1 - done / self.s.steps) / self.ideas["cool"])
+        return momentum
+
+    def _adopt(self, p: int) -> None:
+        _, contributions = self.on_way.pop(p)
+        published = self.states[p].theta
+        for m in range(self.s.learners):
+            if self.s.adopt == "overwrite":
+                theta = published
+            else:
+                theta = self._copy(m, p) + (published - (self.bases[p] - contributions[m]))
+            self._put(m, p, theta)
+        self.bases[p] = published
+        if "average" in self.ideas:
+            before, share = self.average.get(p, published), self.ideas["average"]
+            self.average[p] = before + (published - before) * share
+
+    def _put(self, learner: int, p: int, flat: Tensor) -> None:
+        parameters = dict(self.run.models[learner].named_parameters())
+        with torch.no_grad():
+            for part, values in zip(
+                self.layout.fragments[p].slices, flat.split([x.length for x in self.layout.fragments[p].slices]), strict=True
+            ):
+                parameters[part.name].view(-1).copy_(values)
+
+    def _validate(self, flats: list[Tensor]) -> float:
+        kept = [self._copy(0, p) for p in range(self.num_fragments)]
+        for p, flat in enumerate(flats):
+            self._put(0, p, flat)
+        loss = self.run.validate(self.run.models[0])
+        for p, flat in enumerate(kept):
+            self._put(0, p, flat)
+        return loss
+
+
+def main() -> int:
+    """Run what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="see `Settings`; a value may be a list: lr=1,2,4")
+    parser.add_argument("--json", type=Path, help="results so far")
+    parser.add_argument("--cpu", type=int, help="pin to this core")
+    arguments = parser.parse_args()
+    if arguments.cpu is not None:
+        os.sched_setaffinity(0, {arguments.cpu})
+    kinds = {f.name: type(f.default) for f in fields(Settings)}
+    rows: list[dict[str, Any]] = [{}]
+    for item in arguments.settings:
+        name, _, value = item.partition("=")
+        if name not in kinds:
+            parser.error(f"{name!r} is no setting: there are {', '.join(kinds)}.")
+        rows = [{**row, name: kinds[name](part)} for row in rows for part in value.split(",")]
+    for row in rows:
+        settings = Settings(**row)
+        name = " ".join(
+            f"{k}={v}"
+            for k, v in asdict(settings).items()
+            if v != getattr(Settings, k) or k in ("method", "learners", "steps", "lr", "seed")
+        )
+        known = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+        if name not in known:
+            start_s = time.monotonic()
+            result = Run(settings).train()
+            result["seconds"] = round(time.monotonic() - start_s, 1)
+            assert math.isfinite(result["val_loss"])
+            if arguments.json:
+                known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+                known[name] = result
+                arguments.json.write_text(json.dumps(known, indent=1) + "\n")
+            else:
+                known[name] = result
+        print(name, {k: round(v, 4) for k, v in known[name].items()}, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

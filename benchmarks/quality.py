@@ -1,0 +1,83 @@
+"""The same model, text, tokens and seeds with Lightning's `ddp` and with this strategy, as real processes: whose model is better.
+
+    .venv/bin/python benchmarks/quality.py [--only 2x800 4x800 ...] [--json FILE] [--report]
+
+A cell is a number of learners and of inner steps. Both methods train recipe `quality` on as many processes, with the same batch in each, so
+the total batch and the tokens are the same. Each gets the best of four inner learning rates (1/2, 1, 2 and 4 times the recipe's), by the
+validation loss of one seed: data parallel training likes a higher one, and a comparison at one rate would flatter the learners. With its
+rate each is then run with two more seeds. The figure of a cell is the mean over the seeds of (ours - ddp) / ddp, validation loss of the
+final global model, with its least and largest.
+
+Rows that the JSON file holds are not run again. The exit code is 1 if an aim is missed, or a cell is not complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from recipe_rows import ROOT, Rows, mean, table
+
+CELLS = {"2x800": 0.0, "4x800": 0.02, "8x800": 0.05, "2x2400": 0.0, "4x2400": 0.01}
+"""Learners x inner steps, with the largest relative difference that is aimed at."""
+RATES = (0.5, 1.0, 2.0, 4.0)
+RECIPE_RATE = 3e-3
+SEEDS = (0, 1, 2)
+METHODS = ("ddp", "decoupled_diloco")
+
+
+def main() -> int:
+    """Run what is missing, then report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(CELLS), default=list(CELLS), metavar="CELL", help=", ".join(CELLS))
+    parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "quality.json", metavar="FILE", help="rows so far")
+    parser.add_argument("--report", action="store_true", help="print what is there and run nothing")
+    arguments = parser.parse_args()
+    rows = Rows(arguments.json)
+    lines, missed = [], []
+    for cell in arguments.only:
+        line, is_reached = figure(rows, cell, runs=not arguments.report)
+        lines.append(line)
+        if not is_reached:
+            missed.append(cell)
+    print(table(["cell", *(f"{m}: best rate, losses by seed" for m in METHODS), "difference (least, largest)", "aim"], lines))
+    if missed:
+        print(f"MISSED or not complete: {', '.join(missed)}")
+    return 1 if missed else 0
+
+
+def figure(rows: Rows, cell: str, *, runs: bool) -> tuple[list[str], bool]:
+    """One cell: its line of the table, and whether its aim is reached."""
+    learners, steps = cell.split("x")
+    losses, texts = {}, []
+    for method in METHODS:
+        searched = {rate: loss(rows, method, learners, steps, rate, 0, runs=runs) for rate in RATES}
+        known = {rate: value for rate, value in searched.items() if value is not None}
+        best = min(known, key=lambda rate: known[rate], default=1.0)
+        losses[method] = [loss(rows, method, learners, steps, best, seed, runs=runs) for seed in SEEDS]
+        texts.append(f"{best:g}: " + ", ".join("-" if value is None else f"{value:.4f}" for value in losses[method]))
+    pairs = [(a, b) for a, b in zip(*losses.values(), strict=True) if a is not None and b is not None]
+    differences = [(ours - ddp) / ddp for ddp, ours in pairs]
+    if not differences:
+        return [cell, *texts, "-", f"{CELLS[cell]:.1%}"], False
+    text = f"{mean(differences):+.2%} ({min(differences):+.2%}, {max(differences):+.2%})"
+    return [cell, *texts, text, f"{CELLS[cell]:.1%}"], len(differences) == len(SEEDS) and mean(differences) <= CELLS[cell]
+
+
+def loss(rows: Rows, method: str, learners: str, steps: str, rate: float, seed: int, *, runs: bool) -> float | None:
+    """The validation loss of one run; None if it is not there."""
+    row = rows.get(
+        "recipe=quality",
+        f"strategy.name={method}",
+        f"trainer.devices={learners}",
+        f"trainer.max_steps={steps}",
+        f"model.learning_rate={RECIPE_RATE * rate:g}",
+        f"seed={seed}",
+        runs=runs,
+    )
+    return None if row is None else row.get("val_loss")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

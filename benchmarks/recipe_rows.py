@@ -1,0 +1,76 @@
+"""Rows of a benchmark that are runs of a recipe: each in a process of its own, kept in a JSON file as soon as it is there.
+
+Not a benchmark itself: `quality.py` and `ablation.py` use it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Rows", "mean", "table"]
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Rows:
+    """What was run so far, by the overrides of the recipe.
+
+    Args:
+        path: the JSON file; made with the first row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, *overrides: str, runs: bool = True) -> dict[str, Any] | None:
+        """The row of these overrides; run now if it is not there and `runs` says so.
+
+        A run that fails is kept with its last lines under ``error`` and has no ``val_loss``; delete the row to try again.
+        """
+        name = " ".join(overrides)
+        if name not in self.known and runs:
+            print(f"... {name}", flush=True)
+            self.known[name] = _run(overrides)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.known, indent=1) + "\n")
+            print(f"    {self.known[name]}", flush=True)
+        return self.known.get(name)
+
+
+def _run(overrides: tuple[str, ...]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="lightning_diloco_row_") as folder:
+        run_dir = Path(folder) / "run"
+        command = [sys.executable, str(ROOT / "recipes" / "train.py"), f"hydra.run.dir={run_dir}", *overrides]
+        start_s = time.monotonic()
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+        elapsed_s = round(time.monotonic() - start_s, 1)
+        summary_path = run_dir / "summary.json"
+        if done.returncode or not summary_path.exists():
+            return {"error": (done.stdout + done.stderr)[-2000:], "elapsed_s": elapsed_s}
+        summary = json.loads(summary_path.read_text())
+    row = {"val_loss": summary["val"]["val_loss"], "elapsed_s": elapsed_s}
+    for name in ("wall_s", "tokens", "merges", "mean_members", "bytes_up", "steps_lost"):
+        if name in summary:
+            row[name] = summary[name]
+    learners = summary.get("learners", [])
+    if learners:
+        row["participation"] = min(learner["participation"] or 0.0 for learner in learners)
+    return row
+
+
+def mean(values: list[float]) -> float:
+    """Of at least one value."""
+    return sum(values) / len(values)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
