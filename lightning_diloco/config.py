@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.errors import ConfigurationError, not_there_yet
 
-__all__ = ["SyncConfig", "WireDtype"]
+__all__ = ["SyncConfig", "WireDtype", "need_int"]
 
 WireDtype = Literal["fp32", "bf16", "int4"]
+
+_NOT_THERE_YET = ("int4",)
+"""Choices that are refused by themselves, and not offered to somebody who has mistyped one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +90,12 @@ class SyncConfig:
         object.__setattr__(self, "mean_patterns", tuple(self.mean_patterns))
         self._check_choices()
         for name in ("num_fragments", "sync_interval_steps", "min_quorum", "rejoin_every_steps"):
-            self._need_int(name, at_least=1)
+            need_int(name, getattr(self, name), 1)
         for name in ("overlap_steps", "outer_momentum_warmup"):
-            self._need_int(name, at_least=0)
+            need_int(name, getattr(self, name), 0)
         for name in ("token_budget", "max_offline_steps"):
             if getattr(self, name) is not None:
-                self._need_int(name, at_least=1)
+                need_int(name, getattr(self, name), 1)
         self._need_number("grace_fraction", 0.0, 1.0, open_top=True)
         self._need_number("outer_momentum", 0.0, 1.0, open_top=True)
         self._need_number("grace_cap_steps", 0.0, math.inf)
@@ -101,7 +104,7 @@ class SyncConfig:
             self._need_number(name, 0.0, math.inf, open_bottom=True)
         if self.norm_gate is not None:
             self._need_number("norm_gate", 1.0, math.inf, open_bottom=True)
-        self._refuse_what_has_not_landed()
+        self._refuse_what_is_not_there_yet()
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> SyncConfig:
@@ -131,17 +134,13 @@ class SyncConfig:
         for name in ("merge", "adopt", "wire_dtype", "lr_clock"):
             value, choices = getattr(self, name), get_args(hints[name])
             if value not in choices:
-                raise ConfigurationError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}.")
+                offered = ", ".join(repr(choice) for choice in choices if choice not in _NOT_THERE_YET)
+                raise ConfigurationError(f"{name}={value!r}: must be one of {offered}.")
         for name in ("tape_payloads", "include_frozen"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name}={getattr(self, name)!r}: must be True or False.")
         if not all(isinstance(p, str) and p for p in self.mean_patterns):
             raise ConfigurationError(f"mean_patterns={self.mean_patterns!r}: must be non-empty strings.")
-
-    def _need_int(self, name: str, *, at_least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise ConfigurationError(f"{name}={value!r}: must be a whole number of at least {at_least}.")
 
     def _need_number(self, name: str, low: float, high: float, *, open_bottom: bool = False, open_top: bool = False) -> None:
         value = getattr(self, name)
@@ -149,19 +148,29 @@ class SyncConfig:
         if good:
             good = (low < value if open_bottom else low <= value) and (value < high if open_top else value <= high)
         if not good:
-            rule = f"{'above' if open_bottom else 'at least'} {low:g}"
+            rule = f"{'above' if open_bottom else 'of at least'} {low:g}"
             if high != math.inf:
                 rule += f" and {'below' if open_top else 'at most'} {high:g}"
-            raise ConfigurationError(f"{name}={value!r}: must be a finite number {rule}.")
+            raise ConfigurationError(f"{name}={value!r}: must be a finite number {rule}{_if_text(value, 'a number')}.")
 
-    def _refuse_what_has_not_landed(self) -> None:
+    def _refuse_what_is_not_there_yet(self) -> None:
         if self.wire_dtype == "int4":
-            raise ConfigurationError(
-                "wire_dtype='int4' has not landed yet: it comes with the issue about internet links. Use 'bf16' or 'fp32'."
-            )
-        if self.tape_payloads:
-            raise ConfigurationError("tape_payloads=True has not landed yet: it comes with the issue about resilience, with `replay`.")
-        later = {"max_offline_steps": None, "snapshot_interval_s": 30.0, "rejoin_every_steps": 50}
+            raise not_there_yet("wire_dtype='int4'", "Use 'bf16' or 'fp32'.")
+        later = {"tape_payloads": False, "max_offline_steps": None, "snapshot_interval_s": 30.0, "rejoin_every_steps": 50}
         for name, default in later.items():
             if getattr(self, name) != default:
-                raise ConfigurationError(f"{name} has not landed yet: it comes with the issue about resilience. Leave it at {default}.")
+                raise not_there_yet(f"{name}={getattr(self, name)!r}", f"Leave it at {default}.")
+
+
+def need_int(name: str, value: Any, at_least: int) -> None:
+    """Check a whole number.
+
+    Raises:
+        ConfigurationError: it is none, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ConfigurationError(f"{name}={value!r}: must be a whole number of at least {at_least}{_if_text(value, 'an int')}.")
+
+
+def _if_text(value: Any, needed: str) -> str:
+    return f"; this is text, {needed} is needed" if isinstance(value, str) else ""

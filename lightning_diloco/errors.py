@@ -18,6 +18,7 @@ __all__ = [
     "ProtocolError",
     "RemoteProtocolError",
     "SyncerUnavailableError",
+    "not_there_yet",
 ]
 
 
@@ -65,3 +66,13 @@ class SyncerUnavailableError(DiLoCoError):
 
 class LearnerFailedError(DiLoCoError):
     """A learner process ended in a way that a restart cannot mend."""
+
+
+def not_there_yet(what: str, remedy: str) -> ConfigurationError:
+    """The error for a value that the design has and this release has not: one wording everywhere.
+
+    Args:
+        what: the option with the value that was passed, or what was asked for.
+        remedy: what to do instead, a sentence.
+    """
+    return ConfigurationError(f"{what} is not there yet. {remedy}")

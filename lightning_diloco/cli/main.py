@@ -1,6 +1,6 @@
 """Entry point of `lightning-diloco`: one subcommand per file.
 
-Wrong use ends with one sentence on stderr and exit code 2; `--help` with 0. Commands whose issue has not landed say so.
+Wrong use ends with one sentence on stderr and exit code 2; `--help` with 0. Commands that are not there yet say so.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lightning_diloco import __version__
 from lightning_diloco.cli import simulate, syncer
 from lightning_diloco.errors import DiLoCoError
 
 __all__ = ["main"]
 
 _LATER = {
-    "status": "a live table of a running job; it comes with the internet issue. Until then read summary.json in the run directory",
-    "keygen": "keys for encrypted links; it comes with the internet issue. Until then jobs stay on loopback",
-    "replay": "re-execution of a tape; it comes with the resilience issue",
-    "export": "the global model of a run directory as a checkpoint; it comes with the resilience issue. Until then load global.safetensors",
-    "plan": "a forecast of bandwidth and memory; it comes with the internet issue",
-    "report": "a page of plots from a run directory; it comes later. Until then read summary.json",
+    "status": ("a live table of a running job", "Read summary.json in the run directory; it is written every 5 s."),
+    "keygen": ("keys for encrypted links", "Jobs stay on one machine, where no keys are needed."),
+    "replay": ("re-execution of a tape", "Read tape.jsonl in the run directory."),
+    "export": ("the global model of a run directory as a checkpoint", "Load global.safetensors."),
+    "plan": ("a forecast of bandwidth and memory", "Read bytes_up and bytes_down in summary.json of a short run."),
+    "report": ("a page of plots from a run directory", "Read summary.json."),
 }
+"""What each will do, and the remedy until then."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,12 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 success, 1 a run that failed, 2 wrong use.
     """
     parser = _build_parser()
+    commands = _commands(parser)
     args, unknown = parser.parse_known_args(argv)
     if args.command in _LATER:
-        sys.stderr.write(f"lightning-diloco: {args.command} has not landed yet: {_LATER[args.command]}.\n")
+        what, remedy = _LATER[args.command]
+        sys.stderr.write(f"lightning-diloco: {args.command} ({what}) is not there yet. {remedy}\n")
         return 2
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        commands[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         code: int = args.run(args)
     except DiLoCoError as error:
@@ -60,10 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lightning-diloco", description="Decoupled DiLoCo for PyTorch Lightning.")
+    parser = _Parser(
+        prog="lightning-diloco",
+        description="Decoupled DiLoCo for PyTorch Lightning.",
+        epilog="lightning-diloco COMMAND --help lists the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"lightning-diloco {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     syncer.add_parser(commands)
     simulate.add_parser(commands)
-    for name, what in _LATER.items():
-        commands.add_parser(name, help=f"(not landed yet) {what.split(';')[0]}", add_help=True)
+    for name, (what, remedy) in _LATER.items():
+        commands.add_parser(name, help=f"(not there yet) {what}", description=f"{name} ({what}) is not there yet. {remedy}")
     return parser
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, _Parser]:
+    (action,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(action.choices)

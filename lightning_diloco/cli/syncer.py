@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.errors import ConfigurationError, not_there_yet
 
 if TYPE_CHECKING:
     from lightning_diloco.runtime.service import SyncerService
@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 _STARTED_S = time.monotonic()
 """The process began about now: torch, which takes longest, is imported later."""
+_LATER_VALUES = {"--keys": "DIR", "--shards": "N", "--metrics-port": "PORT"}
+_LATER_SWITCHES = ("--resume", "--rebuild", "--insecure")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -34,19 +36,20 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "syncer",
         help="merge the fragments of one job",
+        usage="lightning-diloco syncer --run-dir DIR [--bind ENDPOINT] [--verbose]",
         description="Run the syncer of one job. It ends when the last learner has reached its own limit, or on SIGTERM.",
     )
     parser.add_argument(
-        "--bind", default="tcp://127.0.0.1:0", metavar="ENDPOINT", help="control endpoint, tcp://127.0.0.1:PORT; 0 = any (default)"
+        "--bind", default="tcp://127.0.0.1:0", metavar="ENDPOINT", help="control endpoint (default tcp://127.0.0.1:0, any free port)"
     )
-    parser.add_argument("--run-dir", required=True, type=Path, metavar="DIR", help="folder of the job: tape, summary, global model")
+    # Required, but checked later: argparse would name this one and not the option beside it that is misspelt.
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the job: tape, summary, global model (required)")
     parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="one log line per merge")
-    for option, issue in (("--keys", "internet"), ("--shards", "internet"), ("--metrics-port", "internet")):
-        parser.add_argument(option, default=None, metavar="...", help=f"(not landed yet: {issue} issue)")
-    for option in ("--resume", "--rebuild"):
-        parser.add_argument(option, action="store_true", help="(not landed yet: resilience issue)")
-    parser.add_argument("--insecure", action="store_true", help="(not landed yet: internet issue)")
+    for option, metavar in _LATER_VALUES.items():
+        parser.add_argument(option, default=None, metavar=metavar, help="(not there yet)")
+    for option in _LATER_SWITCHES:
+        parser.add_argument(option, action="store_true", help="(not there yet)")
     parser.set_defaults(run=run)
 
 
@@ -103,12 +106,12 @@ def _make_dir(run_dir: Path) -> None:
 
 
 def _refuse(args: argparse.Namespace) -> None:
-    for name, issue in (("keys", "internet"), ("shards", "internet"), ("metrics_port", "internet")):
-        if getattr(args, name) is not None:
-            raise ConfigurationError(f"--{name.replace('_', '-')} has not landed yet: it comes with the {issue} issue. Leave it out.")
-    for name, issue in (("resume", "resilience"), ("rebuild", "resilience"), ("insecure", "internet")):
-        if getattr(args, name):
-            raise ConfigurationError(f"--{name} has not landed yet: it comes with the {issue} issue. Leave it out.")
+    if args.run_dir is None:
+        raise ConfigurationError("--run-dir DIR is required: the folder of the job, for example --run-dir outputs/by_hand.")
+    for option in (*_LATER_VALUES, *_LATER_SWITCHES):
+        value = getattr(args, option[2:].replace("-", "_"))
+        if value not in (None, False):
+            raise not_there_yet(option if value is True else f"{option} {value}", "Leave it out.")
     try:
         address = urlsplit(args.bind)
         port = address.port
@@ -117,9 +120,7 @@ def _refuse(args: argparse.Namespace) -> None:
     if address.scheme != "tcp" or address.hostname is None or port is None:
         raise ConfigurationError(f"--bind {args.bind}: an endpoint is tcp://HOST:PORT, for example tcp://127.0.0.1:7777.")
     if address.hostname not in LOOPBACK:
-        raise ConfigurationError(
-            f"--bind {args.bind}: binding beyond loopback comes with the internet issue (keys first). Use tcp://127.0.0.1:{port}."
-        )
+        raise not_there_yet(f"--bind {args.bind}: binding beyond loopback", f"Use tcp://127.0.0.1:{port}.")
 
 
 def _announce(args: argparse.Namespace, endpoint: str) -> None:

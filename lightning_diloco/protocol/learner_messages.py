@@ -185,19 +185,19 @@ class Ping(Message, frozen=True, kw_only=True):
 
 
 class LeaseRequest(Message, frozen=True, kw_only=True):
-    """Asks for sample ranges (data leases: a later issue)."""
+    """Asks for sample ranges (data leases: not there yet)."""
 
     num_samples: Count
 
 
 class LeaseDone(Message, frozen=True, kw_only=True):
-    """Sample ranges that an optimizer step has finished (data leases: a later issue)."""
+    """Sample ranges that an optimizer step has finished (data leases: not there yet)."""
 
     ranges: tuple[tuple[Count, Count], ...]
 
 
 class PeerStateRequest(Message, frozen=True, kw_only=True):
-    """Asks a peer for inner optimizer state (recovery: a later issue)."""
+    """Asks a peer for inner optimizer state (recovery: not there yet)."""
 
     learner_id: Count
 
@@ -241,7 +241,7 @@ class Contribution(Message, frozen=True, kw_only=True):
 
 
 class PeerState(Message, frozen=True, kw_only=True):
-    """Payload: inner optimizer state of a healthy peer (recovery: a later issue)."""
+    """Payload: inner optimizer state of a healthy peer (recovery: not there yet)."""
 
     fragment_id: Count
     crc: Count

@@ -199,7 +199,7 @@ class PublishRecord(_Base, frozen=True, kw_only=True, tag="publish"):
 
 
 class RestartRecord(_Base, frozen=True, kw_only=True, tag="restart"):
-    """A syncer goes on with the job after a restart, from these versions (recovery: a later issue)."""
+    """A syncer goes on with the job after a restart, from these versions (recovery: not there yet)."""
 
     epoch: int
     versions: tuple[Version, ...]

@@ -122,7 +122,7 @@ class Pong(Message, frozen=True, kw_only=True):
 
 
 class LeaseGrant(Message, frozen=True, kw_only=True):
-    """Sample ranges handed out (data leases: a later issue)."""
+    """Sample ranges handed out (data leases: not there yet)."""
 
     epoch: Count
     ranges: tuple[tuple[Count, Count], ...]

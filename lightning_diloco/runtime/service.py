@@ -148,8 +148,7 @@ class SyncerService:
         path = self.options.run_dir / TAPE_NAME
         if path.exists() and path.stat().st_size:
             raise ConfigurationError(
-                f"{self.options.run_dir}: holds the tape of an earlier job. Going on with it (--resume) comes with the resilience issue; "
-                "give a new directory."
+                f"{self.options.run_dir}: holds the tape of an earlier job. Going on with it is not there yet. Give a new directory."
             )
         (self.options.run_dir / "counters").mkdir(exist_ok=True)
         self._transport.bind()

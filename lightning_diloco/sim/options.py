@@ -25,7 +25,7 @@ def _need(
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     low = at_least if above is None else above
     if not is_number or low is None or not (low <= value < below) or (above is not None and value == above):
-        rule = f"at least {at_least:g}" if above is None else f"above {above:g}"
+        rule = f"of at least {at_least:g}" if above is None else f"above {above:g}"
         rule += "" if below == math.inf else f" and below {below:g}"
         raise ConfigurationError(f"{owner}: {name}={value!r}: must be a finite number {rule}.")
 

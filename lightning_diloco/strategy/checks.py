@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.errors import ConfigurationError, not_there_yet
 from lightning_diloco.strategy.registration import wrong_framework
 
 __all__ = ["check_callbacks", "check_host", "check_island", "check_local", "check_trainable"]
@@ -19,18 +19,15 @@ def check_host(accelerator: Accelerator | None, num_nodes: int) -> None:
     """Check the framework, the accelerator and the number of nodes.
 
     Raises:
-        ConfigurationError: a ``pytorch_lightning`` Trainer, an accelerator that has not landed yet, or several nodes.
+        ConfigurationError: a ``pytorch_lightning`` Trainer, an accelerator that is not there yet, or several nodes.
     """
     if type(accelerator).__module__.split(".")[0] == "pytorch_lightning":
         raise wrong_framework()
     if not isinstance(accelerator, CPUAccelerator):
-        raise ConfigurationError(
-            f"accelerator={type(accelerator).__name__}: learners run on CPU for now; GPU learners come with the accelerator issue. "
-            "Pass Trainer(accelerator='cpu')."
-        )
+        raise not_there_yet(f"accelerator={type(accelerator).__name__}", "Learners run on the CPU: pass Trainer(accelerator='cpu').")
     if num_nodes != 1:
-        raise ConfigurationError(
-            f"num_nodes={num_nodes}: a Trainer is one machine here. Start one Trainer on each and connect them to one syncer (syncer=)."
+        raise not_there_yet(
+            f"num_nodes={num_nodes}, which means learners on several machines,", "Pass num_nodes=1; devices=N is the number of learners."
         )
 
 
@@ -98,7 +95,6 @@ def check_island(num_devices: int) -> None:
         ConfigurationError: several devices.
     """
     if num_devices != 1:
-        raise ConfigurationError(
-            f"syncer= with devices={num_devices}: this Trainer is one learner of one device. Pass devices=1 and start one Trainer for each "
-            "learner; learners of several devices come with the islands issue."
+        raise not_there_yet(
+            f"syncer= with devices={num_devices}: a learner of several devices", "Pass devices=1 and start one Trainer for each learner."
         )

@@ -1,7 +1,7 @@
 """What one process is told about its part in a job, checked before anything starts.
 
 `SyncConfig` is what all learners of a job agree on. The rest of the strategy's keyword arguments is here: who starts whom, where files
-go, how work is counted. Options of the stable surface whose issue has not landed raise and say so, rather than being ignored.
+go, how work is counted. Options of the stable surface that are not there yet raise and say so, rather than being ignored.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 from urllib.parse import urlsplit
 
-from lightning_diloco.config import SyncConfig
-from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.config import SyncConfig, need_int
+from lightning_diloco.errors import ConfigurationError, not_there_yet
 
-__all__ = ["LaunchMode", "ProcessOptions", "Role", "name_sync_fields", "refuse_what_has_not_landed"]
+__all__ = ["LaunchMode", "ProcessOptions", "Role", "name_sync_fields", "refuse_what_is_not_there_yet"]
 
 LaunchMode = Literal["supervised", "inline"]
 """Who runs the learner: processes started by a supervisor, or this process."""
@@ -57,7 +57,7 @@ class ProcessOptions:
         """Check each field, then what they say together."""
         if self.launch not in ("supervised", "inline"):
             raise ConfigurationError(f"launch={self.launch!r}: must be 'supervised' or 'inline'.")
-        _need_int("max_restarts", self.max_restarts, 0)
+        need_int("max_restarts", self.max_restarts, 0)
         if self.token_counter is not None and not callable(self.token_counter):
             raise ConfigurationError(f"token_counter={self.token_counter!r}: must be a function of a batch that returns its tokens.")
         if self.syncer is None:
@@ -77,9 +77,9 @@ class ProcessOptions:
 
     def _check_numbering(self) -> None:
         if self.learner_id is not None:
-            _need_int("learner_id", self.learner_id, 0)
+            need_int("learner_id", self.learner_id, 0)
         if self.num_learners is not None:
-            _need_int("num_learners", self.num_learners, 1)
+            need_int("num_learners", self.num_learners, 1)
             if self.num_learners > 1 and self.learner_id is None:
                 raise ConfigurationError(
                     f"num_learners={self.num_learners} without learner_id=: say which share of the data this learner has."
@@ -107,7 +107,7 @@ def name_sync_fields(init: _Init) -> _Init:
     return init
 
 
-def refuse_what_has_not_landed(
+def refuse_what_is_not_there_yet(
     *,
     keys: Any,
     devices_per_learner: Any,
@@ -117,28 +117,23 @@ def refuse_what_has_not_landed(
     inner_lr_rule: Any,
     data: Any,
 ) -> None:
-    """Refuse options of the stable surface that come with later issues.
+    """Refuse options of the stable surface that are not there yet.
 
     Raises:
         ConfigurationError: one of them has another value than its default.
     """
     later = (
-        ("keys", keys, None, "the encryption issue", "Leave it out; learners and syncer talk over loopback only."),
-        ("devices_per_learner", devices_per_learner, 1, "the islands issue", "Leave it 1: every learner has one device."),
-        ("batch_sizing", batch_sizing, None, "the mixed-hardware issue", "Leave it out and set the batch size in the DataLoader."),
-        ("target_step_s", target_step_s, None, "the mixed-hardware issue", "Leave it out."),
-        ("tokens_per_step", tokens_per_step, None, "the mixed-hardware issue", "Leave it out."),
-        ("inner_lr_rule", inner_lr_rule, "none", "the mixed-hardware issue", "Leave it 'none'."),
-        ("data", data, "shard", "the data-lease issue", "Leave it 'shard': every learner trains on its part."),
+        ("keys", keys, None, "Leave it out; learners and syncer talk over loopback only."),
+        ("devices_per_learner", devices_per_learner, 1, "Leave it 1: every learner has one device."),
+        ("batch_sizing", batch_sizing, None, "Leave it out and set the batch size in the DataLoader."),
+        ("target_step_s", target_step_s, None, "Leave it out and set the batch size in the DataLoader."),
+        ("tokens_per_step", tokens_per_step, None, "Leave it out and set the batch size in the DataLoader."),
+        ("inner_lr_rule", inner_lr_rule, "none", "Leave it 'none'."),
+        ("data", data, "shard", "Leave it 'shard': every learner trains on its part."),
     )
-    for name, value, default, issue, remedy in later:
+    for name, value, default, remedy in later:
         if value != default:
-            raise ConfigurationError(f"{name}={value!r} has not landed yet: it comes with {issue}. {remedy}")
-
-
-def _need_int(name: str, value: Any, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConfigurationError(f"{name}={value!r}: must be a whole number of at least {at_least}.")
+            raise not_there_yet(f"{name}={value!r}", remedy)
 
 
 def _check_endpoint(endpoint: Any) -> None:
@@ -153,6 +148,4 @@ def _check_endpoint(endpoint: Any) -> None:
     if parts.scheme != "tcp" or not host or not port:
         raise ConfigurationError(f"syncer={endpoint!r}: {rule}; the syncer prints its own when it starts.")
     if host not in _LOOPBACK:
-        raise ConfigurationError(
-            f"syncer={endpoint!r}: {host} is beyond loopback, which needs keys; they come with the encryption issue. Use 127.0.0.1 for now."
-        )
+        raise not_there_yet(f"syncer={endpoint!r}: a link beyond loopback", "Run both ends on one machine and use 127.0.0.1.")

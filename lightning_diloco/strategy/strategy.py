@@ -36,7 +36,7 @@ from lightning_diloco.config import SyncConfig
 from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.strategy import checks
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
-from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, refuse_what_has_not_landed
+from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, refuse_what_is_not_there_yet
 from lightning_diloco.strategy.outer_sync import OuterSync
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY
 from lightning_diloco.strategy.streams import share_stream
@@ -52,16 +52,16 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
 
     Args:
         syncer: endpoint of a syncer that runs already: this process is then one learner of it. None: the Trainer brings its own.
-        keys: not landed yet.
-        devices_per_learner: 1; islands of several devices have not landed yet.
+        keys: not there yet.
+        devices_per_learner: 1; islands of several devices are not there yet.
         launch: ``supervised`` starts learners and syncer as processes; ``inline`` makes this process the only learner.
         learner_id: with `syncer`: the id of this learner (None: the syncer's choice).
         num_learners: with `syncer`: how many learners share the training data (None: this one reads all of it).
-        batch_sizing: not landed yet.
-        target_step_s: not landed yet.
-        tokens_per_step: not landed yet.
-        inner_lr_rule: ``none``; the others have not landed yet.
-        data: ``shard``: each learner trains on its part. ``lease`` has not landed yet.
+        batch_sizing: not there yet.
+        target_step_s: not there yet.
+        tokens_per_step: not there yet.
+        inner_lr_rule: ``none``; the others are not there yet.
+        data: ``shard``: each learner trains on its part. ``lease`` is not there yet.
         max_restarts: how often a learner that a signal has ended is started again.
         run_dir: where the run's files go (None: ``outputs/DATE_TIME`` under the working directory).
         token_counter: tokens of a batch (None: see `lightning_diloco.strategy.counting`).
@@ -73,7 +73,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         **sync: the fields of `lightning_diloco.SyncConfig`.
 
     Raises:
-        ConfigurationError: an option is unknown, wrong, or has not landed yet; the sentence says which and what to do.
+        ConfigurationError: an option is unknown, wrong, or not there yet; the sentence says which and what to do.
     """
 
     strategy_name = "decoupled_diloco"
@@ -112,7 +112,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        refuse_what_has_not_landed(
+        refuse_what_is_not_there_yet(
             keys=keys,
             devices_per_learner=devices_per_learner,
             batch_sizing=batch_sizing,

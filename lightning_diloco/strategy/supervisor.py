@@ -7,7 +7,7 @@ The rules:
   `max_restarts` times; the syncer lets it take over its id, and it goes on from the global model;
 * an exception in a learner ends the job: restarting would raise it again. The others are asked to leave, and the exception is raised here;
 * Ctrl-C and SIGTERM of this process end the job as well: learners leave in order, the run's files say `stopped`;
-* the syncer's end ends the job (its restart comes with the resilience issue).
+* the syncer's end ends the job (its restart is not there yet).
 
 However the loop ends, every child is asked, then killed with its process group. If this process itself is killed, the children see
 their life lines close (`lightning_diloco.strategy.life_line`).
@@ -170,7 +170,7 @@ class Supervisor:
         if status is not None:
             raise SyncerUnavailableError(
                 f"The syncer process ended with {status}, and with it the job; {log} may say why. "
-                "Restarting it comes with the resilience issue."
+                "Restarting it is not there yet. Start the job again; fit(ckpt_path=...) goes on from a checkpoint of a callback."
             )
         if not self._is_syncer_ready:
             self._is_syncer_ready = self._ready_path.exists()

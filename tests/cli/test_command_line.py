@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
 
 import pytest
 
+from lightning_diloco import __version__
 from lightning_diloco.cli.main import main
 from lightning_diloco.cli.syncer import _first_line
 from lightning_diloco.errors import ConfigurationError
@@ -45,9 +47,30 @@ def test_help_is_0(command, capsys):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("syncer", "simulate")])
-def test_a_command_that_has_not_landed_says_so_whatever_follows_it(command, capsys):
-    assert f"{command} has not landed yet" in refuse(capsys, command)
-    assert f"{command} has not landed yet" in refuse(capsys, command, "some/path", "--json")
+def test_a_command_that_is_not_there_yet_says_so_whatever_follows_it(command, capsys):
+    says = re.compile(rf"lightning-diloco: {command} \([a-z -]+\) is not there yet\. [A-Z].+\.\n")
+    assert says.fullmatch(refuse(capsys, command))
+    assert says.fullmatch(refuse(capsys, command, "some/path", "--json"))
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "is not there yet. " in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_names_the_help_of_a_command_and_what_the_default_is(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "lightning-diloco COMMAND --help" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["syncer", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "usage: lightning-diloco syncer --run-dir DIR [--bind ENDPOINT] [--verbose]" in words
+    assert "(default tcp://127.0.0.1:0, any free port)" in words and "--keys DIR" in words and "issue" not in words
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"lightning-diloco {__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -55,7 +78,8 @@ def test_a_command_that_has_not_landed_says_so_whatever_follows_it(command, caps
     [
         ([], "required: COMMAND"),
         (["serve"], "invalid choice: 'serve'"),
-        (["syncer"], "required: --run-dir"),
+        (["syncer"], "--run-dir DIR is required: the folder of the job"),
+        (["syncer", "--bandwidth", "3"], "lightning-diloco syncer: unrecognized arguments: --bandwidth 3"),
         (["syncer", "--run-dir", "x", "--bandwidth", "3"], "unrecognized arguments: --bandwidth 3"),
         (["syncer", "--run-dir", "x", "--bind", "tcp://0.0.0.0:7777"], "beyond loopback"),
         (["syncer", "--run-dir", "x", "--bind", "tcp://*:7777"], "beyond loopback"),
@@ -64,12 +88,12 @@ def test_a_command_that_has_not_landed_says_so_whatever_follows_it(command, caps
         (["syncer", "--run-dir", "x", "--bind", "tcp://127.0.0.1"], "an endpoint is tcp://HOST:PORT"),
         (["syncer", "--run-dir", "x", "--bind", "ipc:///tmp/x"], "an endpoint is tcp://HOST:PORT"),
         (["syncer", "--run-dir", "x", "--bind", "7777"], "an endpoint is tcp://HOST:PORT"),
-        (["syncer", "--run-dir", "x", "--keys", "k"], "--keys has not landed yet"),
-        (["syncer", "--run-dir", "x", "--shards", "2"], "--shards has not landed yet"),
-        (["syncer", "--run-dir", "x", "--metrics-port", "9"], "--metrics-port has not landed yet"),
-        (["syncer", "--run-dir", "x", "--resume"], "--resume has not landed yet"),
-        (["syncer", "--run-dir", "x", "--rebuild"], "--rebuild has not landed yet"),
-        (["syncer", "--run-dir", "x", "--insecure"], "--insecure has not landed yet"),
+        (["syncer", "--run-dir", "x", "--keys", "k"], "--keys k is not there yet. Leave it out."),
+        (["syncer", "--run-dir", "x", "--shards", "2"], "--shards 2 is not there yet"),
+        (["syncer", "--run-dir", "x", "--metrics-port", "9"], "--metrics-port 9 is not there yet"),
+        (["syncer", "--run-dir", "x", "--resume"], "--resume is not there yet"),
+        (["syncer", "--run-dir", "x", "--rebuild"], "--rebuild is not there yet"),
+        (["syncer", "--run-dir", "x", "--insecure"], "--insecure is not there yet"),
         (["simulate", "--learners", "0"], "--learners 0"),
         (["simulate", "--steps", "many"], "invalid int value: 'many'"),
         (["simulate", "--quorum", "0"], "min_quorum=0"),
