@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.runtime.rundir import link_latest
 from recipes.quiet import quiet
 from recipes.report import report, report_single
+from recipes.values import check_names
 
 __all__ = ["build_trainer", "run"]
 
@@ -33,7 +37,13 @@ def run(cfg: DictConfig) -> None:
     module, data = recipe.build(cfg)
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     trainer = build_trainer(cfg, run_dir)
-    trainer.fit(module, datamodule=data)
+    if is_single(cfg):
+        link_latest(run_dir)  # as the strategy does when it starts
+    try:
+        trainer.fit(module, datamodule=data)
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
+        print(f"Stopped. Run directory: {_shortest(run_dir)}")
+        raise
     if is_single(cfg):
         trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
         # The last validation inside `fit` may lie many steps back.
@@ -50,19 +60,28 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> Trainer:
     Args:
         cfg: the composed configuration.
         run_dir: where the job's files go; metrics go to its ``logs/metrics/metrics.csv``.
+
+    Raises:
+        ConfigurationError: a name or a value is wrong.
     """
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     if is_single(cfg):
         options["devices"] = 1
-    return Trainer(
-        **options,
-        strategy="auto" if is_single(cfg) else _strategy(cfg, run_dir),
-        logger=CSVLogger(save_dir=run_dir, name="logs", version="metrics"),
-        callbacks=_progress(),
+    ours: dict[str, Any] = {
+        "strategy": "auto" if is_single(cfg) else _strategy(cfg, run_dir),
+        "logger": CSVLogger(save_dir=run_dir, name="logs", version="metrics"),
+        "callbacks": _progress(),
         # The strategy writes checkpoints/last.ckpt from the global weights after the drain.
-        enable_checkpointing=False,
-        default_root_dir=run_dir,
-    )
+        "enable_checkpointing": False,
+        "default_root_dir": run_dir,
+    }
+    check_names("trainer", Trainer, options, ours=ours)
+    try:
+        return Trainer(**options, **ours)
+    except ConfigurationError:
+        raise
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ConfigurationError(f"A value of trainer is refused by Lightning: {error}") from error
 
 
 def is_single(cfg: DictConfig) -> bool:
@@ -72,12 +91,13 @@ def is_single(cfg: DictConfig) -> bool:
 
 def _strategy(cfg: DictConfig, run_dir: Path) -> Any:
     from lightning_diloco import DecoupledDiLoCoStrategy
-    from lightning_diloco.errors import ConfigurationError
 
     if cfg.strategy.name != "decoupled_diloco":
         raise ConfigurationError(f"strategy.name={cfg.strategy.name!r}: must be 'decoupled_diloco' or 'single'.")
     options: dict[str, Any] = OmegaConf.to_container(cfg.strategy, resolve=True)  # type: ignore[assignment]
     del options["name"]
+    if "run_dir" in options:
+        raise ConfigurationError("strategy.run_dir: a recipe sets this itself. Leave it out; hydra.run.dir=DIR names the folder.")
     return DecoupledDiLoCoStrategy(run_dir=run_dir, **options)
 
 

@@ -10,16 +10,20 @@ settled before torch is imported, and because ``--help`` should not take four se
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 # Run as a script, so the folder above is not on the path; learners get this process's path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lightning_diloco.errors import ConfigurationError  # noqa: E402
+from recipes.values import check_devices  # noqa: E402
 
 __all__ = ["main"]
 
@@ -31,12 +35,15 @@ def _job(cfg: DictConfig) -> None:
     """Run one job; a wrong value ends the process with a sentence."""
     global _understood
     _understood = True
-    share_cores(cfg.trainer.devices)
-    from recipes.job import run
-
     try:
+        if cfg.strategy.name != "single":
+            check_devices(cfg.trainer.devices)
+        share_cores(cfg.trainer.devices)
+        from recipes.job import run
+
         run(cfg)
     except ConfigurationError as error:
+        forget(Path(HydraConfig.get().runtime.output_dir))
         print(error, file=sys.stderr)
         sys.exit(2)
 
@@ -50,6 +57,19 @@ def share_cores(num_learners: object) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // num_learners if isinstance(num_learners, int) and num_learners > 0 else 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
+
+def forget(run_dir: Path) -> None:
+    """Remove the folder of a run that was refused, as far as there is nothing in it but Hydra's copy of the configuration.
+
+    Args:
+        run_dir: which Hydra has made.
+    """
+    if not (run_dir / "tape.jsonl").exists():
+        shutil.rmtree(run_dir / "logs" / "hydra", ignore_errors=True)
+        with suppress(OSError):  # the first that is not empty
+            for folder in (run_dir / "logs", run_dir, run_dir.parent):
+                folder.rmdir()
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Final
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.tape import TAPE_NAME
 
-__all__ = ["SUBFOLDERS", "RunDirLock", "lock_run_dir", "make_run_dir"]
+__all__ = ["SUBFOLDERS", "RunDirLock", "link_latest", "lock_run_dir", "make_run_dir"]
 
 SUBFOLDERS: Final = ("checkpoints", "logs", "counters")
 """Folders that every run directory has."""
@@ -49,8 +49,7 @@ def make_run_dir(path: Path | str | None = None) -> Path:
             (run_dir / name).mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"run_dir={str(path)!r}: cannot be created ({error}). Give a directory that can be written to.") from error
-    if run_dir.parent.name == _OUTPUTS:
-        _link_latest(run_dir)
+    link_latest(run_dir)
     return run_dir
 
 
@@ -120,8 +119,14 @@ def _make_fresh(path: Path, *, is_first_free: bool) -> Path:
     raise FileExistsError(f"{path} and {_MAX_SUFFIX} names after it are taken")
 
 
-def _link_latest(run_dir: Path) -> None:
-    """Point `latest` at the run by a rename; a file system without links costs a log line and no more."""
+def link_latest(run_dir: Path) -> None:
+    """Point `latest` at a run in a folder named `outputs`, by a rename; a file system without links costs a log line and no more.
+
+    Args:
+        run_dir: of a run that starts; in another folder nothing is done.
+    """
+    if run_dir.parent.name != _OUTPUTS:
+        return
     temporary = run_dir.parent / f".{_LATEST}.{run_dir.name}.{os.getpid()}"
     try:
         temporary.symlink_to(run_dir.name, target_is_directory=True)

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from omegaconf import DictConfig, OmegaConf
 
 from recipes.extras import require
+from recipes.values import call
 
 __all__ = ["build", "show"]
 
@@ -26,7 +27,7 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
     from recipes.digits.model import DigitsNet
 
     options: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)  # type: ignore[assignment]
-    return DigitsNet(**options), DigitsData(**cfg.data)
+    return call("model", DigitsNet, options), call("data", DigitsData, cfg.data)
 
 
 def show(module: LightningModule, cfg: DictConfig) -> str:

@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_diloco.config import need_int
 from lightning_diloco.errors import ConfigurationError
 
 __all__ = ["DigitsData"]
@@ -29,6 +30,7 @@ class DigitsData(LightningDataModule):
         super().__init__()
         if not 0.0 < val_share < 1.0:
             raise ConfigurationError(f"data.val_share={val_share}: must lie between 0 and 1; for example 0.2.")
+        need_int("data.batch_size", batch_size, 2)
         self.batch_size = batch_size
         self.val_share = val_share
         self.seed = seed

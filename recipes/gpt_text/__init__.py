@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from recipes.gpt_text.data import TextData
 from recipes.gpt_text.model import GPTText
+from recipes.values import call
 
 __all__ = ["build", "show"]
 
@@ -20,7 +21,7 @@ def build(cfg: DictConfig) -> tuple[GPTText, TextData]:
     Raises:
         ConfigurationError: a value is wrong, or `data.path` names no text.
     """
-    return GPTText(**cfg.model), TextData(**cfg.data)
+    return call("model", GPTText, cfg.model), call("data", TextData, cfg.data)
 
 
 def show(module: LightningModule, cfg: DictConfig) -> str:

@@ -25,6 +25,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_diloco.config import need_int
 from lightning_diloco.errors import ConfigurationError
 from recipes.quiet import quiet
 
@@ -94,7 +95,7 @@ class TextData(LightningDataModule):
         num_workers: of the training loader. 0 is right for a text in memory: a batch takes a tenth of a millisecond.
 
     Raises:
-        ConfigurationError: the path does not exist or is empty.
+        ConfigurationError: the path does not exist or is empty, or a number is wrong.
     """
 
     def __init__(
@@ -108,6 +109,10 @@ class TextData(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        sizes = {"context": context, "batch_size": batch_size, "val_bytes": val_bytes, "val_batch_size": val_batch_size}
+        for name, size in sizes.items():
+            need_int(f"data.{name}", size, 1)
+        need_int("data.num_workers", num_workers, 0)
         # Absolute, because a learner's working directory may be another one.
         self.path = None if path is None else os.path.abspath(path)
         self.context = context

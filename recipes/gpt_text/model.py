@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
+from lightning_diloco.config import need_int
 from lightning_diloco.errors import ConfigurationError
 from recipes.byte_model import ByteLanguageModel
 
@@ -42,6 +43,9 @@ class GPT(nn.Module):
 
     def __init__(self, num_layers: int, num_heads: int, channels: int, context: int) -> None:
         super().__init__()
+        sizes = {"num_layers": num_layers, "num_heads": num_heads, "channels": channels, "context": context}
+        for name, size in sizes.items():
+            need_int(f"model.{name}", size, 1)
         if channels % (2 * num_heads):
             raise ConfigurationError(
                 f"model.channels={channels}, model.num_heads={num_heads}: channels must be a multiple of twice the heads; "

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes.extras import require
 from recipes.gpt_text.data import TextData
+from recipes.values import call
 
 __all__ = ["build", "show"]
 
@@ -26,7 +27,7 @@ def build(cfg: DictConfig) -> tuple[LightningModule, TextData]:
     from recipes.hf_causal_lm.model import HFCausalLM
 
     options: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)  # type: ignore[assignment]
-    return HFCausalLM(**options), TextData(**cfg.data)
+    return call("model", HFCausalLM, options), call("data", TextData, cfg.data)
 
 
 def show(module: LightningModule, cfg: DictConfig) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from recipes.train import share_cores
+from recipes.train import forget, share_cores
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -51,6 +53,46 @@ def test_a_path_without_text_gets_one_sentence_and_exit_code_2(tmp_path, make, s
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert str(path) in line and sentence in line and "leave data.path out" in line
+    assert not (tmp_path / "outputs").exists(), "a run that was refused leaves no folder"
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("trainer.devices=zwei", "trainer.devices='zwei': must be a whole number of at least 1, the number of learners"),
+        ("+data.pth=x", "data.pth: there is no such value; did you mean data.path?"),
+    ],
+)
+def test_a_value_that_cannot_be_gets_one_sentence_and_leaves_no_folder(tmp_path, option, sentence):
+    done = train(tmp_path, option)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(sentence)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_of_a_folder_that_is_not_empty_only_the_copy_of_the_configuration_goes(tmp_path):
+    for name in ("run/logs/hydra/config.yaml", "run/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    forget(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_an_interrupt_says_where_the_files_are(tmp_path):
+    options = ["trainer.max_steps=100000", "model.channels=32", "model.num_layers=1"]
+    command = [sys.executable, str(ROOT / "recipes" / "train.py"), *options]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("step ")
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    (run_dir,) = {path.resolve() for path in (tmp_path / "outputs").iterdir()}
+    assert out.splitlines()[-1] == f"Stopped. Run directory: outputs/{run_dir.name}"
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "stopped"
 
 
 def test_an_unknown_option_ends_with_exit_code_2(tmp_path):
@@ -66,7 +108,7 @@ def test_a_single_process_trains_on_the_users_own_file(tmp_path):
     done = train(tmp_path, "strategy.name=single", f"data.path={text}", *small)
     assert done.returncode == 0, done.stderr
     assert "val_loss" in done.stdout and "20 bytes after 'def '" in done.stdout
-    (run_dir,) = (tmp_path / "outputs").iterdir()
+    run_dir = (tmp_path / "outputs" / "latest").resolve()
     assert f"Run directory: outputs/{run_dir.name}" in done.stdout
     for name in ("logs/hydra/config.yaml", "logs/metrics/metrics.csv", "checkpoints/last.ckpt"):
         assert (run_dir / name).is_file()
