@@ -8,9 +8,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all check extras clean
+.PHONY: help setup train test test-all check extras clean
 
 help:
+	@echo "make setup     only set up $(VENV); the targets below do so too, if need be"
 	@echo "make train     train gpt_text on two learners; ARGS='key=value ...' changes the recipe"
 	@echo "make test      the tests, without the slow ones"
 	@echo "make test-all  all tests"
@@ -18,6 +19,9 @@ help:
 	@echo "make extras    install what only some recipes and tests need (docs/dependencies.md)"
 	@echo "make clean     remove .venv, caches and build files (outputs/ stays)"
 	@echo "PYTHON=...     the interpreter to set .venv up with (now: $(PYTHON))"
+
+setup: $(READY)
+	@echo "$(VENV) is ready. A script of your own: $(BIN)/python my_script.py"
 
 train: $(READY)
 	@$(BIN)/python recipes/train.py recipe=gpt_text $(ARGS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import re
 import shlex
 import subprocess
@@ -208,14 +209,17 @@ def test_commands_that_are_named_can_be_called():
         words = shlex.split(line)
         program, arguments = words[0].rpartition("/")[2], words[1:]
         if program == "lightning-diloco" and arguments[0] != "COMMAND":
-            assert arguments[0] in commands(), f"{page}: {line}"
+            assert arguments[0] in {*commands(), "--version"}, f"{page}: {line}"
             if len(arguments) > 1:
                 _build_parser().parse_args(arguments)
                 found += 1
         elif program == "python" and arguments[0] == "-m" and arguments[1] != "pytest":
             assert (ROOT / (arguments[1].replace(".", "/") + ".py")).exists(), f"{page}: {line}"
         elif program == "python" and arguments[0].endswith(".py"):
-            assert (ROOT / arguments[0]).exists(), f"{page}: {line}"
+            assert (ROOT / arguments[0]).exists() or arguments[0] == "my_script.py", f"{page}: {line}"
+        elif program == "pip":
+            named = [after for word, after in itertools.pairwise(arguments) if word == "-c"]
+            assert named and all((ROOT / name).exists() for name in named), f"{page}: {line}"
         elif program not in ("lightning-diloco", "make", "python", "ruff"):
             pytest.fail(f"{page}: nobody checks {line!r}")
     assert found >= 2

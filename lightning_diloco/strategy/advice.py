@@ -34,10 +34,15 @@ def advise(summary: Mapping[str, Any]) -> list[str]:
     worst, config = min(late, key=lambda row: row["participation"]), summary["config"]
     quorum, overlap = config["min_quorum"], config["overlap_steps"]
     pace = "" if worst["step_median_s"] is None else f", with steps of {1e3 * worst['step_median_s']:.1f} ms"
-    all_of_them = "" if quorum >= len(learners) else f", or min_quorum (up to {len(learners)}: all that are active)"
+    longer = f"overlap_steps={2 * max(1, overlap)}, so that answers have more time."
+    remedy = (
+        f"Pass {longer}"
+        if quorum >= len(learners)
+        else f"Pass min_quorum={len(learners)}, so that a merge waits for all learners that are active, or {longer}"
+    )
     return [
-        f"{len(late)} of {len(learners)} learners had a participation below {LOW_PARTICIPATION:g}: learner {worst['learner_id']} was in "
-        f"{worst['participation']:.0%} of the merges it could have been in{pace}. A merge waits for min_quorum={quorum} contributions and "
-        f"then for the grace window: 0 where answers take more than overlap_steps={overlap} steps. Raise overlap_steps{all_of_them}; "
-        'see docs/concepts.md, "Short steps".'
+        f"{len(late)} of {len(learners)} learners had a participation below {LOW_PARTICIPATION:g}; the lowest is learner "
+        f"{worst['learner_id']}, in {100 * worst['participation']:.0f} % of the merges it could have been in{pace}. A merge waits for "
+        f"min_quorum={quorum} contributions and then for the grace window, which is 0 where answers take more than "
+        f"overlap_steps={overlap} steps. {remedy}"
     ]

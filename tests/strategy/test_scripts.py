@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_diloco import DecoupledDiLoCoStrategy
+from lightning_diloco.outer import FragmentView
+from lightning_diloco.runtime.client import LearnerClient
 from tests.strategy.kit import (
     ROOT,
     Script,
@@ -205,7 +207,9 @@ def test_a_hydra_script_runs_once_and_its_configuration_is_there_in_the_learners
     assert {path.name: path.read_text() for path in (tmp_path / "hydra").glob("seen_*")} == {"seen_0": "script", "seen_1": "script"}
 
 
-def test_a_learner_of_a_syncer_that_was_started_by_hand(tmp_path):
+def test_a_learner_of_a_syncer_that_was_started_by_hand(tmp_path, monkeypatch):
+    published, load = [], LearnerClient.load_global
+    monkeypatch.setattr(LearnerClient, "load_global", lambda client: published.append((client.layout, load(client))) or published[-1][1])
     run_dir = tmp_path / "syncer"
     command = [sys.executable, "-m", "lightning_diloco", "syncer", "--bind", "tcp://127.0.0.1:0", "--run-dir", str(run_dir)]
     with (tmp_path / "syncer.txt").open("wb") as file:
@@ -221,6 +225,12 @@ def test_a_learner_of_a_syncer_that_was_started_by_hand(tmp_path):
         assert strategy.launcher is None
         assert trainer.global_step == 30
         assert not torch.equal(start["layer.weight"], model.layer.weight)
+        layout, state = published[-1]
+        for fragment, values in zip(layout.fragments, state.published, strict=True):
+            held = torch.empty_like(values)
+            FragmentView(model, fragment).copy_to(held)
+            assert torch.equal(held, values), "the module holds what was published last, bit for bit"
+        assert not (run_dir / "logs").exists() and not (run_dir / "checkpoints").exists()
         tape = (run_dir / "tape.jsonl").read_text()
         wait_until(lambda: '"event":"leave"' in (run_dir / "tape.jsonl").read_text(), f"the leave on the tape: {tape}")
         assert list((tmp_path / "mine" / "counters").glob("*.bin"))
