@@ -171,14 +171,17 @@ class Outer:
         found = {"published": self._validate([state.theta for state in self.states])}
         if self.average:
             found["average"] = self._validate([self.average[p] for p in range(self.num_fragments)])
-        for p in range(self.num_fragments):
-            merged = self._merge(p, [self.bases[p] - self._copy(m, p) for m in range(s.learners)], s.steps)
+        last: dict[str, list[Tensor]] = {"val_loss": [], "plain_mean": [], "mean": []}
+        for p, state in enumerate(self.states):
+            contributions = [self.bases[p] - self._copy(m, p) for m in range(s.learners)]
             share = min(1.0, (s.steps - self.opened[p]) / s.interval)
-            self.states[p] = last_step(self.states[p], merged, lr=self.ideas.get("last", s.outer_lr), share=share)
-        found["val_loss"] = self._validate([state.theta for state in self.states])
-        return found
+            mean = sum(contributions[1:], contributions[0]) / s.learners
+            last["val_loss"].append(last_step(state, self._merge(p, contributions), lr=s.outer_lr, share=share).theta)
+            last["mean"].append(last_step(state, mean, lr=1.0, share=share).theta)
+            last["plain_mean"].append(last_step(state, mean, lr=1.0, share=1.0).theta)
+        return {**found, **{name: self._validate(flats) for name, flats in last.items()}}
 
-    def _merge(self, p: int, contributions: list[Tensor], done: int) -> Tensor:
+    def _merge(self, p: int, contributions: list[Tensor]) -> Tensor:
         accumulator = MergeAccumulator(self.layout.fragments[p])
         for d in contributions:
             accumulator.fold(d, 1.0)
@@ -189,13 +192,10 @@ class Outer:
         contributions = [self.bases[p] - self._copy(m, p) for m in range(s.learners)]
         state = self.states[p]
         momentum = self._momentum(state.merge_index + 1, done)
-        state = outer_step(state, self._merge(p, contributions, done), lr=self._lr(done), momentum=momentum)
+        state = outer_step(state, self._merge(p, contributions), lr=s.outer_lr, momentum=momentum)
         self.states[p] = state
         self.opened[p] = done
         self.on_way[p] = (done + s.delay, contributions)
-
-    def _lr(self, done: int) -> float:
-        return self.s.outer_lr
 
     def _momentum(self, merge: int, done: int) -> float:
         momentum = momentum_at(merge, self.s.outer_momentum, self.s.warmup)

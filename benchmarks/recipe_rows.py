@@ -51,8 +51,8 @@ def _run(overrides: tuple[str, ...]) -> dict[str, Any]:
         start_s = time.monotonic()
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
         elapsed_s = round(time.monotonic() - start_s, 1)
-        summary_path = run_dir / "summary.json"
-        if done.returncode or not summary_path.exists():
+        summary_path = next((path for name in ("summary.json", "result.json") if (path := run_dir / name).exists()), None)
+        if done.returncode or summary_path is None:
             return {"error": (done.stdout + done.stderr)[-2000:], "elapsed_s": elapsed_s}
         summary = json.loads(summary_path.read_text())
     row = {"val_loss": summary["val"]["val_loss"], "elapsed_s": elapsed_s}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,6 +22,9 @@ from recipes.report import report, report_single
 from recipes.values import check_names
 
 __all__ = ["build_trainer", "run"]
+
+PLAIN = {"single": "auto", "ddp": "ddp_spawn"}
+"""Runs to compare with, and the Trainer's strategy for each."""
 
 
 def run(cfg: DictConfig) -> None:
@@ -37,18 +42,15 @@ def run(cfg: DictConfig) -> None:
     module, data = recipe.build(cfg)
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     trainer = build_trainer(cfg, run_dir)
-    if is_single(cfg):
+    if is_plain(cfg):
         link_latest(run_dir)  # as the strategy does when it starts
     try:
         trainer.fit(module, datamodule=data)
     except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
         print(f"Stopped. Run directory: {_shortest(run_dir)}")
         raise
-    if is_single(cfg):
-        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
-        # The last validation inside `fit` may lie many steps back.
-        (metrics,) = trainer.validate(module, datamodule=data, verbose=False)
-        report_single(trainer.global_step, metrics)
+    if is_plain(cfg):
+        _finish_plain(trainer, module, data, run_dir)
     else:
         report(trainer.strategy.summary)  # type: ignore[attr-defined]
     print(f"\n{_show(recipe, module, cfg)}\n\nRun directory: {_shortest(run_dir)}")
@@ -65,10 +67,10 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> Trainer:
         ConfigurationError: a name or a value is wrong.
     """
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
-    if is_single(cfg):
+    if cfg.strategy.name == "single":
         options["devices"] = 1
     ours: dict[str, Any] = {
-        "strategy": "auto" if is_single(cfg) else _strategy(cfg, run_dir),
+        "strategy": PLAIN[cfg.strategy.name] if is_plain(cfg) else _strategy(cfg, run_dir),
         "logger": CSVLogger(save_dir=run_dir, name="logs", version="metrics"),
         "callbacks": _progress(),
         # The strategy writes checkpoints/last.ckpt from the global weights after the drain.
@@ -84,16 +86,31 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> Trainer:
         raise ConfigurationError(f"A value of trainer is refused by Lightning: {error}") from error
 
 
-def is_single(cfg: DictConfig) -> bool:
-    """Whether the job is an ordinary run in this process."""
-    return bool(cfg.strategy.name == "single")
+def is_plain(cfg: DictConfig) -> bool:
+    """Whether the job is one of Lightning's own strategies."""
+    return cfg.strategy.name in PLAIN
+
+
+def _finish_plain(trainer: Trainer, module: LightningModule, data: LightningDataModule, run_dir: Path) -> None:
+    """What the strategy does at the end of a job, for a run without it: a checkpoint, a last validation, figures in ``result.json``.
+
+    The last validation inside `fit` may lie many steps back, and with `ddp` each process sees a part of the data.
+    """
+    (run_dir / "checkpoints").mkdir(exist_ok=True)
+    # After processes of their own have trained, this one's Trainer has counted nothing.
+    steps = trainer.global_step or trainer.max_steps
+    alone = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False)
+    (metrics,) = alone.validate(module, datamodule=data, verbose=False)
+    torch.save({"state_dict": module.state_dict(), "global_step": steps}, run_dir / "checkpoints" / "last.ckpt")
+    (run_dir / "result.json").write_text(json.dumps({"status": "finished", "inner_steps": steps, "val": metrics}) + "\n")
+    report_single(steps, metrics)
 
 
 def _strategy(cfg: DictConfig, run_dir: Path) -> Any:
     from lightning_diloco import DecoupledDiLoCoStrategy
 
     if cfg.strategy.name != "decoupled_diloco":
-        raise ConfigurationError(f"strategy.name={cfg.strategy.name!r}: must be 'decoupled_diloco' or 'single'.")
+        raise ConfigurationError(f"strategy.name={cfg.strategy.name!r}: must be 'decoupled_diloco', 'ddp' or 'single'.")
     options: dict[str, Any] = OmegaConf.to_container(cfg.strategy, resolve=True)  # type: ignore[assignment]
     del options["name"]
     if "run_dir" in options:

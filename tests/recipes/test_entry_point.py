@@ -115,6 +115,19 @@ def test_a_single_process_trains_on_the_users_own_file(tmp_path):
     assert done.stderr == ""
 
 
+def test_ddp_trains_the_same_job_to_compare_with(tmp_path):
+    """Two processes of Lightning's own; the last validation is of the whole set, in this process."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} of a text to learn\n" for i in range(3000)))
+    small = ("data.context=32", "data.batch_size=4", "model.num_layers=1", "model.channels=32", "trainer.max_steps=40")
+    done = train(tmp_path, "strategy.name=ddp", f"data.path={text}", *small)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "outputs" / "latest" / "result.json").read_text())
+    assert result["inner_steps"] == 40
+    assert 0 < result["val"]["val_loss"] < 5.0, "a uniform guess has 5.55"
+    assert "inner steps" in done.stdout
+
+
 def test_every_learner_gets_its_share_of_the_cores_unless_the_caller_says_otherwise(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
     for num_learners, threads in ((2, "4"), (3, "2"), (100, "1"), ("auto", "1")):

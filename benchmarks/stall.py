@@ -1,0 +1,278 @@
+"""What outer synchronization costs the training thread: throughput with it on and off in turns, and the time of every boundary.
+
+    .venv/bin/python benchmarks/stall.py [--params 1 25 100] [--blocks N] [--json FILE]
+
+One learner is pinned to one core and the syncer to another one; the learner's background thread shares the core of its training thread, as
+it may in the worst case. Outer synchronization is on and off in turns, in blocks of 20 inner steps of one run. While it is off the learner
+is paused and no boundary is passed. The first two steps of a block are left out: what was on its way ends there.
+
+| figure | what |
+|---|---|
+| on / off | inner steps per second inside blocks with it, over those without it; aim: at least 0.97 |
+| stall | time of the training thread in outer-sync code at boundaries, over the time of the blocks; aim: at most 1 % |
+| p99 of a boundary | aim: at most 3 times a plain `copy_` of the bytes that were copied and adopted at it, plus 1 ms |
+| p99 above 3 copies | the same, as the 99th percentile of what is above 3 such copies: at most 1 ms |
+
+The exit code is 1 if an aim is missed. Rows that the JSON file holds are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK_STEPS = 20
+SKIPPED_STEPS = 2
+MODELS = {
+    1: {"num_layers": 4, "num_heads": 4, "channels": 128, "batch": 16},
+    25: {"num_layers": 8, "num_heads": 8, "channels": 512, "batch": 2},
+    100: {"num_layers": 8, "num_heads": 16, "channels": 1024, "batch": 1},
+}
+"""By millions of parameters; context 64."""
+
+
+def main() -> int:
+    """Run what is missing, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", nargs="*", type=int, choices=list(MODELS), default=list(MODELS), help="millions of parameters")
+    parser.add_argument("--blocks", type=int, default=6, help="blocks with and as many without (default 6)")
+    parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "stall.json", metavar="FILE", help="rows so far")
+    parser.add_argument("--learner", nargs=2, metavar=("ENDPOINT", "OUT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.learner:
+        learn(arguments.learner[0], Path(arguments.learner[1]), arguments.params[0], arguments.blocks)
+        return 0
+    rows: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    for size in arguments.params:
+        name = f"{size} M, {arguments.blocks} blocks"
+        if name not in rows:
+            rows[name] = run(size, arguments.blocks)
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return report(rows)
+
+
+def run(size: int, blocks: int) -> dict[str, Any]:
+    """One model: a syncer and a learner, each on its core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit("Two cores are needed: one for the learner, one for the syncer.")
+    with tempfile.TemporaryDirectory(prefix="lightning_diloco_stall_") as folder:
+        command = [sys.executable, "-m", "lightning_diloco", "syncer", "--run-dir", f"{folder}/run"]
+        syncer = subprocess.Popen(
+            ["taskset", "-c", str(cores[1]), *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+        )
+        try:
+            assert syncer.stdout is not None
+            found = re.search(r"tcp://[\d.:]+", syncer.stdout.readline())
+            if found is None:
+                raise SystemExit("The syncer did not say its address.")
+            out = Path(folder) / "row.json"
+            learner = ["taskset", "-c", str(cores[0]), sys.executable, __file__, "--learner", found.group(), str(out)]
+            subprocess.run([*learner, "--params", str(size), "--blocks", str(blocks)], check=True, cwd=folder, stdout=subprocess.DEVNULL)
+            syncer.wait(60)
+            row: dict[str, Any] = json.loads(out.read_text())
+        finally:
+            syncer.kill()
+            syncer.wait()
+        row["merges"] = sum('"event":"merge"' in line for line in (Path(folder) / "run" / "tape.jsonl").read_text().splitlines())
+    return row
+
+
+def learn(endpoint: str, out: Path, size: int, blocks: int) -> None:
+    """The learner's process: train, measure, write the row."""
+    from lightning.pytorch import Callback, Trainer, seed_everything
+
+    from lightning_diloco import DecoupledDiLoCoStrategy
+    from recipes.gpt_text.data import TextData
+    from recipes.gpt_text.model import GPTText
+
+    seed_everything(0, verbose=False)
+    options: dict[str, Any] = dict(MODELS[size])
+    data = TextData(context=64, batch_size=options.pop("batch"))
+    module = GPTText(**options, context=64, learning_rate=1e-3)
+    strategy = DecoupledDiLoCoStrategy(syncer=endpoint)
+    watch = Watch(blocks)
+
+    class Turns(Callback):
+        """Hands the hooks on."""
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            watch.start(strategy._outer_sync._client)
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            watch.step_ended()
+
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        callbacks=[Turns()],
+        max_steps=2 * blocks * BLOCK_STEPS + BLOCK_STEPS,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data)
+    row = watch.row()
+    row["num_params"] = sum(p.numel() for p in module.parameters())
+    out.write_text(json.dumps(row))
+
+
+class Watch:
+    """Turns the exchange on and off, and measures; the first block warms up."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._step = 0
+        self._is_on = True
+        self._end_s = 0.0
+        self._times: dict[bool, list[float]] = {True: [], False: []}
+        self._boundary: list[tuple[float, int]] = []
+        self._parts: defaultdict[str, list[float]] = defaultdict(list)
+        self._bytes = 0
+        self._spent = defaultdict(float)
+
+    def start(self, client: Any) -> None:
+        """Put clocks around what the training thread calls."""
+        self._client = client
+        self._pass_boundary = client.boundary
+        client.boundary = self._boundary_or_nothing
+        self._wrap(client, "_poisoned", "look for what is not finite")
+        self._wrap(client, "_hand_over", "the machine's actions")
+        self._wrap(client._machine, "handle", "the machine")
+        perform, store = client._perform, client._store
+
+        def counted(work: Any) -> None:
+            """How many bytes are read and written at this boundary: float32 of every fragment that is copied or adopted."""
+            self._bytes = sum(4 * store.views[action.fragment_id].num_params for action, _ in work if hasattr(action, "fragment_id"))
+            perform(work)
+
+        client._perform = counted
+        self._wrap(client, "_perform", "copies and adoptions")
+        self._end_s = time.monotonic()
+
+    def _wrap(self, owner: Any, name: str, title: str) -> None:
+        function = getattr(owner, name)
+
+        def timed(*args: Any) -> Any:
+            """Add the time of this call to its title."""
+            start_s = time.monotonic()
+            try:
+                return function(*args)
+            finally:
+                self._spent[title] += time.monotonic() - start_s
+
+        setattr(owner, name, timed)
+
+    def _boundary_or_nothing(self, *, tokens: int) -> None:
+        if not self._is_on:
+            return
+        self._bytes = 0
+        self._spent.clear()
+        start_s = time.monotonic()
+        self._pass_boundary(tokens=tokens)
+        spent_s = time.monotonic() - start_s
+        if self._counts():
+            self._boundary.append((spent_s, self._bytes))
+            for title, value in self._spent.items():
+                self._parts[title].append(value)
+            self._parts["all"].append(spent_s)
+
+    def _counts(self) -> bool:
+        return self._step >= BLOCK_STEPS and self._step % BLOCK_STEPS >= SKIPPED_STEPS
+
+    def step_ended(self) -> None:
+        """The end of an inner step: keep its time, and turn at the end of a block."""
+        now_s = time.monotonic()
+        if self._counts():
+            self._times[self._is_on].append(now_s - self._end_s)
+        self._step += 1
+        if self._step % BLOCK_STEPS == 0:
+            self._is_on = not self._is_on
+            self._client.set_paused(not self._is_on)
+        self._end_s = time.monotonic()
+
+    def row(self) -> dict[str, Any]:
+        """The figures."""
+        on, off = self._times[True], self._times[False]
+        per_byte_s = self._copy_s_per_byte()
+        above = sorted(spent_s - 3 * per_byte_s * count for spent_s, count in self._boundary)
+        stalls = sorted(spent_s for spent_s, _ in self._boundary)
+        blocks = len(on) // (BLOCK_STEPS - SKIPPED_STEPS)
+        size = len(on) // blocks
+        by_block = [statistics.mean(on[i * size : (i + 1) * size]) for i in range(blocks)]
+        return {
+            "step_on_s": statistics.mean(on),
+            "step_off_s": statistics.mean(off),
+            "on_over_off": statistics.mean(off) / statistics.mean(on),
+            "step_on_by_block_s": by_block,
+            "stall_share": sum(stalls) / sum(on),
+            "stall_median_s": statistics.median(stalls),
+            "stall_p99_s": stalls[int(0.99 * (len(stalls) - 1))],
+            "above_3_copies_p99_s": above[int(0.99 * (len(above) - 1))],
+            "copy_bytes_per_s": 1 / per_byte_s,
+            "bytes_per_boundary": statistics.mean(count for _, count in self._boundary),
+            "parts_s": {title: statistics.mean(values) for title, values in self._parts.items()},
+        }
+
+    def _copy_s_per_byte(self) -> float:
+        """Of a plain `copy_` of a fragment, each from other memory, as at a boundary."""
+        import torch
+
+        views = self._client_views()
+        scratch = torch.empty(max(t.numel() for t in views))
+        times = []
+        for _ in range(5):
+            for tensor in views:
+                start_s = time.monotonic()
+                scratch[: tensor.numel()].copy_(tensor)
+                times.append((time.monotonic() - start_s) / (4 * tensor.numel()))
+        return statistics.median(times)
+
+    def _client_views(self) -> list[Any]:
+        import torch
+
+        return [torch.randn(view.num_params) for view in self._client._store.views]
+
+
+def report(rows: dict[str, Any]) -> int:
+    """Print the tables; 1 if an aim is missed."""
+    missed = []
+    print("| model | step without, ms | on / off | stall | p99 of a boundary, ms | p99 above 3 copies, ms | merges |\n" + "|---" * 7 + "|")
+    for name, row in rows.items():
+        print(
+            f"| {name} ({row['num_params']:,}) | {1e3 * row['step_off_s']:.1f} | {row['on_over_off']:.3f} | {row['stall_share']:.2%} | "
+            f"{1e3 * row['stall_p99_s']:.2f} | {1e3 * row['above_3_copies_p99_s']:.2f} | {row['merges']} |"
+        )
+        if row["on_over_off"] < 0.97 or row["stall_share"] > 0.01 or row["above_3_copies_p99_s"] > 1e-3:
+            missed.append(name)
+    print("\nWhere the time of a boundary goes (means, ms):\n")
+    titles = list(next(iter(rows.values()))["parts_s"])
+    print("| model | " + " | ".join(titles) + " | MB copied and adopted |\n" + "|---" * (len(titles) + 2) + "|")
+    for name, row in rows.items():
+        cells = " | ".join(f"{1e3 * row['parts_s'][title]:.3f}" for title in titles)
+        print(f"| {name} | {cells} | {row['bytes_per_boundary'] / 1e6:.2f} |")
+    if missed:
+        print(f"\nMISSED: {', '.join(missed)}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
