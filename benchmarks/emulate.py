@@ -58,7 +58,14 @@ class Settings:
     outer_momentum: float = 0.9
     warmup: int = 5
     idea: str = ""
-    """What is tried beside: see `Ideas`."""
+    """What is tried beside, NAME:NUMBER joined by ``+``.
+
+    ``cool:F``: momentum falls to 0 over the last share F of the run.
+    ``average:F``: also validate a running average of the published fragments, with weight F for the newest.
+    ``smooth:N``: an adopted difference is added in N equal parts, one a step.
+    """
+    batch: int = 0
+    """Windows of a learner and step; 0: the recipe's."""
 
 
 class Run:
@@ -79,7 +86,7 @@ class Run:
         data.setup()
         self.windows = data.train_windows()
         self.val_batches = [batch.long() for batch in data.val_dataloader()]
-        self.batch = cfg.data.batch_size * (settings.learners if settings.method == "ddp" else 1)
+        self.batch = (settings.batch or cfg.data.batch_size) * (settings.learners if settings.method == "ddp" else 1)
         self.models: list[Any] = [first]
         for _ in range(0 if settings.method == "ddp" else settings.learners - 1):
             model, _ = build(cfg)
@@ -146,6 +153,7 @@ class Outer:
         self.on_way: dict[int, tuple[int, list[Tensor]]] = {}
         self.ideas = {part.split(":")[0]: float(part.split(":")[1]) if ":" in part else 1.0 for part in self.s.idea.split("+") if part}
         self.average: dict[int, Tensor] = {}
+        self.pending: dict[tuple[int, int], tuple[int, Tensor]] = {}
         self.num_fragments = len(start)
 
     def _copy(self, learner: int, fragment: int) -> Tensor:
@@ -161,6 +169,7 @@ class Outer:
             for index in range(s.learners):
                 self.run.inner_step(index, step)
             done = step + 1
+            self._add_pending()
             for p in [p for p, (at, _) in self.on_way.items() if at <= done]:
                 self._adopt(p)
             for p in range(self.num_fragments):
@@ -173,7 +182,7 @@ class Outer:
             found["average"] = self._validate([self.average[p] for p in range(self.num_fragments)])
         last: dict[str, list[Tensor]] = {"val_loss": [], "plain_mean": [], "mean": []}
         for p, state in enumerate(self.states):
-            contributions = [self.bases[p] - self._copy(m, p) for m in range(s.learners)]
+            contributions = [self.bases[p] - self._ahead(m, p) for m in range(s.learners)]
             share = min(1.0, (s.steps - self.opened[p]) / s.interval)
             mean = sum(contributions[1:], contributions[0]) / s.learners
             last["val_loss"].append(last_step(state, self._merge(p, contributions), lr=s.outer_lr, share=share).theta)
@@ -189,7 +198,7 @@ class Outer:
 
     def _open(self, p: int, done: int) -> None:
         s = self.s
-        contributions = [self.bases[p] - self._copy(m, p) for m in range(s.learners)]
+        contributions = [self.bases[p] - self._ahead(m, p) for m in range(s.learners)]
         state = self.states[p]
         momentum = self._momentum(state.merge_index + 1, done)
         state = outer_step(state, self._merge(p, contributions), lr=s.outer_lr, momentum=momentum)
@@ -208,15 +217,33 @@ class Outer:
         _, contributions = self.on_way.pop(p)
         published = self.states[p].theta
         for m in range(self.s.learners):
+            delta = published - (self.bases[p] - contributions[m])
             if self.s.adopt == "overwrite":
-                theta = published
+                self._put(m, p, published)
+            elif "smooth" in self.ideas:
+                left = self.pending.pop((m, p), None)
+                delta = delta if left is None else delta + left[0] * left[1]
+                parts = int(self.ideas["smooth"])
+                self.pending[m, p] = (parts, delta / parts)
             else:
-                theta = self._copy(m, p) + (published - (self.bases[p] - contributions[m]))
-            self._put(m, p, theta)
+                self._put(m, p, self._copy(m, p) + delta)
         self.bases[p] = published
         if "average" in self.ideas:
             before, share = self.average.get(p, published), self.ideas["average"]
             self.average[p] = before + (published - before) * share
+
+    def _ahead(self, m: int, p: int) -> Tensor:
+        """The learner's fragment with all that it has adopted, what is still to be added included."""
+        left = self.pending.get((m, p))
+        return self._copy(m, p) if left is None else self._copy(m, p) + left[0] * left[1]
+
+    def _add_pending(self) -> None:
+        for (m, p), (parts, part) in list(self.pending.items()):
+            self._put(m, p, self._copy(m, p) + part)
+            if parts == 1:
+                del self.pending[m, p]
+            else:
+                self.pending[m, p] = (parts - 1, part)
 
     def _put(self, learner: int, p: int, flat: Tensor) -> None:
         parameters = dict(self.run.models[learner].named_parameters())

@@ -29,25 +29,25 @@ class Rows:
         self.path = path
         self.known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
 
-    def get(self, *overrides: str, runs: bool = True) -> dict[str, Any] | None:
-        """The row of these overrides; run now if it is not there and `runs` says so.
+    def get(self, *overrides: str, script: list[str] | None = None, runs: bool = True) -> dict[str, Any] | None:
+        """The row of these overrides; run now if it is not there and `runs` says so, by ``recipes/train.py`` or another script.
 
         A run that fails is kept with its last lines under ``error`` and has no ``val_loss``; delete the row to try again.
         """
         name = " ".join(overrides)
         if name not in self.known and runs:
             print(f"... {name}", flush=True)
-            self.known[name] = _run(overrides)
+            self.known[name] = _run(script or [str(ROOT / "recipes" / "train.py")], overrides)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.known, indent=1) + "\n")
             print(f"    {self.known[name]}", flush=True)
         return self.known.get(name)
 
 
-def _run(overrides: tuple[str, ...]) -> dict[str, Any]:
+def _run(script: list[str], overrides: tuple[str, ...]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="lightning_diloco_row_") as folder:
         run_dir = Path(folder) / "run"
-        command = [sys.executable, str(ROOT / "recipes" / "train.py"), f"hydra.run.dir={run_dir}", *overrides]
+        command = [sys.executable, *script, f"hydra.run.dir={run_dir}", *overrides]
         start_s = time.monotonic()
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
         elapsed_s = round(time.monotonic() - start_s, 1)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -92,16 +91,24 @@ def is_plain(cfg: DictConfig) -> bool:
 
 
 def _finish_plain(trainer: Trainer, module: LightningModule, data: LightningDataModule, run_dir: Path) -> None:
-    """What the strategy does at the end of a job, for a run without it: a checkpoint, a last validation, figures in ``result.json``.
+    """For a run without our strategy: a checkpoint (of ``single``), a last validation, figures in ``result.json``.
 
     The last validation inside `fit` may lie many steps back, and with `ddp` each process sees a part of the data.
     """
-    (run_dir / "checkpoints").mkdir(exist_ok=True)
-    # After processes of their own have trained, this one's Trainer has counted nothing.
-    steps = trainer.global_step or trainer.max_steps
-    alone = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False)
+    # Processes of their own have trained with `ddp`: this one's Trainer has counted nothing, and has no optimizer to save.
+    steps = trainer.global_step or None
+    if steps is not None:
+        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
+    alone = Trainer(
+        accelerator="cpu",
+        devices=1,
+        precision=trainer.precision,
+        limit_val_batches=trainer.limit_val_batches,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     (metrics,) = alone.validate(module, datamodule=data, verbose=False)
-    torch.save({"state_dict": module.state_dict(), "global_step": steps}, run_dir / "checkpoints" / "last.ckpt")
     (run_dir / "result.json").write_text(json.dumps({"status": "finished", "inner_steps": steps, "val": metrics}) + "\n")
     report_single(steps, metrics)
 

@@ -23,15 +23,16 @@ def report(summary: Mapping[str, Any]) -> None:
     console.print(job_table(summary))
 
 
-def report_single(inner_steps: int, metrics: Mapping[str, float]) -> None:
+def report_single(inner_steps: int | None, metrics: Mapping[str, float]) -> None:
     """Print what an ordinary run knows.
 
     Args:
-        inner_steps: steps of its optimizer.
+        inner_steps: steps of its optimizer; None if they are not known here.
         metrics: of a validation after the last step.
     """
     table = Table("run", "")
-    table.add_row("inner steps", f"{inner_steps:,}")
+    if inner_steps is not None:
+        table.add_row("inner steps", f"{inner_steps:,}")
     for name, value in sorted(metrics.items()):
         table.add_row(name, _number(value))
     _console().print(table)

@@ -65,11 +65,13 @@ def forget(run_dir: Path) -> None:
     Args:
         run_dir: which Hydra has made.
     """
-    if not (run_dir / "tape.jsonl").exists():
+    if not any((run_dir / name).exists() for name in ("tape.jsonl", "result.json", "checkpoints")):
         shutil.rmtree(run_dir / "logs" / "hydra", ignore_errors=True)
         with suppress(OSError):  # the first that is not empty
-            for folder in (run_dir / "logs", run_dir, run_dir.parent):
+            for folder in (run_dir / "logs", run_dir):
                 folder.rmdir()
+            if run_dir.parent.name == "outputs":  # our own; another one is the user's
+                run_dir.parent.rmdir()
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def payload_bytes(num_elements: int, wire_dtype: str) -> int:
         wire_dtype: "fp32" or "bf16".
 
     Raises:
-        ConfigurationError: the wire dtype is unknown or has not landed.
+        ConfigurationError: the wire dtype is unknown or is not there yet.
     """
     return num_elements * _torch_dtype(wire_dtype).itemsize
 
@@ -72,7 +72,7 @@ def encode(flat: Tensor, wire_dtype: str) -> Tensor:
         uint8 [payload_bytes(N, wire_dtype)], contiguous, with memory of its own.
 
     Raises:
-        ConfigurationError: the wire dtype is unknown or has not landed.
+        ConfigurationError: the wire dtype is unknown or is not there yet.
         LocalProtocolError: `flat` is not flat contiguous float32.
     """
     dtype = _torch_dtype(wire_dtype)
@@ -94,7 +94,7 @@ def decode(buffer: Buffer | Tensor, num_elements: int, wire_dtype: str) -> Tenso
         float32 [N] with memory of its own. Values may be non-finite: that is for `contribution_norm` to find.
 
     Raises:
-        ConfigurationError: the wire dtype is unknown or has not landed.
+        ConfigurationError: the wire dtype is unknown or is not there yet.
         RemoteProtocolError: `oversized` for too many bytes, `wrong_layout` for too few.
     """
     dtype = _torch_dtype(wire_dtype)

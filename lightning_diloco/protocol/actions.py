@@ -83,8 +83,8 @@ class Close(_Action, frozen=True, kw_only=True):
     """Merge what was folded, take the outer step, produce the shadow of `version`; answer with `Merged`.
 
     `merge_index` counts the fragment's merges from 1: the momentum's warm-up needs it. Contributions folded after this action belong to
-    the fragment's next merge. `last_share`: None if learners train on from the result. When everybody has said a last word it is the share
-    of a sync interval, in [0, 1], that was trained since the merge before.
+    the fragment's next merge. `last_share`: None if learners train on from the result. When every member has said a last word it is the
+    longest contribution in sync intervals, at most 1.
     """
 
     fragment_id: int

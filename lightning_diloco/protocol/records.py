@@ -166,7 +166,7 @@ class MergeRecord(_Base, frozen=True, kw_only=True, tag="merge"):
     """One merge: members in fold order, and everything a replay needs but the payloads.
 
     `eligible`: learners that were joined, not paused and had work when it closed. `norms`: per member, per tensor; `scales`: per tensor.
-    `last_share`: None, or nobody trained on from the result: the share of a sync interval that was trained for it. The step then left the
+    `last_share`: None, or every member had said a last word: the longest contribution in sync intervals, at most 1. The step then left the
     momentum as it was, and `outer_momentum` is 0.
     """
 

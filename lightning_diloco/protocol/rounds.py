@@ -286,7 +286,8 @@ class Rounds:
         return actions
 
     def _last_share(self, round_: FragmentRound) -> float | None:
-        if not all(m.is_leaving for m in self._job.members.joined()):
+        # Somebody who comes later finds a model that is not ahead, which costs that fragment the way ahead of one merge.
+        if not all(m.is_leaving for m in self._job.members.present()):
             return None
         return min(1.0, max(h.steps for h in round_.merging) / self._job.config.sync_interval_steps)
 

@@ -96,7 +96,10 @@ class MomentumTracker:
             self._buffers = list(buffers)
 
     def freeze(self) -> None:
-        """This learner leaves: the merges that remain take a step without momentum, and leave the syncer's as it is."""
+        """This learner leaves: last merges leave the syncer's momentum as it is, and which ones are last is not known here.
+
+        If others stay, their merges change it; a checkpoint that is written after the leave then has the momentum of its beginning.
+        """
         self._is_frozen = True
 
     def after(self, fragment_id: int, before: Tensor, published: Tensor, old: int, new: int) -> Tensor | None:

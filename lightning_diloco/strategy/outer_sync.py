@@ -46,6 +46,7 @@ from lightning_diloco.strategy.resume import CHECKPOINT_KEY, Resumed, outer_stat
 from lightning_diloco.strategy.seeding import reseed_learner
 from lightning_diloco.strategy.showing import Showing
 from lightning_diloco.strategy.step_watch import StepWatch
+from lightning_diloco.strategy.training_state import refreshed
 
 if TYPE_CHECKING:
     from lightning_diloco.strategy.strategy import DecoupledDiLoCoStrategy
@@ -264,14 +265,14 @@ class OuterSync(Callback):
     def training_state(self, trainer: pl.Trainer) -> dict[str, Any]:
         """What ``last.ckpt`` is made of, at the end of the fit; with a mark if a callback has put weights of its own into the module.
 
-        Where merging is the identity, a checkpoint of the last step is as good as another one, and no hook is called a second time.
+        Where merging is the identity and a checkpoint was written after the last step, no hook of the user's is called a second time.
         """
         module = trainer.lightning_module
         is_own = self.has_own_weights(module)
         if self._written is None or is_own:
             state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         else:
-            state = {**self._written, "state_dict": module.state_dict()}
+            state = refreshed(trainer, self._written)
         return {**state, **self.outer_state(), OWN_WEIGHTS: is_own}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -52,7 +52,7 @@ class Showing:
     def close(self) -> None:
         """Leave bar and loggers as they were."""
         for owner, name, own in self._replaced:
-            vars(owner).pop(name)
+            vars(owner).pop(name, None)
             if own is not None:
                 setattr(owner, name, own)
         self._replaced.clear()

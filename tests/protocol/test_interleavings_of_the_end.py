@@ -68,6 +68,29 @@ def test_the_last_learner_that_leaves_closes_what_remains():
     assert len(pair.merges()) == 6
 
 
+def test_the_share_of_a_last_merge_is_its_longest_contribution_in_intervals():
+    pair = Pair(num_fragments=2, min_quorum=2, sync_interval_steps=8)
+    a, b = pair.found(2)
+    pair.steps([a, b], 3)
+    pair.step(b)
+    pair.leave(a)
+    pair.leave(b)
+    pair.settle()
+    merges = [m for m in pair.merges() if m.last_share is not None]
+    assert {m.fragment_id: m.last_share for m in merges} == {m.fragment_id: max(x.steps for x in m.members) / 8 for m in merges}
+    assert 0.5 in {m.last_share for m in merges}
+
+
+def test_a_merge_that_somebody_trains_on_from_is_no_last_one():
+    pair = Pair(num_fragments=1, min_quorum=1)
+    a, b = pair.found(2)
+    pair.steps([a, b], 2)
+    pair.leave(a)
+    pair.settle()
+    pair.steps([b], 8)
+    assert pair.merges() and all(m.last_share is None for m in pair.merges())
+
+
 def test_two_learners_that_leave_at_the_same_moment_lose_nothing():
     """Interleaving 13: both say good-bye before either is answered."""
     pair = Pair(num_fragments=2)

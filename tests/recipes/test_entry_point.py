@@ -115,6 +115,7 @@ def test_a_single_process_trains_on_the_users_own_file(tmp_path):
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_ddp_trains_the_same_job_to_compare_with(tmp_path):
     """Two processes of Lightning's own; the last validation is of the whole set, in this process."""
     text = tmp_path / "text.txt"
@@ -123,9 +124,9 @@ def test_ddp_trains_the_same_job_to_compare_with(tmp_path):
     done = train(tmp_path, "strategy.name=ddp", f"data.path={text}", *small)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "outputs" / "latest" / "result.json").read_text())
-    assert result["inner_steps"] == 40
+    assert result["inner_steps"] is None, "counted in processes that have ended"
     assert 0 < result["val"]["val_loss"] < 5.0, "a uniform guess has 5.55"
-    assert "inner steps" in done.stdout
+    assert "val_loss" in done.stdout
 
 
 def test_every_learner_gets_its_share_of_the_cores_unless_the_caller_says_otherwise(monkeypatch):

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightning.pytorch.loggers.logger import DummyLogger
 
@@ -54,16 +54,16 @@ class Jumping(Counting):
     """Its last step is an outlier, which the norm gate refuses."""
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.trainer.global_step == 64:
+        if self.trainer.global_step == 96:
             with torch.no_grad():
                 self.head.weight.add_(100.0)
 
 
 def test_a_last_validation_of_what_was_refused_is_not_kept(tmp_path):
-    model = Jumping(step_s=0.002)
+    model = Jumping(step_s=0.01)
     strategy = DecoupledDiLoCoStrategy(**NEUTRAL, run_dir=tmp_path)
-    trainer = Trainer(**quiet(strategy=strategy, devices=1, max_steps=64, num_sanity_val_steps=0))
-    trainer.fit(model, loader(256), loader(8))
+    trainer = Trainer(**quiet(strategy=strategy, devices=1, max_steps=96, num_sanity_val_steps=0))
+    trainer.fit(model, loader(384), loader(8))
     assert strategy.summary["discarded_by_reason"]["norm"] > 0
     (again,) = Trainer(**quiet(accelerator="cpu")).validate(model, loader(8), verbose=False)
     assert strategy.summary["val"]["val_loss"] == pytest.approx(again["val_loss"], rel=1e-5)
@@ -138,6 +138,31 @@ HOOKS = [
 STEPS = ["training_step", "validation_step", "optimizer_step", "backward", "configure_optimizers", "configure_callbacks"]
 Watched = _noting(Own, HOOKS + STEPS)
 Noting = _noting(Silent, [name for name in vars(Callback) if name.startswith(("on_", "setup", "teardown", "state_dict", "load"))])
+
+
+def test_the_last_checkpoint_has_what_changed_after_the_last_one_inside_the_fit(tmp_path):
+    """An epoch's end, a scheduler and EarlyStopping come after the checkpoint of the last step."""
+
+    class Flat(TinyModel):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", 1.0)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+
+    files = ModelCheckpoint(tmp_path / "files", every_n_train_steps=1, save_top_k=-1)
+    options = quiet(devices=1, max_epochs=3, callbacks=[EarlyStopping("val_loss", patience=9), files], enable_checkpointing=True)
+    strategy = DecoupledDiLoCoStrategy(**NEUTRAL, run_dir=tmp_path / "job")
+    trainer = Trainer(**options, strategy=strategy)
+    trainer.fit(Flat(), loader(32), loader(8))
+    last = torch.load(tmp_path / "job" / "checkpoints" / "last.ckpt", weights_only=True)
+    (stopping,) = [state for key, state in last["callbacks"].items() if key.startswith("EarlyStopping")]
+    assert stopping["wait_count"] == 2
+    assert last["lr_schedulers"][0]["last_epoch"] == 3
+    assert last["optimizer_states"][0]["param_groups"][0]["lr"] == trainer.optimizers[0].param_groups[0]["lr"] < 0.1
+    assert last["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] == 3
 
 
 class Lines(DummyLogger):

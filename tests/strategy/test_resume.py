@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lightning_diloco import DecoupledDiLoCoStrategy
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.outer import buffer_of, crc32, decode_publication, plan_layout
+from lightning_diloco.outer import buffer_of, crc32, decode_publication, last_step, plan_layout
 from lightning_diloco.runtime.global_state import FoundingState, MomentumTracker, by_name
 from lightning_diloco.runtime.store import SyncerStore
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY, read_resumed
@@ -75,7 +75,7 @@ def test_versions_and_momentum_go_on_and_merges_count_from_new(tmp_path):
     assert trainer.strategy.summary["merges"] == len(merges) > 0
     assert min(e["version"][1] for e in merges) > min(record["founded_n"])
     # The warm-up goes on where it was: v / (v + 5) of a first merge would be 1/6.
-    assert min(e["outer_momentum"] for e in merges) > 0.5
+    assert min(e["outer_momentum"] for e in merges if e.get("last_share") is None) > 0.5
     assert record["founding_bytes"] == 2 * 4 * sum(p.numel() for p in TinyModel().parameters())
 
 
@@ -151,6 +151,44 @@ def test_a_learner_knows_the_momentum_from_the_versions_that_it_receives(wire_dt
         assert float((tracker.buffers[0] - exact).norm() / exact.norm()) < bound
     assert float(exact.norm()) > 5e-3 * size**0.5, "momentum of one direction adds up"
     assert MomentumTracker(layout, config, is_on=False).after(0, founded, published, 0, 1) is None
+
+
+class SavesAtTheEnd(Callback):
+    def on_train_end(self, trainer, pl_module):
+        trainer.save_checkpoint(trainer.default_root_dir + "/end.ckpt")
+
+
+def test_a_checkpoint_of_the_end_has_the_momentum_that_the_last_merges_left_as_it_was(tmp_path):
+    """A learner that has left does not count the last merges, whose steps have no momentum."""
+    # 33 steps: of both fragments one or two steps are left for a last merge.
+    options = {"wire_dtype": "fp32", "sync_interval_steps": 8}
+    fit(tmp_path / "a", callbacks=[SavesAtTheEnd()], epochs=3, length=44, **options)
+    merges = [e for line in (tmp_path / "a" / "tape.jsonl").open() if (e := json.loads(line))["event"] == "merge"]
+    last = [e for e in merges if e.get("last_share") is not None]
+    assert {e["fragment_id"] for e in last} == {0, 1}
+    assert all(e["outer_momentum"] == 0 and 0 < e["last_share"] <= 1 for e in last)
+    known = read(tmp_path / "a" / "end.ckpt")[CHECKPOINT_KEY]["momentum"]
+    for name, exact in load_file(tmp_path / "a" / "outer_momentum.safetensors").items():
+        assert float((known[name] - exact).norm() / exact.norm()) < 1e-3
+
+
+def test_a_last_merge_takes_the_last_step_and_leaves_the_momentum(tmp_path):
+    config = SyncConfig(num_fragments=1, wire_dtype="fp32", norm_gate=None)
+    layout = plan_layout(torch.nn.Linear(4, 2), num_fragments=1, merge="rda", mean_patterns=(), include_frozen=False)
+    store = SyncerStore(layout, config)
+    founded = torch.linspace(-1.0, 1.0, 10)
+    store.found_fragment(0, "values", buffer_of(founded), crc32(founded))
+    for n, scale in enumerate((1.0, 0.5), start=1):
+        store.fold(0, scale * torch.linspace(0.1, 1.0, 10), 1.0)
+        store.close(0, n)
+    before, d = store.state(0), torch.linspace(0.3, 0.0, 10)
+    store.fold(0, d, 1.0)
+    closed = store.close(0, 3, last_share=0.25)
+    expected = last_step(before, d, lr=config.outer_lr, share=0.25)
+    assert torch.equal(closed.shadow, expected.theta)
+    assert not torch.allclose(expected.theta, last_step(before, d, lr=config.outer_lr, share=1.0).theta)
+    assert torch.equal(store.state(0).momentum, before.momentum)
+    assert store.state(0).ahead == 0.0 and closed.outer_momentum == 0.0
 
 
 def test_founding_state_by_name_survives_another_cut():

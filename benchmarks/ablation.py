@@ -1,0 +1,162 @@
+"""What each setting is worth: one table a setting, on the real runtime, against the defaults.
+
+    .venv/bin/python benchmarks/ablation.py [--only TABLE ...] [--seeds N] [--json FILE] [--report]
+
+Recipe `quality` with four learners, 800 inner steps each and `min_quorum=4`, at the inner learning rate that `quality.py` finds best; each
+row changes what its name says. The figure is the validation loss of the final global model, by seed. Rows of ``events`` do something to a
+learner: one that needs twice as long for a step, one that comes when the others are half through, one that is killed then and restarted.
+
+Rows that the JSON file holds are not run again. ``--one`` is how a row of ``events`` is run in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from recipe_rows import ROOT, Rows, mean, table
+
+LEARNERS, STEPS, RATE = 4, 800, 6e-3
+TABLES: dict[str, dict[str, list[str]]] = {
+    "adoption": {"rebase (default)": [], "overwrite": ["+strategy.adopt=overwrite"]},
+    "merge": {
+        "rda, embeddings and head by the mean (default)": [],
+        "rda for all tensors": ["+strategy.mean_patterns=[]"],
+        "mean": ["+strategy.merge=mean"],
+        "mean, outer_lr 1.0": ["+strategy.merge=mean", "+strategy.outer_lr=1.0"],
+    },
+    "outer_lr": {"0.7 (default)": [], **{f"{lr}": [f"+strategy.outer_lr={lr}"] for lr in (0.3, 0.5, 1.0)}},
+    "momentum": {
+        "v / (v + 5), at most 0.9 (default)": [],
+        "none": ["+strategy.outer_momentum=0"],
+        **{f"constant {mu}": [f"+strategy.outer_momentum={mu}", "+strategy.outer_momentum_warmup=0"] for mu in (0.6, 0.9)},
+        **{f"v / (v + {k})": [f"+strategy.outer_momentum_warmup={k}"] for k in (3, 10, 20)},
+    },
+    "interval": {
+        "H = P = 24 (default)": [],
+        **{f"H = P = {h}": [f"strategy.sync_interval_steps={h}", f"strategy.num_fragments={h}"] for h in (8, 48, 96)},
+        "H = 24, P = 8": ["strategy.num_fragments=8"],
+        "H = 8, P = 24": ["strategy.sync_interval_steps=8"],
+    },
+    "wire": {"bf16 (default)": [], "fp32": ["strategy.wire_dtype=fp32"]},
+    "events": {
+        "nothing, K = 4": [],
+        "nothing, K = 1": ["strategy.min_quorum=1"],
+        "one at half speed, K = 4": ["event=slow"],
+        "one at half speed, K = 1": ["event=slow", "strategy.min_quorum=1"],
+        "one at half speed, K = 1, no grace": ["event=slow", "strategy.min_quorum=1", "+strategy.grace_fraction=0"],
+        "one comes at half time, job's clock": ["event=late"],
+        "one comes at half time, its own clock": ["event=late", "+strategy.lr_clock=local"],
+        "one killed at half time, fresh inner optimizer": ["event=killed"],
+    },
+}
+
+
+def main() -> int:
+    """Run what is missing, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(TABLES), default=list(TABLES), metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default 1)")
+    parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "ablation.json", metavar="FILE", help="rows so far")
+    parser.add_argument("--report", action="store_true", help="print what is there and run nothing")
+    parser.add_argument("--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        train_with_event(arguments.one)
+        return 0
+    rows, is_complete = Rows(arguments.json), True
+    for name in arguments.only:
+        lines = []
+        for title, overrides in TABLES[name].items():
+            found = [run(rows, overrides, seed, runs=not arguments.report) for seed in range(arguments.seeds)]
+            losses = [row["val_loss"] for row in found if row is not None and "val_loss" in row]
+            is_complete = is_complete and len(losses) == arguments.seeds
+            lines.append([title, f"{mean(losses):.4f}" if losses else "-", ", ".join(f"{loss:.4f}" for loss in losses)])
+        print(f"\n{name}\n\n{table(['setting', 'validation loss', 'by seed'], lines)}")
+    return 0 if is_complete else 1
+
+
+def run(rows: Rows, overrides: list[str], seed: int, *, runs: bool) -> dict[str, Any] | None:
+    """One row; the same job has one row, whatever tables it is in."""
+    base = ["recipe=quality", f"trainer.devices={LEARNERS}", f"trainer.max_steps={STEPS}", f"model.learning_rate={RATE:g}", f"seed={seed}"]
+    script = [__file__, "--one"] if any(o.startswith("event=") for o in overrides) else None
+    return rows.get(*base, *overrides, script=script, runs=runs)
+
+
+def train_with_event(overrides: list[str]) -> None:
+    """One job of the recipe in which something happens to its last learner."""
+    from hydra import compose, initialize_config_dir
+    from lightning.pytorch import seed_everything
+
+    from recipes.gpt_text import build
+    from recipes.job import build_trainer
+    from recipes.quiet import quiet
+
+    values = dict(item.split("=", 1) for item in overrides)
+    run_dir = Path(values["hydra.run.dir"])
+    rest = [item for item in overrides if not item.startswith(("event=", "hydra."))]
+    with initialize_config_dir(str(ROOT / "recipes" / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=rest)
+    quiet()
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    module, data = build(cfg)
+    trainer = build_trainer(cfg, run_dir)
+    trainer.callbacks.append(_event(values["event"], cfg.trainer.devices - 1, cfg.trainer.max_steps))
+    trainer.fit(module, datamodule=data)
+
+
+def _event(kind: str, learner_id: int, steps: int) -> Any:
+    from lightning.pytorch import Callback
+
+    class Event(Callback):
+        """What happens, in the process of the learner that it happens to."""
+
+        step_s = 0.0
+        end_s = 0.0
+
+        def _is_it(self, trainer: Any) -> bool:
+            return trainer.strategy.learner_id == learner_id and trainer.strategy.assignment is not None
+
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            """Before the join: the late one waits until the others are half through."""
+            if kind == "late" and self._is_it(trainer):
+                counters = trainer.strategy.assignment.run_dir / "summary.json"
+                while not _is_half_through(counters, steps):
+                    time.sleep(0.5)
+
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            """The slow one waits as long as the last step took."""
+            if kind == "slow" and self._is_it(trainer):
+                time.sleep(self.step_s)
+            self.end_s = time.monotonic()
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            """The one that is killed does it itself, once."""
+            self.step_s = time.monotonic() - self.end_s
+            strategy = trainer.strategy
+            if kind == "killed" and self._is_it(trainer) and strategy.assignment.life == 0 and trainer.global_step == steps // 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return Event()
+
+
+def _is_half_through(summary: Path, steps: int) -> bool:
+    import json
+
+    try:
+        learners = json.loads(summary.read_text())["learners"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return any(learner["inner_steps"] >= steps // 2 for learner in learners)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""The training state at the end of a fit, from a checkpoint that was written after the last step, without calling the user's hooks again.
+
+Between that checkpoint and the end a scheduler may have stepped, an epoch may have ended, and EarlyStopping may have counted once more. So
+what Lightning knows itself is taken anew; what hooks of the user's have put in is taken from the checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+__all__ = ["refreshed"]
+
+
+def refreshed(trainer: pl.Trainer, written: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's content with the present state of weights, loops, optimizers, schedulers and Lightning's own callbacks.
+
+    Args:
+        trainer: at the end of its fit.
+        written: the content of a whole checkpoint, but for ``state_dict``, of the same inner step.
+    """
+    callbacks = dict(written.get("callbacks", {}))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        # A method of the user's may count its calls, or cost something.
+        if callback.state_key in callbacks and type(callback).state_dict.__module__.startswith("lightning."):
+            callbacks[callback.state_key] = callback.state_dict()
+    return {
+        **written,
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "state_dict": trainer.lightning_module.state_dict(),
+        "loops": trainer._checkpoint_connector._get_loops_state_dict(),
+        "callbacks": callbacks,
+        "optimizer_states": [trainer.strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers],
+        "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+    }
