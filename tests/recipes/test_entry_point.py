@@ -39,8 +39,8 @@ def test_help_names_the_recipe_and_the_values_and_ends_well(tmp_path):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda path: None, "there is no such file or folder"),
-        (lambda path: path.touch(), "the file is empty"),
+        pytest.param(lambda path: None, "there is no such file or folder", marks=pytest.mark.slow),
+        pytest.param(lambda path: path.touch(), "the file is empty", marks=pytest.mark.slow),
         (lambda path: path.mkdir(), "the folder has no text file"),
     ],
     ids=["missing", "empty file", "empty folder"],
@@ -79,6 +79,7 @@ def test_of_a_folder_that_is_not_empty_only_the_copy_of_the_configuration_goes(t
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_where_the_files_are(tmp_path):
     options = ["trainer.max_steps=100000", "model.channels=32", "model.num_layers=1"]
     command = [sys.executable, str(ROOT / "recipes" / "train.py"), *options]
