@@ -261,6 +261,7 @@ class SyncerService:
         """Run `work` on the numerics thread, and `then(result)` on this one."""
 
         def run() -> None:
+            """On the numerics thread: work, and hand the result or the error to the loop."""
             try:
                 result = work()
             except BaseException as error:  # noqa: BLE001 - raised again on the loop thread
@@ -270,8 +271,6 @@ class SyncerService:
             self._transport.wake()
 
         self._numerics.submit(run)
-
-    # ---- events of the transport --------------------------------------------------------------------------------------------
 
     def _accept(self, peer: bytes, header: bytes, total_bytes: int) -> bool | str:
         session, job = peer.hex(), self._machine.job
@@ -357,6 +356,7 @@ class SyncerService:
             return
 
         def then(result: tuple[Any, float, bool]) -> None:
+            """On the loop thread: tell the machine what has arrived."""
             decoded, norm, crc_ok = result
             self._decoding[session] -= 1
             if not self._decoding[session]:
