@@ -78,6 +78,8 @@ class Departures:
     def complete(self, now_s: float) -> list[SyncerAction]:
         """Let those go who may go, and end the job if it is over."""
         job, actions = self._job, list[SyncerAction]()
+        if not self._leaving and not self._is_winding_up and job.finish_status is None:
+            return actions
         for session in [s for s in self._leaving if job.members.of(s) is None]:
             self.forget(session)
         is_over = self._is_over(now_s)

@@ -109,7 +109,7 @@ class Member:
         """Whether it is pulled and counts for the quorum."""
         if self.stage != "joined" or self.is_paused or self.is_silent or self.inner_step == 0:
             return False
-        return not self.is_still(now_s)
+        return now_s - self.last_advance_s <= STILL_S or not self.is_still(now_s)
 
     def is_still(self, now_s: float) -> bool:
         """Whether its step counter has stopped without a word."""
@@ -194,7 +194,7 @@ class Membership:
 
     def active(self, now_s: float) -> list[Member]:
         """All active members, by id."""
-        return [m for m in self._ordered if m.stage == "joined" and m.is_active(now_s)]
+        return [m for m in self._ordered if m.is_active(now_s)]
 
     def job_step(self, now_s: float) -> int:
         """The job's inner step: the median of the active learners', or the last known one while there is none."""

@@ -225,7 +225,8 @@ class Rounds:
         return min(times, default=None)
 
     def _collecting(self) -> list[FragmentRound]:
-        return [r for r in self._rounds if r.is_collecting]
+        # Asked twice for every event: a call for each of hundreds of fragments would be most of the work.
+        return [r for r in self._rounds if r.stage == "pulling" or r.stage == "grace"]
 
     def force(self, round_: FragmentRound, now_s: float) -> list[SyncerAction]:
         """Close what is held now, whoever is missing: nobody else will come."""

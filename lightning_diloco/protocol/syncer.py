@@ -155,7 +155,7 @@ class SyncerMachine:
         if isinstance(message, Found):
             return self._admission.found(session, message, now_s)
         actions: list[SyncerAction] = []
-        if isinstance(message, Ready | Progress):
+        if isinstance(message, (Ready, Progress)):
             # Only a learner that has joined counts steps: a lost `Ready` is made up for by the next report.
             actions += self._admission.ready(session, now_s)
         handler = self._messages.get(type(message))

@@ -1,4 +1,4 @@
-"""The same options give the same bytes: in one process and in two with other hash seeds; 10,000 rounds take under 30 s of one core."""
+"""The same options give the same bytes: in one process, and in two with other hash seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from lightning_diloco.sim import Cut, Freeze, Kill, Pause, SimLearner, SimOption
 from tests.sim.ten_thousand_rounds import ROUNDS, options
 
 ROOT = Path(__file__).resolve().parents[2]
-MAX_CPU_S = 30.0
 
 TROUBLE = SimOptions(
     learners=tuple(SimLearner(step_s=1.0 + 0.3 * i, jitter=0.3, join_at_s=float(i)) for i in range(5)),
@@ -69,11 +68,12 @@ def test_the_bytes_do_not_depend_on_the_hash_seed():
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_ten_thousand_rounds_of_eight_learners_take_less_than_thirty_seconds_of_one_core_and_are_the_same_everywhere():
+def test_ten_thousand_rounds_of_eight_learners_are_the_same_everywhere():
     script = str(Path("tests", "sim", "ten_thousand_rounds.py"))
     twice = json.loads(python(script, "2", hash_seed=1))
     once = json.loads(python(script, "1", hash_seed=2))
     assert twice["sha256"] == once["sha256"]
     assert len(twice["sha256"]) == 1
     assert twice["merges"] >= ROUNDS
-    assert min(twice["cpu_s"], once["cpu_s"]) < MAX_CPU_S, (twice, once)
+    # What a round costs, without a clock (docs/benchmarks/simulator.md has the seconds): no event begets others beyond need.
+    assert twice["events"] < 100 * twice["merges"]
