@@ -5,8 +5,9 @@ The two meet only under the client's lock, and under it only references change h
 thread and makes the published copy the base; `set_prepared` puts one there. Tensors that were published or are a base are never changed
 in place, so an encoder may still read a base that has been replaced.
 
-Memory for N parameters: base 4 N, published copies up to 4 N more where they are ahead, prepared differences and unresolved contributions
-4 bytes per element of the fragments under way, staging likewise; buffers of staging are reused.
+Memory for N parameters: base 4 N, the outer momentum 4 N where checkpoints may ask for it. For every fragment of n parameters under way:
+the published copy, the prepared difference and the decoded contribution 4 n each, its payload (2 n in bf16), a staging buffer 4 n; two
+staging buffers of the largest fragment are kept. ``benchmarks/memory.py`` measures it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from lightning_diloco.runtime.global_state import GlobalState, MomentumTracker
 from lightning_diloco.runtime.healing import Remedy
 
 __all__ = ["Adoption", "LearnerStore"]
+
+_SPARE_BUFFERS = 2
+"""Staging buffers that are kept: at P = H one fragment is copied aside in a step, and the one before it may still be encoded."""
 
 
 @dataclass(slots=True)
@@ -65,7 +69,8 @@ class LearnerStore:
         self._prepared: list[Adoption | None] = [None] * count
         self._contributions: list[dict[int, Tensor]] = [{} for _ in range(count)]
         self._payloads: dict[tuple[int, int], Tensor] = {}
-        self._staging: list[list[Tensor]] = [[] for _ in range(count)]
+        self._staging: list[Tensor] = []
+        self._largest = max(view.num_params for view in self.views)
         self._versions = [0] * count
         self.momentum = momentum
 
@@ -155,9 +160,9 @@ class LearnerStore:
     # ---- contributions ------------------------------------------------------------------------------------------------------
 
     def stage(self, fragment_id: int) -> Tensor:
-        """Under the lock: a buffer of the fragment's size, float32 [N]; used again after `encode`."""
-        free = self._staging[fragment_id]
-        return free.pop() if free else torch.empty(self.views[fragment_id].num_params)
+        """Under the lock: a buffer of the fragment's size, float32 [N]; used again, for any fragment, after `encode`."""
+        buffer = self._staging.pop() if self._staging else torch.empty(self._largest)
+        return buffer.as_strided((self.views[fragment_id].num_params,), (1,), 0)
 
     def encode(self, fragment_id: int, seq: int, base: Tensor, local: Tensor, after: int) -> int:
         """Encode base minus local, relative to contribution `after` if there is one; of buffers the values. Keeps payload and d^.
@@ -170,7 +175,8 @@ class LearnerStore:
             payload = encode(local, wire_dtype)
         else:
             payload = encode(pseudo_gradient(reference(base, self._contributions[fragment_id].get(after)), local), wire_dtype)
-        self._staging[fragment_id].append(local)
+        if len(self._staging) < _SPARE_BUFFERS:
+            self._staging.append(local)
         self._payloads[fragment_id, seq] = payload
         self._contributions[fragment_id][seq] = decode(payload, base.numel(), wire_dtype)
         return crc32(payload)
