@@ -20,7 +20,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ class Settings:
     ``cool:F``: momentum falls to 0 over the last share F of the run.
     ``average:F``: also validate a running average of the published fragments, with weight F for the newest.
     ``smooth:N``: an adopted difference is added in N equal parts, one a step.
+    ``agree:G``: every element of the merge is weighted by (its agreement)^G, (sum d)^2 / (M sum d^2), and each tensor keeps its length.
+    ``direct:A``: the outer step is A g + lr mu b', where Nesterov's has A = lr.
     """
     batch: int = 0
     """Windows of a learner and step; 0: the recipe's."""
@@ -194,14 +196,26 @@ class Outer:
         accumulator = MergeAccumulator(self.layout.fragments[p])
         for d in contributions:
             accumulator.fold(d, 1.0)
-        return accumulator.result()[0]
+        merged = accumulator.result()[0]
+        if "agree" not in self.ideas:
+            return merged
+        mean = torch.stack(contributions).mean(0)
+        agreement = mean.square().div_(torch.stack(contributions).square().mean(0).clamp_min_(1e-30))
+        weighted = merged * agreement.pow(self.ideas["agree"])
+        lengths = [part.length for part in self.layout.fragments[p].slices]
+        for part, whole in zip(weighted.split(lengths), merged.split(lengths), strict=True):
+            part.mul_(whole.norm() / part.norm().clamp_min(1e-30))
+        return weighted
 
     def _open(self, p: int, done: int) -> None:
         s = self.s
         contributions = [self.bases[p] - self._ahead(m, p) for m in range(s.learners)]
         state = self.states[p]
         momentum = self._momentum(state.merge_index + 1, done)
-        state = outer_step(state, self._merge(p, contributions), lr=s.outer_lr, momentum=momentum)
+        g = self._merge(p, contributions)
+        state = outer_step(state, g, lr=s.outer_lr, momentum=momentum)
+        if "direct" in self.ideas:
+            state = replace(state, theta=state.theta - (self.ideas["direct"] - s.outer_lr) * g)
         self.states[p] = state
         self.opened[p] = done
         self.on_way[p] = (done + s.delay, contributions)

@@ -1,6 +1,6 @@
 """The same model, text, tokens and seeds with Lightning's `ddp` and with this strategy, as real processes: whose model is better.
 
-    .venv/bin/python benchmarks/quality.py [--only 2x800 4x800 ...] [--json FILE] [--report]
+    .venv/bin/python benchmarks/quality.py [--only 2x800 4x800 ...] [--from DIR] [--report]
 
 A cell is a number of learners and of inner steps. Both methods train recipe `quality` on as many processes, with the same batch in each, so
 the total batch and the tokens are the same. Each gets the best of four inner learning rates (1/2, 1, 2 and 4 times the recipe's), by the
@@ -8,7 +8,8 @@ validation loss of one seed: data parallel training likes a higher one, and a co
 rate each is then run with two more seeds. The figure of a cell is the mean over the seeds of (ours - ddp) / ddp, validation loss of the
 final global model, with its least and largest.
 
-Rows that the JSON file holds are not run again. The exit code is 1 if an aim is missed, or a cell is not complete.
+Rows that the JSON file holds are not run again. ``python recipes/train.py -m recipe=quality`` makes all rows of a cell, more of them than
+needed; ``--from`` takes them. The exit code is 1 if an aim is missed, or a cell is not complete.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ RATES = (0.5, 1.0, 2.0, 4.0)
 RECIPE_RATE = 3e-3
 SEEDS = (0, 1, 2)
 METHODS = ("ddp", "decoupled_diloco")
+NAMES = ("strategy.name", "trainer.devices", "trainer.max_steps", "model.learning_rate", "seed")
+"""What a row is known by."""
 
 
 def main() -> int:
@@ -33,8 +36,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=list(CELLS), default=list(CELLS), metavar="CELL", help=", ".join(CELLS))
     parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "quality.json", metavar="FILE", help="rows so far")
     parser.add_argument("--report", action="store_true", help="print what is there and run nothing")
+    parser.add_argument("--from", dest="sweeps", type=Path, nargs="*", default=[], metavar="DIR", help="take the runs of a sweep as rows")
     arguments = parser.parse_args()
     rows = Rows(arguments.json)
+    for folder in arguments.sweeps:
+        print(f"{folder}: {rows.take(folder, *NAMES)} new rows")
     lines, missed = [], []
     for cell in arguments.only:
         line, is_reached = figure(rows, cell, runs=not arguments.report)
@@ -67,15 +73,8 @@ def figure(rows: Rows, cell: str, *, runs: bool) -> tuple[list[str], bool]:
 
 def loss(rows: Rows, method: str, learners: str, steps: str, rate: float, seed: int, *, runs: bool) -> float | None:
     """The validation loss of one run; None if it is not there."""
-    row = rows.get(
-        "recipe=quality",
-        f"strategy.name={method}",
-        f"trainer.devices={learners}",
-        f"trainer.max_steps={steps}",
-        f"model.learning_rate={RECIPE_RATE * rate:g}",
-        f"seed={seed}",
-        runs=runs,
-    )
+    values = zip(NAMES, (method, learners, steps, f"{RECIPE_RATE * rate:g}", seed), strict=True)
+    row = rows.get("recipe=quality", *(f"{name}={value}" for name, value in values), runs=runs)
     return None if row is None else row.get("val_loss")
 
 

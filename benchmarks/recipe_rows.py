@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 __all__ = ["Rows", "mean", "table"]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +45,27 @@ class Rows:
             print(f"    {self.known[name]}", flush=True)
         return self.known.get(name)
 
+    def take(self, folder: Path, *names: str) -> int:
+        """Take the runs of a sweep (``recipes/train.py -m``) as rows, named by these values of their configuration.
+
+        Args:
+            folder: of the sweep; all run directories below it count.
+            names: dotted, in the order of the overrides of a row; ``recipe=quality`` comes first.
+
+        Returns:
+            How many rows were not there before.
+        """
+        before = len(self.known)
+        for path in sorted(folder.rglob("logs/hydra/config.yaml")):
+            cfg, run_dir = OmegaConf.load(path), path.parents[2]
+            values = {name: OmegaConf.select(cfg, name) for name in names}
+            key = " ".join(["recipe=quality", *(f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in values.items())])
+            if (row := _figures(run_dir)) is not None:
+                self.known.setdefault(key, row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.known, indent=1) + "\n")
+        return len(self.known) - before
+
 
 def _run(script: list[str], overrides: tuple[str, ...]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="lightning_diloco_row_") as folder:
@@ -51,11 +74,21 @@ def _run(script: list[str], overrides: tuple[str, ...]) -> dict[str, Any]:
         start_s = time.monotonic()
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
         elapsed_s = round(time.monotonic() - start_s, 1)
-        summary_path = next((path for name in ("summary.json", "result.json") if (path := run_dir / name).exists()), None)
-        if done.returncode or summary_path is None:
+        row = None if done.returncode else _figures(run_dir)
+        if row is None:
             return {"error": (done.stdout + done.stderr)[-2000:], "elapsed_s": elapsed_s}
-        summary = json.loads(summary_path.read_text())
-    row = {"val_loss": summary["val"]["val_loss"], "elapsed_s": elapsed_s}
+    return {**row, "elapsed_s": elapsed_s}
+
+
+def _figures(run_dir: Path) -> dict[str, Any] | None:
+    """What a run directory says of its run; None if the run did not end well."""
+    path = next((path for name in ("summary.json", "result.json") if (path := run_dir / name).exists()), None)
+    if path is None:
+        return None
+    summary = json.loads(path.read_text())
+    if summary["status"] != "finished" or not summary.get("val"):
+        return None
+    row: dict[str, Any] = {"val_loss": summary["val"]["val_loss"]}
     for name in ("wall_s", "tokens", "merges", "mean_members", "bytes_up", "steps_lost"):
         if name in summary:
             row[name] = summary[name]

@@ -1,5 +1,7 @@
 """Train a recipe: ``python recipes/train.py recipe=NAME key=value ...`` (``--help`` lists both).
 
+With ``-m`` a value may be a list, and every combination is a run: ``outputs/multirun/DATE_TIME/NUMBER``.
+
 Hydra composes the configuration and makes the run directory ``outputs/DATE_TIME``; its own copy of the configuration goes to
 ``logs/hydra`` there, the rest of the directory belongs to the strategy. Exit code 2, with a sentence, means a wrong value or option.
 
@@ -28,6 +30,7 @@ from recipes.values import check_devices  # noqa: E402
 __all__ = ["main"]
 
 _understood = False
+_has_threads = "OMP_NUM_THREADS" in os.environ
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -56,7 +59,9 @@ def share_cores(num_learners: object) -> None:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // num_learners if isinstance(num_learners, int) and num_learners > 0 else 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    if not _has_threads:
+        # Again for every job of a sweep: they may have other numbers of learners.
+        os.environ["OMP_NUM_THREADS"] = str(max(1, share))
 
 
 def forget(run_dir: Path) -> None:
