@@ -64,8 +64,14 @@ class Settings:
     ``average:F``: also validate a running average of the published fragments, with weight F for the newest.
     ``smooth:N``: an adopted difference is added in N equal parts, one a step.
     ``agree:G``: every element of the merge is weighted by (its agreement)^G, (sum d)^2 / (M sum d^2), and each tensor keeps its length.
+    ``cautious``: momentum moves only elements in which it agrees with g; ``cautious:S``: and there S times as far.
+    ``restart``: elements of the momentum buffer that disagree with g begin again as g.
     ``direct:A``: the outer step is A g + lr mu b', where Nesterov's has A = lr.
     """
+    inner: str = "adamw"
+    """``muon``: the matrices of the blocks by `torch.optim.Muon`, whose rate is matched to AdamW's, and the rest by AdamW."""
+    beta2: float = 0.95
+    """Of the inner AdamW; 0.95 is the recipe's."""
     batch: int = 0
     """Windows of a learner and step; 0: the recipe's."""
 
@@ -94,33 +100,40 @@ class Run:
             model, _ = build(cfg)
             model.load_state_dict(first.state_dict())
             self.models.append(model)
-        self.optimizers = [self._optimizer(model) for model in self.models]
+        self.optimizers = [self._optimizers(model) for model in self.models]
         self.order = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(settings.seed))
 
-    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def _optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         hp = self.cfg.model
-        parameters = list(model.parameters())
+        named = list(model.named_parameters())
+        matrices = [p for name, p in named if self.s.inner == "muon" and p.ndim == 2 and ".blocks." in name]
+        rest = [p for _, p in named if all(p is not other for other in matrices)]
         groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": hp.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": hp.weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.peak_lr, betas=(0.9, 0.95), fused=True)
+        adamw = torch.optim.AdamW(groups, lr=self.peak_lr, betas=(0.9, self.s.beta2), fused=True)
+        if not matrices:
+            return [adamw]
+        muon = torch.optim.Muon(matrices, lr=self.peak_lr, weight_decay=hp.weight_decay, adjust_lr_fn="match_rms_adamw")
+        return [adamw, muon]
 
     def inner_step(self, index: int, step: int) -> None:
         """One optimizer step of one learner on its own batch."""
-        model, optimizer = self.models[index], self.optimizers[index]
+        model, optimizers = self.models[index], self.optimizers[index]
         hp = self.cfg.model
         share = warmup_cosine(step, warmup_steps=hp.warmup_steps, max_steps=self.s.steps, floor=hp.final_lr_share)
-        for group in optimizer.param_groups:
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = self.peak_lr * share
         first = (step * len(self.models) + index) * self.batch
         rows = self.order[torch.arange(first, first + self.batch) % len(self.order)]
         batch = torch.stack([self.windows[int(i)] for i in rows]).long()
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> float:
@@ -182,13 +195,16 @@ class Outer:
         found = {"published": self._validate([state.theta for state in self.states])}
         if self.average:
             found["average"] = self._validate([self.average[p] for p in range(self.num_fragments)])
-        last: dict[str, list[Tensor]] = {"val_loss": [], "plain_mean": [], "mean": []}
+        last: dict[str, list[Tensor]] = {"val_loss": [], "plain_mean": [], "mean": [], "mean_back": [], "mean_lr": []}
         for p, state in enumerate(self.states):
             contributions = [self.bases[p] - self._ahead(m, p) for m in range(s.learners)]
             share = min(1.0, (s.steps - self.opened[p]) / s.interval)
             mean = sum(contributions[1:], contributions[0]) / s.learners
             last["val_loss"].append(last_step(state, self._merge(p, contributions), lr=s.outer_lr, share=share).theta)
             last["mean"].append(last_step(state, mean, lr=1.0, share=share).theta)
+            # The step by the plain mean, the way ahead by the outer rate that made it.
+            last["mean_back"].append(last_step(state, mean / s.outer_lr, lr=s.outer_lr, share=share).theta)
+            last["mean_lr"].append(last_step(state, mean, lr=s.outer_lr, share=share).theta)
             last["plain_mean"].append(last_step(state, mean, lr=1.0, share=1.0).theta)
         return {**found, **{name: self._validate(flats) for name, flats in last.items()}}
 
@@ -213,7 +229,13 @@ class Outer:
         state = self.states[p]
         momentum = self._momentum(state.merge_index + 1, done)
         g = self._merge(p, contributions)
+        if "restart" in self.ideas:
+            state = replace(state, momentum=torch.where(state.momentum * g > 0, state.momentum, 0.0))
+        before = state.theta
         state = outer_step(state, g, lr=s.outer_lr, momentum=momentum)
+        if "cautious" in self.ideas:
+            coast = torch.where(state.momentum * g > 0, state.momentum, 0.0).mul_(momentum * self.ideas["cautious"])
+            state = replace(state, theta=before - s.outer_lr * (g + coast))
         if "direct" in self.ideas:
             state = replace(state, theta=state.theta - (self.ideas["direct"] - s.outer_lr) * g)
         self.states[p] = state

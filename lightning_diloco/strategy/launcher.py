@@ -25,7 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_diloco.runtime.rundir import make_run_dir
-from lightning_diloco.strategy.advice import advise
+from lightning_diloco.strategy.advice import advise, advise_before
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP
 from lightning_diloco.strategy.checks import check_callbacks, check_trainable
 from lightning_diloco.strategy.csv_logs import keep_csv_logs
@@ -73,6 +73,8 @@ class SupervisorLauncher(_Launcher):
             rank_zero_info("decoupled_diloco: one learner (on CPU devices='auto' means 1). Pass Trainer(devices=N) for N learners.")
         check_callbacks(trainer)
         check_trainable(fit.model)
+        for sentence in advise_before(strategy.sync, trainer.max_steps):
+            _log.warning("%s", sentence)
         run_dir = make_run_dir(strategy.process_options.run_dir)
         self._prepare(trainer, fit)
         recorder = JobRecorder(run_dir, called_s)

@@ -36,6 +36,7 @@ from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
 from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.runtime.global_state import GlobalState
+from lightning_diloco.strategy.advice import advise_before
 from lightning_diloco.strategy.assignment import Assignment
 from lightning_diloco.strategy.checks import check_callbacks
 from lightning_diloco.strategy.counting import count_tokens
@@ -132,6 +133,9 @@ class OuterSync(Callback):
             check_callbacks(trainer)
         if assignment is not None and assignment.num_learners > 1:
             reseed_learner(assignment.learner_id, assignment.life)
+        if assignment is not None and assignment.role != "learner":
+            for sentence in advise_before(self._strategy.sync, trainer.max_steps):
+                _log.warning("%s", sentence)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Join; on return the module holds the global parameters."""

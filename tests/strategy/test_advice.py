@@ -1,10 +1,11 @@
-"""A run whose learners were hardly in its merges says so; one with nothing to say about is silent."""
+"""Options that were measured to be bad are told about before a run, hardly used learners after it; otherwise there is silence."""
 
 from __future__ import annotations
 
 import pytest
 
-from lightning_diloco.strategy.advice import FEW_ROUNDS, LOW_PARTICIPATION, advise
+from lightning_diloco.config import SyncConfig
+from lightning_diloco.strategy.advice import FEW_MERGES, FEW_ROUNDS, LOW_PARTICIPATION, SHORT_INTERVAL, advise, advise_before
 
 
 def summary(*shares: float | None, eligible: int = 100) -> dict:
@@ -38,3 +39,33 @@ def test_what_is_not_known_or_is_at_its_limit_is_left_out():
 )
 def test_a_run_with_nothing_to_say_about_is_silent(silent):
     assert advise(silent) == []
+
+
+def test_short_intervals_with_the_default_momentum_are_told_about_with_the_figures():
+    (sentence,) = advise_before(SyncConfig(sync_interval_steps=SHORT_INTERVAL), 10_000)
+    assert sentence.startswith(f"sync_interval_steps={SHORT_INTERVAL} with outer_lr=0.7 and outer_momentum=0.9: ")
+    assert "1.81" in sentence and "outer_momentum_warmup=15" in sentence
+
+
+def test_constant_high_momentum_in_a_short_run_is_told_about():
+    config = SyncConfig(outer_momentum_warmup=0)
+    limit = FEW_MERGES * config.sync_interval_steps
+    (sentence,) = advise_before(config, limit - 1)
+    assert f"a run of {limit - 1} steps, {FEW_MERGES - 1} merges of a fragment" in sentence
+    assert advise_before(config, limit) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "max_steps"),
+    [
+        ({}, 100),
+        ({"sync_interval_steps": SHORT_INTERVAL + 1}, 100),
+        ({"sync_interval_steps": 8, "outer_lr": 0.4, "outer_momentum_warmup": 15}, 100),
+        ({"sync_interval_steps": 1, "outer_lr": 1.0, "outer_momentum": 0.0}, 100),
+        ({"outer_momentum_warmup": 0, "outer_momentum": 0.6}, 100),
+        ({"outer_momentum_warmup": 0}, -1),
+    ],
+    ids=["defaults", "long enough", "the remedy", "no momentum", "low momentum", "length not known"],
+)
+def test_options_with_nothing_to_say_about_are_silent(options, max_steps):
+    assert advise_before(SyncConfig(**options), max_steps) == []
