@@ -167,6 +167,13 @@ class LearnerStore:
     def encode(self, fragment_id: int, seq: int, base: Tensor, local: Tensor, after: int) -> int:
         """Encode base minus local, relative to contribution `after` if there is one; of buffers the values. Keeps payload and d^.
 
+        Args:
+            fragment_id: whose.
+            seq: of the contribution.
+            base: what it starts from, float32 [N].
+            local: a buffer of `stage`; it is used up.
+            after: seq of the part of this learner's work before it (0: none).
+
         Returns:
             crc of the payload.
         """
@@ -174,7 +181,8 @@ class LearnerStore:
         if self.layout.fragments[fragment_id].holds_values:
             payload = encode(local, wire_dtype)
         else:
-            payload = encode(pseudo_gradient(reference(base, self._contributions[fragment_id].get(after)), local), wire_dtype)
+            earlier = self._contributions[fragment_id].get(after)
+            payload = encode(pseudo_gradient(reference(base, earlier), local, out=local), wire_dtype)
         if len(self._staging) < _SPARE_BUFFERS:
             self._staging.append(local)
         self._payloads[fragment_id, seq] = payload
