@@ -2,17 +2,21 @@
 
     .venv/bin/python benchmarks/memory.py [--params 1 25 100] [--json FILE]
 
-For every size three processes are measured by their highest resident memory: a plain Trainer, the same Trainer as a learner of a syncer,
-and that syncer. What synchronization costs a learner is the difference of the first two. In P fragments, with H = P and one learner:
+For every size three processes are measured by their resident memory: a plain Trainer, the same Trainer as a learner of a syncer, and that
+syncer. What synchronization costs a learner is the difference of the first two. In P fragments of n parameters, with H = P and one learner:
 
 | process | float32 copies | bytes per parameter |
 |---|---|---|
-| learner 0 | base and momentum, and the fragments under way | 8 + 18 / P * (fragments under way, 1 to 3) |
+| learner 0 while it trains | base and momentum, and the fragments under way (18 n each) | 8 + 18 / P * (1 to 3) |
 | another learner | no momentum | 4 less |
-| syncer | Theta, momentum, shadow and the newest difference, and the open merges | 14 + 8 / P * (open merges, 1 to 3) |
+| syncer meanwhile | Theta, momentum, shadow, the newest difference, and the open merges (8 n each) | 14 + 8 / P * (1 to 3) |
+
+While it trains: the highest of the second half of the steps. The highest of the whole run is beside it: at its beginning the whole model is
+sent at once, and at its end all fragments are under way at once.
 
 The line through the sizes gives the bytes per parameter; its start, at no parameters, is what the process is. The exit code is 1 if a slope
-is outside its formula (with the largest fragment's real share) by more than 15 %. Rows that the JSON file holds are not run again.
+of the training is outside its formula (with the largest fragment's real share) by more than 15 %. Rows that the JSON file holds are not run
+again.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +66,8 @@ def measure(size: int) -> dict[str, float]:
     """The three processes of one size, in bytes."""
     with tempfile.TemporaryDirectory(prefix="lightning_diloco_memory_") as folder:
         plain = trained(folder, "none", size)
+        for mark in ("half", "trained"):
+            Path(folder, mark).unlink()
         command = [sys.executable, "-m", "lightning_diloco", "syncer", "--run-dir", f"{folder}/run"]
         with open(f"{folder}/out", "w+") as out:
             syncer = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL, cwd=ROOT)
@@ -68,12 +75,13 @@ def measure(size: int) -> dict[str, float]:
                 learner = subprocess.Popen(
                     child(folder, endpoint(Path(folder, "out"), syncer), size), cwd=folder, stdout=subprocess.DEVNULL
                 )
-                highest = watch(learner, syncer)
+                syncer_figures = watch(learner, syncer, Path(folder))
             finally:
                 syncer.kill()
                 syncer.wait()
         row = json.loads(Path(folder, "row.json").read_text())
-    return {"num_params": row["num_params"], "plain": plain["rss"], "learner": row["rss"], "syncer": highest, "share": row["share"]}
+    keys = {f"plain_{k}": plain[k] for k in ("training", "highest")} | {f"learner_{k}": row[k] for k in ("training", "highest")}
+    return {"num_params": row["num_params"], "share": row["share"], **keys, **syncer_figures}
 
 
 def child(folder: str, address: str, size: int) -> list[str]:
@@ -98,21 +106,23 @@ def endpoint(said: Path, syncer: subprocess.Popen[bytes]) -> str:
     raise SystemExit("The syncer ended before it said its address.")
 
 
-def watch(learner: subprocess.Popen[bytes], syncer: subprocess.Popen[bytes]) -> float:
-    """The syncer's highest resident memory until both have ended."""
-    highest = 0.0
+def watch(learner: subprocess.Popen[bytes], syncer: subprocess.Popen[bytes], folder: Path) -> dict[str, float]:
+    """The syncer's highest resident memory: between the two marks of the learner, and until both have ended."""
+    training = highest = 0.0
     while syncer.poll() is None:
         if learner.poll():
             raise SystemExit(f"The learner failed with exit code {learner.returncode}.")
-        highest = max(highest, peak(syncer.pid))
-        time.sleep(0.2)
-    return highest
+        is_training = (folder / "half").exists() and not (folder / "trained").exists()
+        now = resident(syncer.pid, "VmRSS")
+        training, highest = max(training, now if is_training else 0.0), max(highest, resident(syncer.pid, "VmHWM"))
+        time.sleep(0.05)
+    return {"syncer_training": training, "syncer_highest": highest}
 
 
-def peak(pid: int | str) -> float:
-    """The highest resident memory of a process, in bytes; 0 if it has ended."""
+def resident(pid: int | str, field: str) -> float:
+    """Resident memory of a process in bytes, now (VmRSS) or at most (VmHWM); 0 if it has ended."""
     try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        found = re.search(field + r":\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     except OSError:
         return 0.0
     return 0.0 if found is None else 1024.0 * int(found.group(1))
@@ -120,7 +130,7 @@ def peak(pid: int | str) -> float:
 
 def train(address: str, out: Path, size: int) -> None:
     """One training process; with an address, as a learner."""
-    from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch import Callback, Trainer, seed_everything
 
     from lightning_diloco import DecoupledDiLoCoStrategy
     from lightning_diloco.outer import plan_layout
@@ -131,9 +141,23 @@ def train(address: str, out: Path, size: int) -> None:
     options: dict[str, Any] = dict(MODELS[size])
     data = TextData(context=64, batch_size=options.pop("batch"))
     module = GPTText(**options, context=64, learning_rate=1e-3)
+    row: dict[str, Any] = {"training": 0.0}
+
+    class Marks(Callback):
+        """The highest memory of the second half of the steps, and marks for whoever watches the syncer."""
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == STEPS // 2:
+                out.with_name("half").touch()
+            if trainer.global_step > STEPS // 2:
+                row["training"] = max(row["training"], resident("self", "VmRSS"))
+            if trainer.global_step == STEPS:
+                out.with_name("trained").touch()
+
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
+        callbacks=[Marks()],
         strategy="auto" if address == "none" else DecoupledDiLoCoStrategy(syncer=address),
         max_steps=STEPS,
         limit_val_batches=0,
@@ -145,8 +169,8 @@ def train(address: str, out: Path, size: int) -> None:
     trainer.fit(module, datamodule=data)
     count = sum(p.numel() for p in module.parameters())
     layout = plan_layout(module, num_fragments=FRAGMENTS, merge="mean", mean_patterns=())
-    share = max(f.num_params for f in layout.fragments) / count
-    out.write_text(json.dumps({"rss": peak("self"), "num_params": count, "share": share}))
+    row |= {"highest": resident("self", "VmHWM"), "num_params": count, "share": max(f.num_params for f in layout.fragments) / count}
+    out.write_text(json.dumps(row))
 
 
 def slope(rows: list[dict[str, float]], value: Any) -> tuple[float, float]:
@@ -159,23 +183,30 @@ def slope(rows: list[dict[str, float]], value: Any) -> tuple[float, float]:
 
 def report(rows: list[dict[str, float]]) -> int:
     """Print the tables; 1 if a slope is outside its formula."""
-    print("| parameters | plain Trainer, MB | learner, MB | syncer, MB |\n" + "|---" * 4 + "|")
+    print("MB while it trains (highest of the run):\n\n| parameters | plain Trainer | learner | syncer |\n" + "|---" * 4 + "|")
     for row in rows:
-        print(f"| {row['num_params']:,.0f} | {row['plain'] / 1e6:.0f} | {row['learner'] / 1e6:.0f} | {row['syncer'] / 1e6:.0f} |")
+        cells = [f"{row[f'{name}_training'] / 1e6:.0f} ({row[f'{name}_highest'] / 1e6:.0f})" for name in ("plain", "learner", "syncer")]
+        print(f"| {row['num_params']:,.0f} | " + " | ".join(cells) + " |")
     if len(rows) < 2:
         return 0
-    share = rows[-1]["share"]
-    formulas = {
-        "learner 0, beside the plain Trainer": (lambda row: row["learner"] - row["plain"], 8 + 18 * share, 8 + 3 * 18 * share),
-        "syncer": (lambda row: row["syncer"], 14 + 8 * share, 14 + 3 * 8 * share),
-    }
-    missed = False
-    print("\n| process | bytes per parameter | formula | at no parameters, MB |\n" + "|---" * 4 + "|")
-    for name, (value, low, high) in formulas.items():
-        per, start = slope(rows, value)
+    share, missed = rows[-1]["share"], False
+    processes = {"learner 0, beside the plain Trainer": ("learner", "plain", 8, 18), "syncer": ("syncer", "", 14, 8)}
+    print(
+        "\n| process | bytes per parameter while it trains | formula | at no parameters, MB | bytes per parameter, highest |\n"
+        + "|---" * 5
+        + "|"
+    )
+    for title, (name, beside, fixed, moving) in processes.items():
+        low, high = fixed + moving * share, fixed + 3 * moving * share
+        (per, start), (highest, _) = (slope(rows, partial(above, name=name, beside=beside, when=when)) for when in ("training", "highest"))
         missed = missed or not (1 - MARGIN) * low <= per <= (1 + MARGIN) * high
-        print(f"| {name} | {per:.1f} | {low:.1f} to {high:.1f} | {start / 1e6:.0f} |")
+        print(f"| {title} | {per:.1f} | {low:.1f} to {high:.1f} | {start / 1e6:.0f} | {highest:.1f} |")
     return 1 if missed else 0
+
+
+def above(row: dict[str, float], *, name: str, beside: str, when: str) -> float:
+    """Memory of one process above that of another one."""
+    return row[f"{name}_{when}"] - (row[f"{beside}_{when}"] if beside else 0.0)
 
 
 if __name__ == "__main__":

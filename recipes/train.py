@@ -30,7 +30,8 @@ from recipes.values import check_devices  # noqa: E402
 __all__ = ["main"]
 
 _understood = False
-_has_threads = "OMP_NUM_THREADS" in os.environ
+_threads: str | None = None
+"""What this process has put into OMP_NUM_THREADS."""
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -59,9 +60,10 @@ def share_cores(num_learners: object) -> None:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // num_learners if isinstance(num_learners, int) and num_learners > 0 else 1
-    if not _has_threads:
+    global _threads
+    if os.environ.get("OMP_NUM_THREADS") in (None, _threads):
         # Again for every job of a sweep: they may have other numbers of learners.
-        os.environ["OMP_NUM_THREADS"] = str(max(1, share))
+        _threads = os.environ["OMP_NUM_THREADS"] = str(max(1, share))
 
 
 def forget(run_dir: Path) -> None:

@@ -61,6 +61,7 @@ from lightning_diloco.runtime.client_joining import Joining
 from lightning_diloco.runtime.figures import StepTimes
 from lightning_diloco.runtime.global_state import FoundingState
 from lightning_diloco.runtime.learner_store import LearnerStore
+from lightning_diloco.runtime.threads import never_interrupt_others
 from lightning_diloco.runtime.transport import SYNCER, LearnerTransport, PayloadReceived, TransportEvent
 from lightning_diloco.runtime.transport import ControlReceived as ControlBytes
 
@@ -198,6 +199,7 @@ class ClientLoop:
     # ---- the loop -----------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        never_interrupt_others()
         try:
             while not self._stop.is_set() and self.fatal is None:
                 self._turn()

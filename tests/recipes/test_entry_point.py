@@ -28,7 +28,7 @@ def test_help_names_the_recipe_and_the_values_and_ends_well(tmp_path):
     done = train(tmp_path, "--help")
     assert done.returncode == 0
     for text in (
-        "recipe: digits, gpt_text, hf_causal_lm, lora_text, moe_text",
+        "recipe: ablation, digits, gpt_text, hf_causal_lm, lora_text, moe_text, quality",
         "max_steps:",
         "sync_interval_steps: 24",
         "data.path=FILE_OR_FOLDER",
@@ -132,8 +132,8 @@ def test_ddp_trains_the_same_job_to_compare_with(tmp_path):
 
 def test_every_learner_gets_its_share_of_the_cores_unless_the_caller_says_otherwise(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
-    for num_learners, threads in ((2, "4"), (3, "2"), (100, "1"), ("auto", "1")):
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for num_learners, threads in ((2, "4"), (3, "2"), (100, "1"), ("auto", "1")):  # one after the other, as in a sweep
         share_cores(num_learners)
         assert os.environ["OMP_NUM_THREADS"] == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
