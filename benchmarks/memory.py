@@ -66,19 +66,24 @@ def measure(size: int) -> dict[str, float]:
     """The three processes of one size, in bytes."""
     with tempfile.TemporaryDirectory(prefix="lightning_diloco_memory_") as folder:
         plain = trained(folder, "none", size)
-        for mark in ("half", "trained"):
+        for mark in ("half", "trained", "row.json"):
             Path(folder, mark).unlink()
         command = [sys.executable, "-m", "lightning_diloco", "syncer", "--run-dir", f"{folder}/run"]
         with open(f"{folder}/out", "w+") as out:
             syncer = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL, cwd=ROOT)
+            learner = None
             try:
                 learner = subprocess.Popen(
                     child(folder, endpoint(Path(folder, "out"), syncer), size), cwd=folder, stdout=subprocess.DEVNULL
                 )
                 syncer_figures = watch(learner, syncer, Path(folder))
+                if learner.wait(120):
+                    raise SystemExit(f"The learner failed with exit code {learner.returncode}.")
             finally:
-                syncer.kill()
-                syncer.wait()
+                for process in (learner, syncer):
+                    if process is not None:
+                        process.kill()
+                        process.wait()
         row = json.loads(Path(folder, "row.json").read_text())
     keys = {f"plain_{k}": plain[k] for k in ("training", "highest")} | {f"learner_{k}": row[k] for k in ("training", "highest")}
     return {"num_params": row["num_params"], "share": row["share"], **keys, **syncer_figures}
@@ -107,7 +112,7 @@ def endpoint(said: Path, syncer: subprocess.Popen[bytes]) -> str:
 
 
 def watch(learner: subprocess.Popen[bytes], syncer: subprocess.Popen[bytes], folder: Path) -> dict[str, float]:
-    """The syncer's highest resident memory: between the two marks of the learner, and until both have ended."""
+    """The syncer's highest resident memory: between the two marks of the learner, and until it has ended."""
     training = highest = 0.0
     while syncer.poll() is None:
         if learner.poll():

@@ -9,7 +9,7 @@ rate each is then run with two more seeds. The figure of a cell is the mean over
 final global model, with its least and largest.
 
 Rows that the JSON file holds are not run again. ``python recipes/train.py -m recipe=quality`` makes all rows of a cell, more of them than
-needed; ``--from`` takes them. The exit code is 1 if an aim is missed, or a cell is not complete.
+needed; ``--from`` takes them, and runs nothing. The exit code is 1 if an aim is missed, or a cell is not complete.
 """
 
 from __future__ import annotations
@@ -36,14 +36,18 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=list(CELLS), default=list(CELLS), metavar="CELL", help=", ".join(CELLS))
     parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "quality.json", metavar="FILE", help="rows so far")
     parser.add_argument("--report", action="store_true", help="print what is there and run nothing")
-    parser.add_argument("--from", dest="sweeps", type=Path, nargs="*", default=[], metavar="DIR", help="take the runs of a sweep as rows")
+    parser.add_argument(
+        "--from", dest="sweeps", type=Path, nargs="*", default=[], metavar="DIR", help="take the runs of a sweep as rows; run nothing"
+    )
     arguments = parser.parse_args()
     rows = Rows(arguments.json)
     for folder in arguments.sweeps:
-        print(f"{folder}: {rows.take(folder, *NAMES)} new rows")
+        if not folder.is_dir():
+            parser.error(f"--from {folder}: there is no such folder; recipes/train.py -m prints where its runs are.")
+        print(f"{folder}: {rows.take(folder, 'quality', *NAMES)} new rows")
     lines, missed = [], []
     for cell in arguments.only:
-        line, is_reached = figure(rows, cell, runs=not arguments.report)
+        line, is_reached = figure(rows, cell, runs=not (arguments.report or arguments.sweeps))
         lines.append(line)
         if not is_reached:
             missed.append(cell)

@@ -40,31 +40,40 @@ class Rows:
         if name not in self.known and runs:
             print(f"... {name}", flush=True)
             self.known[name] = _run(script or [str(ROOT / "recipes" / "train.py")], overrides)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.known, indent=1) + "\n")
+            self._write()
             print(f"    {self.known[name]}", flush=True)
         return self.known.get(name)
 
-    def take(self, folder: Path, *names: str) -> int:
+    def take(self, folder: Path, recipe: str, *names: str) -> int:
         """Take the runs of a sweep (``recipes/train.py -m``) as rows, named by these values of their configuration.
+
+        Runs of other recipes, and those in which anything beside these values was changed, are other jobs and left out.
 
         Args:
             folder: of the sweep; all run directories below it count.
-            names: dotted, in the order of the overrides of a row; ``recipe=quality`` comes first.
+            recipe: whose runs are taken.
+            names: dotted, in the order of the overrides of a row.
 
         Returns:
-            How many rows were not there before.
+            How many rows are new.
         """
-        before = len(self.known)
+        count = 0
         for path in sorted(folder.rglob("logs/hydra/config.yaml")):
-            cfg, run_dir = OmegaConf.load(path), path.parents[2]
-            values = {name: OmegaConf.select(cfg, name) for name in names}
-            key = " ".join(["recipe=quality", *(f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in values.items())])
-            if (row := _figures(run_dir)) is not None:
-                self.known.setdefault(key, row)
+            changed = dict(str(item).split("=", 1) for item in OmegaConf.load(path.with_name("overrides.yaml")))
+            if changed.pop("recipe", None) != recipe or not set(changed) <= set(names):
+                continue
+            cfg = OmegaConf.load(path)
+            values = [(name, OmegaConf.select(cfg, name)) for name in names]
+            key = " ".join([f"recipe={recipe}", *(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in values)])
+            row = _figures(path.parents[2])
+            if row is not None and "val_loss" not in self.known.get(key, {}):
+                self.known[key], count = row, count + 1
+        self._write()
+        return count
+
+    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.known, indent=1) + "\n")
-        return len(self.known) - before
 
 
 def _run(script: list[str], overrides: tuple[str, ...]) -> dict[str, Any]:

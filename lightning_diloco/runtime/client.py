@@ -84,8 +84,7 @@ class LearnerClient:
         self._store = LearnerStore(
             module,
             self.layout,
-            wire_dtype=config.wire_dtype,
-            is_rebase=config.adopt == "rebase",
+            config,
             momentum=MomentumTracker(self.layout, config, is_on=options.keeps_momentum),
         )
         self._times = StepTimes()

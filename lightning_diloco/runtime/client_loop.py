@@ -199,8 +199,8 @@ class ClientLoop:
     # ---- the loop -----------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        never_interrupt_others()
         try:
+            never_interrupt_others()
             while not self._stop.is_set() and self.fatal is None:
                 self._turn()
             self._transport.poll(0.0)

@@ -6,17 +6,19 @@ thread and makes the published copy the base; `set_prepared` puts one there. Ten
 in place, so an encoder may still read a base that has been replaced.
 
 Memory for N parameters: base 4 N, the outer momentum 4 N where checkpoints may ask for it. For every fragment of n parameters under way:
-the published copy, the prepared difference and the decoded contribution 4 n each, its payload (2 n in bf16), a staging buffer 4 n; two
-staging buffers of the largest fragment are kept. ``benchmarks/memory.py`` measures it.
+the published copy, the prepared difference and the decoded contribution 4 n each, its payload (2 n in bf16), and a staging buffer, of which
+each can hold the largest fragment and 1 + P / H are kept. ``benchmarks/memory.py`` measures it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lightning_diloco.config import SyncConfig
 from lightning_diloco.outer import (
     FragmentView,
     Layout,
@@ -35,9 +37,6 @@ from lightning_diloco.runtime.healing import Remedy
 
 __all__ = ["Adoption", "LearnerStore"]
 
-_SPARE_BUFFERS = 2
-"""Staging buffers that are kept: at P = H one fragment is copied aside in a step, and the one before it may still be encoded."""
-
 
 @dataclass(slots=True)
 class Adoption:
@@ -53,16 +52,15 @@ class LearnerStore:
     Args:
         module: the user's module.
         layout: planned from it.
-        wire_dtype: how contributions and differences are encoded.
-        is_rebase: whether adoption adds a difference (rebase) or overwrites.
+        config: of the job: how contributions and differences are encoded, and whether adoption adds a difference or overwrites.
         momentum: follows the syncer's momentum for checkpoints.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, *, wire_dtype: str, is_rebase: bool, momentum: MomentumTracker) -> None:
+    def __init__(self, module: nn.Module, layout: Layout, config: SyncConfig, *, momentum: MomentumTracker) -> None:
         self.layout = layout
         self.views = [FragmentView(module, fragment) for fragment in layout.fragments]
-        self._wire_dtype = wire_dtype
-        self._is_rebase = is_rebase
+        self._wire_dtype = config.wire_dtype
+        self._is_rebase = config.adopt == "rebase"
         count = len(layout.fragments)
         self._base: list[Tensor | None] = [None] * count
         self._published: list[Tensor | None] = [None] * count
@@ -70,6 +68,8 @@ class LearnerStore:
         self._contributions: list[dict[int, Tensor]] = [{} for _ in range(count)]
         self._payloads: dict[tuple[int, int], Tensor] = {}
         self._staging: list[Tensor] = []
+        # As many as fragments are copied aside in a step, and one that is still being encoded.
+        self._spares = 1 + math.ceil(count / config.sync_interval_steps)
         self._largest = max(view.num_params for view in self.views)
         self._versions = [0] * count
         self.momentum = momentum
@@ -183,7 +183,7 @@ class LearnerStore:
         else:
             earlier = self._contributions[fragment_id].get(after)
             payload = encode(pseudo_gradient(reference(base, earlier), local, out=local), wire_dtype)
-        if len(self._staging) < _SPARE_BUFFERS:
+        if len(self._staging) < self._spares:
             self._staging.append(local)
         self._payloads[fragment_id, seq] = payload
         self._contributions[fragment_id][seq] = decode(payload, base.numel(), wire_dtype)

@@ -19,4 +19,6 @@ def never_interrupt_others() -> None:
     if hasattr(os, "SCHED_BATCH"):
         # A container may forbid it. Without it everything works, and a boundary takes longer where threads share a core.
         with suppress(OSError):
-            os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
+            # A policy that the user has chosen for the process stays.
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:
+                os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))

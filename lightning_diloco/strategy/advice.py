@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_diloco.config import SyncConfig
+from lightning_diloco.outer import momentum_at
 
 __all__ = ["advise", "advise_before"]
 
@@ -41,15 +42,17 @@ def advise_before(config: SyncConfig, max_steps: int) -> list[str]:
     """
     sentences = []
     interval, momentum = config.sync_interval_steps, config.outer_momentum
-    if interval <= SHORT_INTERVAL and momentum > HIGH_MOMENTUM and config.outer_lr > 0.5:
+    merges = FEW_MERGES if max_steps < 0 else max_steps // interval
+    reached = momentum_at(max(1, merges), momentum, config.outer_momentum_warmup)
+    if interval <= SHORT_INTERVAL and reached > HIGH_MOMENTUM and config.outer_lr > 0.5:
         sentences.append(
             f"sync_interval_steps={interval} with outer_lr={config.outer_lr:g} and outer_momentum={momentum:g}: momentum counts merges, "
             "and with short intervals there are many. With 8 steps, the defaults ended at a loss of 1.81, and outer_lr=0.4 with "
-            "outer_momentum_warmup=15 at 1.63. Pass these, or a longer interval."
+            f"outer_momentum_warmup=15 at 1.63. Pass {'these, or ' if interval == SHORT_INTERVAL else ''}a longer interval."
         )
-    if config.outer_momentum_warmup == 0 and momentum > HIGH_MOMENTUM and 0 <= max_steps < FEW_MERGES * interval:
+    if config.outer_momentum_warmup == 0 and momentum > HIGH_MOMENTUM and merges < FEW_MERGES:
         sentences.append(
-            f"outer_momentum={momentum:g} without a warm-up in a run of {max_steps} steps, {max_steps // interval} merges of a fragment: "
+            f"outer_momentum={momentum:g} without a warm-up in a run of {max_steps} steps, {merges} merges of a fragment: "
             "with 33 merges, constant 0.9 ended at a loss of 1.75, constant 0.6 and outer_momentum_warmup=5 at 1.65. Pass one of these."
         )
     return sentences

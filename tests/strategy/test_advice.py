@@ -44,7 +44,9 @@ def test_a_run_with_nothing_to_say_about_is_silent(silent):
 def test_short_intervals_with_the_default_momentum_are_told_about_with_the_figures():
     (sentence,) = advise_before(SyncConfig(sync_interval_steps=SHORT_INTERVAL), 10_000)
     assert sentence.startswith(f"sync_interval_steps={SHORT_INTERVAL} with outer_lr=0.7 and outer_momentum=0.9: ")
-    assert "1.81" in sentence and "outer_momentum_warmup=15" in sentence
+    assert "1.81" in sentence and sentence.endswith("outer_momentum_warmup=15 at 1.63. Pass these, or a longer interval.")
+    (shorter,) = advise_before(SyncConfig(sync_interval_steps=SHORT_INTERVAL // 2), 10_000)
+    assert shorter.endswith("at 1.63. Pass a longer interval."), "what helps at 8 steps was bad at 4"
 
 
 def test_constant_high_momentum_in_a_short_run_is_told_about():
@@ -64,8 +66,10 @@ def test_constant_high_momentum_in_a_short_run_is_told_about():
         ({"sync_interval_steps": 1, "outer_lr": 1.0, "outer_momentum": 0.0}, 100),
         ({"outer_momentum_warmup": 0, "outer_momentum": 0.6}, 100),
         ({"outer_momentum_warmup": 0}, -1),
+        ({"sync_interval_steps": 8, "outer_momentum_warmup": 100}, 800),
+        ({"sync_interval_steps": 8}, 16),
     ],
-    ids=["defaults", "long enough", "the remedy", "no momentum", "low momentum", "length not known"],
+    ids=["defaults", "long enough", "the remedy", "no momentum", "low momentum", "length not known", "slow warm-up", "two merges"],
 )
 def test_options_with_nothing_to_say_about_are_silent(options, max_steps):
     assert advise_before(SyncConfig(**options), max_steps) == []

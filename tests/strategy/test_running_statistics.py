@@ -99,7 +99,7 @@ def test_adoption_keeps_what_was_seen_meanwhile_and_never_leaves_the_two():
     module = nn.BatchNorm1d(2)
     layout = layout_of(module)
     config, at = SyncConfig(num_fragments=2), len(layout.fragments) - 1
-    store = LearnerStore(module, layout, wire_dtype="bf16", is_rebase=True, momentum=MomentumTracker(layout, config, is_on=True))
+    store = LearnerStore(module, layout, config, momentum=MomentumTracker(layout, config, is_on=True))
     base = store.found(at, 0)
     sent = torch.tensor([0.5, 0.5, 4.0, 4.0])
     store.encode(at, 1, base, sent, 0)
