@@ -200,7 +200,7 @@ def test_staging_buffers_and_contributions_do_not_pile_up(tmp_path):
         until(lambda: client._loop.backlog == 0 and not client._loop._waiting, 5)
         until(lambda: len(client._loop._bases) <= 5 and len(store._payloads) <= 5, 5)
         assert all(len(kept) <= 1 for kept in store._contributions)
-        assert len(store._staging) <= 2
+        assert len(store._staging) <= store._spares
         client.leave("limit")
         until(lambda: not job.service._performer.transfers and not job.service._decoding, 5)
         job.finish()
