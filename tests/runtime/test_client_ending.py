@@ -59,6 +59,8 @@ def test_without_a_syncer_leaving_takes_the_drain_timeout_and_says_what_is_lost(
         client = job.client(0)
         client.join()
         train(client, 20)
+        # What a learner says to a job that is just ending is answered with a farewell, and then there is nothing to wait for.
+        until(lambda: job.machine.job.members.by_id(0).inner_step == 20 and client._loop.backlog == 0, 5)
         job.service.finish("failed")
         assert job.service.join(10)
         train(client, 20)  # nobody answers, nobody waits
