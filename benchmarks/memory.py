@@ -36,7 +36,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from stall import MODELS, ROOT
+from stall import MODELS, QUIET, ROOT, job
 
 STEPS = 60
 MARGIN = 0.15
@@ -135,17 +135,12 @@ def resident(pid: int | str, field: str) -> float:
 
 def train(address: str, out: Path, size: int) -> None:
     """One training process; with an address, as a learner."""
-    from lightning.pytorch import Callback, Trainer, seed_everything
+    from lightning.pytorch import Callback, Trainer
 
     from lightning_diloco import DecoupledDiLoCoStrategy
     from lightning_diloco.outer import plan_layout
-    from recipes.gpt_text.data import TextData
-    from recipes.gpt_text.model import GPTText
 
-    seed_everything(0, verbose=False)
-    options: dict[str, Any] = dict(MODELS[size])
-    data = TextData(context=64, batch_size=options.pop("batch"))
-    module = GPTText(**options, context=64, learning_rate=1e-3)
+    module, data = job(size)
     row: dict[str, Any] = {"training": 0.0}
 
     class Marks(Callback):
@@ -160,16 +155,10 @@ def train(address: str, out: Path, size: int) -> None:
                 out.with_name("trained").touch()
 
     trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
         callbacks=[Marks()],
         strategy="auto" if address == "none" else DecoupledDiLoCoStrategy(syncer=address),
         max_steps=STEPS,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit(module, datamodule=data)
     count = sum(p.numel() for p in module.parameters())

@@ -44,6 +44,17 @@ MODELS = {
 }
 """By millions of parameters; context 64."""
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "limit_val_batches": 0,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Arguments of a Trainer that does nothing but train."""
+
 
 def main() -> int:
     """Run what is missing, print the tables."""
@@ -93,18 +104,26 @@ def run(size: int, blocks: int) -> dict[str, Any]:
     return row
 
 
-def learn(endpoint: str, out: Path, size: int, blocks: int) -> None:
-    """The learner's process: train, measure, write the row."""
-    from lightning.pytorch import Callback, Trainer, seed_everything
+def job(size: int) -> tuple[Any, Any]:
+    """Module and data of a size in millions of parameters."""
+    from lightning.pytorch import seed_everything
 
-    from lightning_diloco import DecoupledDiLoCoStrategy
     from recipes.gpt_text.data import TextData
     from recipes.gpt_text.model import GPTText
 
     seed_everything(0, verbose=False)
     options: dict[str, Any] = dict(MODELS[size])
     data = TextData(context=64, batch_size=options.pop("batch"))
-    module = GPTText(**options, context=64, learning_rate=1e-3)
+    return GPTText(**options, context=64, learning_rate=1e-3), data
+
+
+def learn(endpoint: str, out: Path, size: int, blocks: int) -> None:
+    """The learner's process: train, measure, write the row."""
+    from lightning.pytorch import Callback, Trainer
+
+    from lightning_diloco import DecoupledDiLoCoStrategy
+
+    module, data = job(size)
     strategy = DecoupledDiLoCoStrategy(syncer=endpoint)
     watch = Watch(blocks)
 
@@ -118,16 +137,10 @@ def learn(endpoint: str, out: Path, size: int, blocks: int) -> None:
             watch.step_ended()
 
     trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
         strategy=strategy,
         callbacks=[Turns()],
         max_steps=2 * blocks * BLOCK_STEPS + BLOCK_STEPS,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit(module, datamodule=data)
     row = watch.row()
