@@ -7,17 +7,20 @@ clocks or threads. Every result is the same on every machine, except for reducti
 from __future__ import annotations
 
 from lightning_diloco.outer.adopt import rebase_delta, reference
-from lightning_diloco.outer.checksum import buffer_of, crc32, sha256_of
+from lightning_diloco.outer.checksum import buffer_of, sha256_of
 from lightning_diloco.outer.codec import (
     decode,
     decode_full,
     decode_publication,
     encode,
     encode_full,
+    encode_in_place,
     encode_publication,
     payload_bytes,
+    payload_values,
 )
 from lightning_diloco.outer.layout import balanced_fragments, plan_layout
+from lightning_diloco.outer.memory import Pool
 from lightning_diloco.outer.merge import FoldRecord, MergeAccumulator, MergeRecord
 from lightning_diloco.outer.optimizer import FragmentState, last_step, momentum_at, outer_step, recovered_momentum
 from lightning_diloco.outer.pseudo_gradient import contribution_norm, pseudo_gradient
@@ -33,17 +36,18 @@ __all__ = [
     "Layout",
     "MergeAccumulator",
     "MergeRecord",
+    "Pool",
     "TensorSlice",
     "TensorSpec",
     "balanced_fragments",
     "buffer_of",
     "contribution_norm",
-    "crc32",
     "decode",
     "decode_full",
     "decode_publication",
     "encode",
     "encode_full",
+    "encode_in_place",
     "encode_publication",
     "load_static",
     "last_step",
@@ -51,6 +55,7 @@ __all__ = [
     "outer_step",
     "pack_static",
     "payload_bytes",
+    "payload_values",
     "plan_layout",
     "pseudo_gradient",
     "rebase_delta",

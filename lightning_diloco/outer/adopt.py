@@ -22,41 +22,53 @@ from lightning_diloco.outer._checks import require_flat
 
 __all__ = ["rebase_delta", "reference"]
 
+_BLOCK_ELEMENTS = 1 << 18
+"""1 MiB stays in the cache between the two differences."""
+
 
 def reference(base: Tensor, merged_decoded: Tensor | None) -> Tensor:
     """What the published fragment is compared with.
 
     Args:
         base: the fragment as last adopted, flat float32 [N].
-        merged_decoded: d^, this learner's contribution as decoded, if the new version contains it; None if it does not.
+        merged_decoded: d^, this learner's contribution as decoded, if the new version contains it, in float32 or the wire's dtype; None if
+            it does not.
 
     Returns:
         base - d^, or `base` itself (not a copy), flat float32 [N].
 
     Raises:
-        LocalProtocolError: the two are not flat float32 of one size.
+        LocalProtocolError: the two are not flat, of one size and of these dtypes.
     """
     require_flat(base, None, "base")
     if merged_decoded is None:
         return base
-    require_flat(merged_decoded, base.numel(), "merged_decoded")
+    require_flat(merged_decoded, base.numel(), "merged_decoded", other=torch.bfloat16)
     return torch.sub(base, merged_decoded)
 
 
-def rebase_delta(published: Tensor, base: Tensor, merged_decoded: Tensor | None) -> Tensor:
+def rebase_delta(published: Tensor, base: Tensor, merged_decoded: Tensor | None, *, out: Tensor | None = None) -> Tensor:
     """What has to be added to the local parameters.
 
     Args:
         published: the new version's shadow, flat float32 [N].
         base: the fragment as last adopted, flat float32 [N].
-        merged_decoded: d^ if the new version contains it, else None.
+        merged_decoded: d^ if the new version contains it, in float32 or the wire's dtype, else None.
+        out: where to put the result, float32 [N]; None allocates.
 
     Returns:
         published - reference, flat float32 [N], with memory of its own.
 
     Raises:
-        LocalProtocolError: the tensors are not flat float32 of one size.
+        LocalProtocolError: the tensors are not flat, of one size and of these dtypes.
     """
-    before = reference(base, merged_decoded)
-    require_flat(published, before.numel(), "published")
-    return torch.sub(published, before)
+    require_flat(base, None, "base")
+    require_flat(published, base.numel(), "published")
+    if merged_decoded is not None:
+        require_flat(merged_decoded, base.numel(), "merged_decoded", other=torch.bfloat16)
+    delta = torch.empty_like(published) if out is None else out
+    for start in range(0, base.numel(), _BLOCK_ELEMENTS):
+        part = slice(start, start + _BLOCK_ELEMENTS)
+        before = reference(base[part], None if merged_decoded is None else merged_decoded[part])
+        torch.sub(published[part], before, out=delta[part])
+    return delta

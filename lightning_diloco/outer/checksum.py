@@ -1,13 +1,9 @@
-"""Checksums of tensors and bytes, without copying and without holding the interpreter lock.
-
-CRC-32 guards a payload on its way (damage, not malice: keys and encryption are the transport's task). SHA-256 names a set of weights.
-"""
+"""A tensor's memory as bytes, without copying, and SHA-256, which names a set of weights."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import zlib
 from collections.abc import Iterable
 
 import torch
@@ -15,7 +11,7 @@ from torch import Tensor
 
 from lightning_diloco.errors import LocalProtocolError
 
-__all__ = ["buffer_of", "crc32", "sha256_of"]
+__all__ = ["buffer_of", "sha256_of"]
 
 
 def buffer_of(tensor: Tensor) -> memoryview:
@@ -39,21 +35,6 @@ def buffer_of(tensor: Tensor) -> memoryview:
     # The view holds the array, and the array holds the tensor: the memory cannot go away under a reader.
     array._tensor = tensor  # type: ignore[attr-defined]
     return memoryview(array).cast("B")
-
-
-def crc32(data: Tensor | bytes | bytearray | memoryview) -> int:
-    """CRC-32 of bytes, or of a tensor's memory.
-
-    Args:
-        data: bytes-like, or a contiguous host tensor (float32 and uint8 are what the wire has).
-
-    Returns:
-        An unsigned 32-bit integer.
-
-    Raises:
-        LocalProtocolError: the tensor is on another device or not contiguous.
-    """
-    return zlib.crc32(buffer_of(data) if isinstance(data, Tensor) else data)
 
 
 def sha256_of(tensors: Iterable[Tensor]) -> str:

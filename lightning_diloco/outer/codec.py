@@ -15,7 +15,7 @@ sees them after decoding too.
 
 The syncer and every learner add the same y to the same shadow, so they hold the same bits for ever; the rounding error stays in
 theta - shadow' and is part of the next difference: it is sent later, it does not add up. Full transfers are float32 values of the
-shadow. Decoding and adding are two kernels (no fused multiply-add), so every CPU gets the same bits.
+shadow. Widening bf16 is exact and the sum rounds once, so every CPU gets the same bits.
 
 References:
     Decoupled DiLoCo, arXiv 2604.21428: compressed outer gradients. Publishing differences against a shadow is our choice.
@@ -32,12 +32,24 @@ from torch import Tensor
 from lightning_diloco.errors import ConfigurationError, LocalProtocolError, RemoteProtocolError
 from lightning_diloco.outer._checks import require_flat
 
-__all__ = ["decode", "decode_full", "decode_publication", "encode", "encode_full", "encode_publication", "payload_bytes"]
+__all__ = [
+    "decode",
+    "decode_full",
+    "decode_publication",
+    "encode",
+    "encode_full",
+    "encode_in_place",
+    "encode_publication",
+    "payload_bytes",
+    "payload_values",
+]
 
 Buffer = bytes | bytearray | memoryview
 
 _WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BF16_MAX = float(torch.finfo(torch.bfloat16).max)
+_BLOCK_ELEMENTS = 1 << 18
+"""1 MiB is looked at and converted while it is in the cache."""
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ConfigurationError(f"This machine is {sys.byteorder} endian: the wire is little endian and views of memory are sent as they are.")
@@ -82,16 +94,42 @@ def encode(flat: Tensor, wire_dtype: str) -> Tensor:
     return _saturated(flat).to(dtype).view(torch.uint8)
 
 
-def decode(buffer: Buffer | Tensor, num_elements: int, wire_dtype: str) -> Tensor:
-    """Decode a payload of exactly the right length.
+def encode_in_place(flat: Tensor, wire_dtype: str) -> Tensor:
+    """`encode` into the fragment's own memory, which then holds the payload.
 
     Args:
-        buffer: the payload, bytes-like or a flat contiguous uint8 tensor; it is not kept.
+        flat: float32 [N] in host memory; its values are gone afterwards.
+        wire_dtype: "fp32" or "bf16".
+
+    Returns:
+        As `encode`, a view of the first bytes of `flat`.
+
+    Raises:
+        ConfigurationError: the wire dtype is unknown or is not there yet.
+        LocalProtocolError: `flat` is not flat contiguous float32.
+    """
+    dtype = _torch_dtype(wire_dtype)
+    require_flat(flat, None, "fragment")
+    raw = flat.view(torch.uint8)[: payload_bytes(flat.numel(), wire_dtype)]
+    if dtype != torch.float32:
+        payload = raw.view(dtype)
+        for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
+            values = _saturated(flat[start : start + _BLOCK_ELEMENTS])
+            # What is written of a block lies before all that is still to be read, but for the first one, which lies on itself.
+            payload[start : start + _BLOCK_ELEMENTS].copy_(values if start else values.to(dtype))
+    return raw
+
+
+def payload_values(buffer: Buffer | Tensor, num_elements: int, wire_dtype: str) -> Tensor:
+    """The values of a payload of exactly the right length, as they are on the wire.
+
+    Args:
+        buffer: the payload, bytes-like or a flat contiguous uint8 tensor.
         num_elements: N of the fragment.
         wire_dtype: "fp32" or "bf16".
 
     Returns:
-        float32 [N] with memory of its own. Values may be non-finite: that is for `contribution_norm` to find.
+        [N] in the wire's dtype, not to be written to: it shares the payload's memory, unless that does not begin where such a value may.
 
     Raises:
         ConfigurationError: the wire dtype is unknown or is not there yet.
@@ -103,20 +141,40 @@ def decode(buffer: Buffer | Tensor, num_elements: int, wire_dtype: str) -> Tenso
     if raw.numel() != expected:
         reason = "oversized" if raw.numel() > expected else "wrong_layout"
         raise RemoteProtocolError(reason, f"A payload of {raw.numel()} bytes: {num_elements} elements in {wire_dtype} are {expected}.")
-    if dtype == torch.float32:
-        return raw.clone().view(dtype)
-    # A network frame may start anywhere: a copy aligns it. Both copies are made without the interpreter lock.
     is_aligned = raw.data_ptr() % dtype.itemsize == 0 and raw.storage_offset() % dtype.itemsize == 0
-    return (raw if is_aligned else raw.clone()).view(dtype).to(torch.float32)
+    return (raw if is_aligned else raw.clone()).view(dtype)
 
 
-def encode_publication(theta_new: Tensor, shadow: Tensor, wire_dtype: str) -> tuple[Tensor, Tensor]:
+def decode(buffer: Buffer | Tensor, num_elements: int, wire_dtype: str, *, out: Tensor | None = None) -> Tensor:
+    """Decode a payload of exactly the right length.
+
+    Args:
+        buffer: the payload, bytes-like or a flat contiguous uint8 tensor; it is not kept.
+        num_elements: N of the fragment.
+        wire_dtype: "fp32" or "bf16".
+        out: where to put the result; None allocates.
+
+    Returns:
+        float32 [N] with memory of its own. Values may be non-finite: that is for `contribution_norm` to find.
+
+    Raises:
+        ConfigurationError: the wire dtype is unknown or is not there yet.
+        RemoteProtocolError: `oversized` for too many bytes, `wrong_layout` for too few.
+    """
+    values = payload_values(buffer, num_elements, wire_dtype)
+    return (torch.empty(num_elements) if out is None else out).copy_(values)
+
+
+def encode_publication(
+    theta_new: Tensor, shadow: Tensor, wire_dtype: str, *, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Encode a merged fragment for every learner that holds the shadow.
 
     Args:
         theta_new: the global parameters after the outer step, float32 [N].
         shadow: what learners hold, float32 [N].
         wire_dtype: "fp32" or "bf16".
+        out: memory for the payload, uint8, and for the new shadow, float32 [N]; None allocates.
 
     Returns:
         The payload, uint8, and the new shadow, float32 [N]: what `decode_publication` returns, bit for bit. With ``fp32`` it is
@@ -124,13 +182,25 @@ def encode_publication(theta_new: Tensor, shadow: Tensor, wire_dtype: str) -> tu
     """
     require_flat(theta_new, None, "theta_new")
     require_flat(shadow, theta_new.numel(), "shadow")
+    size = shadow.numel()
+    payload, new_shadow = (torch.empty(payload_bytes(size, wire_dtype), dtype=torch.uint8), None) if out is None else out
+    values = payload.view(_torch_dtype(wire_dtype))
+    require_flat(values, size, "payload", other=values.dtype)
     if wire_dtype == "fp32":
-        return encode(theta_new, wire_dtype), theta_new
-    payload = encode(torch.sub(theta_new, shadow), wire_dtype)
-    return payload, torch.add(shadow, decode(payload, shadow.numel(), wire_dtype))
+        values.copy_(theta_new)
+        return payload, theta_new
+    new_shadow = torch.empty_like(shadow) if new_shadow is None else new_shadow
+    scratch = torch.empty(min(size, _BLOCK_ELEMENTS))
+    for start in range(0, size, _BLOCK_ELEMENTS):
+        part = slice(start, start + _BLOCK_ELEMENTS)
+        difference = torch.sub(theta_new[part], shadow[part], out=scratch[: shadow[part].numel()])
+        torch.add(shadow[part], values[part].copy_(_saturated(difference)), out=new_shadow[part])
+    return payload, new_shadow
 
 
-def decode_publication(payload: Buffer | Tensor, shadow: Tensor, num_elements: int, wire_dtype: str) -> Tensor:
+def decode_publication(
+    payload: Buffer | Tensor, shadow: Tensor, num_elements: int, wire_dtype: str, *, out: Tensor | None = None
+) -> Tensor:
     """Decode a publication whose parent is held.
 
     Args:
@@ -138,6 +208,7 @@ def decode_publication(payload: Buffer | Tensor, shadow: Tensor, num_elements: i
         shadow: the parent version as held here, float32 [N]; stays as it is.
         num_elements: N.
         wire_dtype: "fp32" or "bf16".
+        out: where to put the result; None allocates.
 
     Returns:
         The new shadow, float32 [N].
@@ -147,8 +218,9 @@ def decode_publication(payload: Buffer | Tensor, shadow: Tensor, num_elements: i
         LocalProtocolError: the shadow has another size.
     """
     require_flat(shadow, num_elements, "shadow")
-    values = decode(payload, num_elements, wire_dtype)
-    return values if wire_dtype == "fp32" else torch.add(shadow, values)
+    new = torch.empty_like(shadow) if out is None else out
+    values = payload_values(payload, num_elements, wire_dtype)
+    return new.copy_(values) if wire_dtype == "fp32" else torch.add(shadow, values, out=new)
 
 
 def encode_full(shadow: Tensor) -> Tensor:
@@ -156,9 +228,9 @@ def encode_full(shadow: Tensor) -> Tensor:
     return encode(shadow, "fp32")
 
 
-def decode_full(payload: Buffer | Tensor, num_elements: int) -> Tensor:
-    """Decode a full transfer into float32 [N]; errors as in `decode`."""
-    return decode(payload, num_elements, "fp32")
+def decode_full(payload: Buffer | Tensor, num_elements: int, *, out: Tensor | None = None) -> Tensor:
+    """Decode a full transfer into float32 [N]; arguments and errors as in `decode`."""
+    return decode(payload, num_elements, "fp32", out=out)
 
 
 def _torch_dtype(wire_dtype: str) -> torch.dtype:

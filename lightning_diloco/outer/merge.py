@@ -27,7 +27,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,10 +79,12 @@ class MergeAccumulator:
 
     Args:
         fragment: sizes, tensors and merge rules.
+        allocate: where the accumulator's memory comes from, float32 of so many elements.
     """
 
-    def __init__(self, fragment: Fragment) -> None:
+    def __init__(self, fragment: Fragment, *, allocate: Callable[[int], Tensor] = torch.empty) -> None:
         self._fragment = fragment
+        self._allocate = allocate
         self._lengths = [part.length for part in fragment.slices]
         self._tensor_of = _tensor_indices(fragment)
         self._count = 0
@@ -178,7 +180,7 @@ class MergeAccumulator:
             return
         if self._first is not None:
             first, first_record = self._first
-            self._accumulator = torch.zeros_like(first)
+            self._accumulator = self._allocate(first.numel()).zero_()
             self._exponent = math.frexp(total)[1]
             self._add(self._accumulator, first, first_record)
             self._first = None

@@ -19,6 +19,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +29,9 @@ from lightning_diloco.errors import ConfigurationError, LocalProtocolError
 from lightning_diloco.outer._checks import require_flat
 
 __all__ = ["FragmentState", "last_step", "momentum_at", "outer_step", "recovered_momentum"]
+
+_BLOCK_ELEMENTS = 1 << 18
+"""1 MiB stays in the cache from the momentum to the parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,7 +91,14 @@ def momentum_at(merge_index_from_1: int, outer_momentum: float, warmup: int) -> 
     return min(outer_momentum, merge_index_from_1 / (merge_index_from_1 + warmup))
 
 
-def outer_step(state: FragmentState, pseudo_gradient: Tensor, *, lr: float, momentum: float) -> FragmentState:
+def outer_step(
+    state: FragmentState,
+    pseudo_gradient: Tensor,
+    *,
+    lr: float,
+    momentum: float,
+    allocate: Callable[[int], Tensor] = torch.empty,
+) -> FragmentState:
     """One step of the outer optimizer.
 
     With momentum 0 it is plain SGD, and with lr 1 beside it exactly theta - g, bit for bit.
@@ -97,6 +108,7 @@ def outer_step(state: FragmentState, pseudo_gradient: Tensor, *, lr: float, mome
         pseudo_gradient: the merged g, flat float32 [N].
         lr: outer learning rate, above 0.
         momentum: mu of this merge, in [0, 1); see `momentum_at`.
+        allocate: where the new tensors' memory comes from, float32 of so many elements.
 
     Returns:
         The new state: theta and momentum new, shadow shared (publishing moves it), merge_index one more.
@@ -107,19 +119,27 @@ def outer_step(state: FragmentState, pseudo_gradient: Tensor, *, lr: float, mome
     """
     if not (0.0 < lr < math.inf and 0.0 <= momentum < 1.0):
         raise ConfigurationError(f"lr={lr!r}, momentum={momentum!r}: lr must be finite and above 0, momentum in [0, 1).")
-    require_flat(pseudo_gradient, state.theta.numel(), "pseudo_gradient")
-    if momentum == 0.0:
-        # 0 * b + g would turn -0.0 into 0.0: without momentum the direction is g itself.
-        buffer = pseudo_gradient.clone()
-        step = torch.mul(pseudo_gradient, lr)
-    else:
-        buffer = torch.mul(state.momentum, momentum).add_(pseudo_gradient)
-        step = torch.mul(buffer, momentum).add_(pseudo_gradient).mul_(lr)
-    theta = torch.sub(state.theta, step)
+    size = state.theta.numel()
+    require_flat(pseudo_gradient, size, "pseudo_gradient")
+    theta, buffer, scratch = allocate(size), allocate(size), torch.empty(min(size, _BLOCK_ELEMENTS))
+    for start in range(0, size, _BLOCK_ELEMENTS):
+        part = slice(start, start + _BLOCK_ELEMENTS)
+        g, b = pseudo_gradient[part], buffer[part]
+        step = scratch[: g.numel()]
+        if momentum == 0.0:
+            # 0 * b + g would turn -0.0 into 0.0: without momentum the direction is g itself.
+            b.copy_(g)
+            torch.mul(g, lr, out=step)
+        else:
+            torch.mul(state.momentum[part], momentum, out=b).add_(g)
+            torch.mul(b, momentum, out=step).add_(g).mul_(lr)
+        torch.sub(state.theta[part], step, out=theta[part])
     return replace(state, theta=theta, momentum=buffer, ahead=momentum, merge_index=state.merge_index + 1)
 
 
-def last_step(state: FragmentState, pseudo_gradient: Tensor, *, lr: float, share: float) -> FragmentState:
+def last_step(
+    state: FragmentState, pseudo_gradient: Tensor, *, lr: float, share: float, allocate: Callable[[int], Tensor] = torch.empty
+) -> FragmentState:
     """The step of a merge from which nobody trains on; the momentum buffer stays as it was, for whoever resumes.
 
     With x the iterate of Nesterov's method and v = -lr b its velocity, `outer_step` returns theta = x + mu v, a point ahead of the iterate:
@@ -135,6 +155,7 @@ def last_step(state: FragmentState, pseudo_gradient: Tensor, *, lr: float, share
         pseudo_gradient: the merged g, flat float32 [N].
         lr: outer learning rate, above 0.
         share: f, in [0, 1].
+        allocate: see `outer_step`.
 
     Returns:
         The new state: theta new and not ahead, momentum and shadow shared, merge_index one more.
@@ -149,14 +170,14 @@ def last_step(state: FragmentState, pseudo_gradient: Tensor, *, lr: float, share
     """
     if not 0.0 <= share <= 1.0:
         raise LocalProtocolError(f"share={share!r}: the part of an interval that was trained, so in [0, 1].")
-    theta = outer_step(state, pseudo_gradient, lr=lr, momentum=0.0).theta
+    theta = outer_step(state, pseudo_gradient, lr=lr, momentum=0.0, allocate=allocate).theta
     back = (1.0 - share) * lr * state.ahead
     if back > 0.0:
         theta = theta.add_(torch.mul(state.momentum, back))
     return replace(state, theta=theta, ahead=0.0, merge_index=state.merge_index + 1)
 
 
-def recovered_momentum(buffer: Tensor, difference: Tensor, *, lr: float, momentum: float) -> Tensor:
+def recovered_momentum(buffer: Tensor, difference: Tensor, *, lr: float, momentum: float, out: Tensor | None = None) -> Tensor:
     """The momentum buffer after an outer step of which only its effect is known.
 
     With s = -difference / lr, the lines above give s = g + mu b' and b' = mu b + g, so b' = (mu b + s) / (1 + mu). An error in b shrinks
@@ -168,9 +189,11 @@ def recovered_momentum(buffer: Tensor, difference: Tensor, *, lr: float, momentu
         difference: theta' - theta, flat float32 [N]; stays as it is.
         lr: outer learning rate of the step, above 0.
         momentum: mu of the step, in [0, 1).
+        out: where to put the result; may be `buffer`. None allocates.
 
     Returns:
         b', flat float32 [N], up to the rounding of the difference (that of the wire dtype, where it came over the wire).
     """
     require_flat(difference, buffer.numel(), "difference")
-    return torch.mul(buffer, momentum).sub_(difference, alpha=1.0 / lr).div_(1.0 + momentum)
+    new = torch.empty_like(buffer) if out is None else out
+    return torch.mul(buffer, momentum, out=new).sub_(difference, alpha=1.0 / lr).div_(1.0 + momentum)

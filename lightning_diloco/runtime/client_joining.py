@@ -13,10 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_diloco.outer import buffer_of, crc32, load_static, pack_static
+from lightning_diloco.outer import buffer_of, load_static, pack_static
 from lightning_diloco.protocol.events import JoinRequested, LearnerEvent, StaticInstalled
 from lightning_diloco.protocol.identity import FragmentInfo
 from lightning_diloco.protocol.messages import Found, FoundingFragment, FoundingStatic, Message, Ping, StaticState
+from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import FoundingState
 from lightning_diloco.runtime.learner_store import LearnerStore
 

@@ -6,8 +6,9 @@ thread and makes the published copy the base; `set_prepared` puts one there. Ten
 in place, so an encoder may still read a base that has been replaced.
 
 Memory for N parameters: base 4 N, the outer momentum 4 N where checkpoints may ask for it. For every fragment of n parameters under way:
-the published copy, the prepared difference and the decoded contribution 4 n each, its payload (2 n in bf16), and a staging buffer, of which
-each can hold the largest fragment and 1 + P / H are kept. ``benchmarks/memory.py`` measures it.
+the snapshot that becomes its payload, the published copy, the prepared difference, and with momentum the new one, 4 n each. A pool keeps
+that memory from one to the next: 4 blocks of the largest fragment for each fragment that is due in a step. ``benchmarks/memory.py``
+measures it.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from lightning_diloco.config import SyncConfig
 from lightning_diloco.outer import (
     FragmentView,
     Layout,
+    Pool,
     buffer_of,
-    crc32,
-    decode,
     decode_full,
     decode_publication,
-    encode,
+    encode_in_place,
+    payload_values,
     pseudo_gradient,
     rebase_delta,
     reference,
 )
+from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import GlobalState, MomentumTracker
 from lightning_diloco.runtime.healing import Remedy
 
@@ -65,12 +67,10 @@ class LearnerStore:
         self._base: list[Tensor | None] = [None] * count
         self._published: list[Tensor | None] = [None] * count
         self._prepared: list[Adoption | None] = [None] * count
-        self._contributions: list[dict[int, Tensor]] = [{} for _ in range(count)]
         self._payloads: dict[tuple[int, int], Tensor] = {}
-        self._staging: list[Tensor] = []
-        # As many as fragments are copied aside in a step, and one that is still being encoded.
-        self._spares = 1 + math.ceil(count / config.sync_interval_steps)
-        self._largest = max(view.num_params for view in self.views)
+        # A fragment on its way takes a snapshot, a version, its momentum and a difference, and gives as many back.
+        largest = max(view.num_params for view in self.views)
+        self._memory = Pool(4 * largest, keep=4 * math.ceil(count / config.sync_interval_steps))
         self._versions = [0] * count
         self.momentum = momentum
 
@@ -109,10 +109,11 @@ class LearnerStore:
     def decode(self, fragment_id: int, payload: memoryview, *, is_full: bool, crc: int) -> Tensor | None:
         """Decode a publication; None if the result does not have its checksum."""
         num_params = self.views[fragment_id].num_params
+        new = self._memory.flat(num_params)
         if is_full:
-            new = decode_full(payload, num_params)
+            decode_full(payload, num_params, out=new)
         else:
-            new = decode_publication(payload, self.published(fragment_id), num_params, self._dtype(fragment_id))
+            decode_publication(payload, self.published(fragment_id), num_params, self._dtype(fragment_id), out=new)
         return new if crc32(new) == crc else None
 
     def prepare(self, fragment_id: int, published: Tensor, base: Tensor, with_contribution: int) -> Adoption:
@@ -126,11 +127,11 @@ class LearnerStore:
         """
         if not self._is_rebase:
             return Adoption(published, None)
-        merged = self._contributions[fragment_id].get(with_contribution)
+        merged, delta = self._sent(fragment_id, with_contribution), self._memory.flat(published.numel())
         if self.layout.fragments[fragment_id].holds_values:
-            delta = torch.sub(published, base if merged is None else merged)
+            torch.sub(published, base if merged is None else merged, out=delta)
         else:
-            delta = rebase_delta(published, base, merged)
+            rebase_delta(published, base, merged, out=delta)
         return Adoption(published, self.views[fragment_id].split(delta))
 
     def set_joined(self, fragment_id: int, published: Tensor, version: int) -> None:
@@ -140,7 +141,8 @@ class LearnerStore:
 
     def momentum_of(self, fragment_id: int, published: Tensor, version: int) -> Tensor | None:
         """The momentum that goes with this version, which is the next one; None if nobody asks for it."""
-        return self.momentum.after(fragment_id, self.published(fragment_id), published, self._versions[fragment_id], version)
+        before = self.published(fragment_id)
+        return self.momentum.after(fragment_id, before, published, self._versions[fragment_id], version, allocate=self._memory.flat)
 
     def set_prepared(self, fragment_id: int, adoption: Adoption, version: int, momentum: Tensor | None) -> None:
         """Under the lock: this version can be adopted."""
@@ -160,34 +162,32 @@ class LearnerStore:
     # ---- contributions ------------------------------------------------------------------------------------------------------
 
     def stage(self, fragment_id: int) -> Tensor:
-        """Under the lock: a buffer of the fragment's size, float32 [N]; used again, for any fragment, after `encode`."""
-        buffer = self._staging.pop() if self._staging else torch.empty(self._largest)
-        return buffer.as_strided((self.views[fragment_id].num_params,), (1,), 0)
+        """Memory for the fragment's values at this moment, float32 [N]."""
+        return self._memory.flat(self.views[fragment_id].num_params)
 
     def encode(self, fragment_id: int, seq: int, base: Tensor, local: Tensor, after: int) -> int:
-        """Encode base minus local, relative to contribution `after` if there is one; of buffers the values. Keeps payload and d^.
+        """Encode base minus local, relative to contribution `after` if there is one; of buffers the values. Keeps the payload.
 
         Args:
             fragment_id: whose.
             seq: of the contribution.
             base: what it starts from, float32 [N].
-            local: a buffer of `stage`; it is used up.
+            local: what `stage` gave, with the values; it becomes the payload.
             after: seq of the part of this learner's work before it (0: none).
 
         Returns:
             crc of the payload.
         """
         wire_dtype = self._dtype(fragment_id)
-        if self.layout.fragments[fragment_id].holds_values:
-            payload = encode(local, wire_dtype)
-        else:
-            earlier = self._contributions[fragment_id].get(after)
-            payload = encode(pseudo_gradient(reference(base, earlier), local, out=local), wire_dtype)
-        if len(self._staging) < self._spares:
-            self._staging.append(local)
-        self._payloads[fragment_id, seq] = payload
-        self._contributions[fragment_id][seq] = decode(payload, base.numel(), wire_dtype)
+        if not self.layout.fragments[fragment_id].holds_values:
+            pseudo_gradient(reference(base, self._sent(fragment_id, after)), local, out=local)
+        payload = self._payloads[fragment_id, seq] = encode_in_place(local, wire_dtype)
         return crc32(payload)
+
+    def _sent(self, fragment_id: int, seq: int) -> Tensor | None:
+        """The values of a contribution that is not resolved, as the syncer decodes them, in the wire's dtype; None if there is none."""
+        payload = self._payloads.get((fragment_id, seq))
+        return None if payload is None else payload_values(payload, self.views[fragment_id].num_params, self._dtype(fragment_id))
 
     def remedy(self, fragment_id: int, keep_seq: int) -> Remedy:
         """Under the lock: from what a healed fragment is mended.
@@ -196,14 +196,13 @@ class LearnerStore:
             fragment_id: whose values.
             keep_seq: seq of the contribution on its way (0: none).
         """
-        sent = None if self.layout.fragments[fragment_id].holds_values else self._contributions[fragment_id].get(keep_seq)
-        return Remedy(self.base(fragment_id), sent)
+        sent = None if self.layout.fragments[fragment_id].holds_values else self._sent(fragment_id, keep_seq)
+        return Remedy(self.base(fragment_id), None if sent is None else sent.to(torch.float32))
 
     def payload(self, fragment_id: int, seq: int) -> memoryview:
         """The encoded contribution, to be sent (again)."""
         return buffer_of(self._payloads[fragment_id, seq])
 
     def forget(self, fragment_id: int, seq: int) -> None:
-        """The contribution is resolved: neither payload nor decoded value is needed."""
+        """The contribution is resolved: its payload is not needed any more."""
         self._payloads.pop((fragment_id, seq), None)
-        self._contributions[fragment_id].pop(seq, None)

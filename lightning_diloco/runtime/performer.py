@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError, RemoteProtocolError
-from lightning_diloco.outer import Layout, buffer_of, crc32, payload_bytes, static_bytes
+from lightning_diloco.outer import Layout, buffer_of, payload_bytes, static_bytes
 from lightning_diloco.protocol.actions import (
     BeginFounding,
     Close,
@@ -47,6 +47,7 @@ from lightning_diloco.protocol.messages import (
 )
 from lightning_diloco.protocol.records import EndRecord, MergeRecord, PublishRecord, Record, TapeLine
 from lightning_diloco.protocol.wire import decode_learner_header, encode
+from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import OUTER_NAME
 from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES, Closed, SyncerStore
 from lightning_diloco.runtime.tape import TapeWriter

@@ -4,13 +4,15 @@ One thread (the numerics thread of `SyncerService`) calls everything here, in th
 needed. Published tensors are never changed in place: a transfer may still be reading them.
 
 Memory per fragment of N elements: Theta, momentum and shadow in float32 (12 N bytes), the newest difference in the wire dtype, and while
-contributions are folded an accumulator (4 N) and one decoded contribution (4 N).
+contributions are folded an accumulator (4 N) and one decoded contribution (4 N). Pools keep what a merge frees for the next one: as many
+blocks of the largest fragment as a merge needs, for each fragment that is due in a step.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,18 +28,20 @@ from lightning_diloco.outer import (
     FragmentState,
     Layout,
     MergeAccumulator,
+    Pool,
     contribution_norm,
-    crc32,
     decode,
     decode_full,
     encode_publication,
     last_step,
     momentum_at,
     outer_step,
+    payload_bytes,
     sha256_of,
     static_bytes,
 )
 from lightning_diloco.outer.static import unpack_static
+from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import by_name
 
 __all__ = ["Closed", "SyncerStore"]
@@ -78,7 +82,11 @@ class SyncerStore:
         self.config = config
         self.static = torch.empty(0, dtype=torch.uint8)
         self._states: list[FragmentState | None] = [None] * len(layout.fragments)
-        self._accumulators = [MergeAccumulator(f) for f in layout.fragments]
+        due, largest = math.ceil(len(layout.fragments) / config.sync_interval_steps), max(f.num_params for f in layout.fragments)
+        # A merge takes Theta, momentum, shadow, accumulator and a contribution, and a difference.
+        self._memory = Pool(4 * largest, keep=5 * due)
+        self._payloads = Pool(payload_bytes(largest, config.wire_dtype), keep=due)
+        self._accumulators = [MergeAccumulator(f, allocate=self._memory.flat) for f in layout.fragments]
         self._norms: list[list[tuple[float, ...]]] = [[] for _ in layout.fragments]
 
     def found_fragment(self, fragment_id: int, part: str, payload: memoryview, crc: int) -> None:
@@ -141,7 +149,7 @@ class SyncerStore:
         """
         crc_ok = crc32(payload) == crc
         fragment = self.layout.fragments[fragment_id]
-        d = decode(payload, fragment.num_params, self._dtype(fragment))
+        d = decode(payload, fragment.num_params, self._dtype(fragment), out=self._memory.flat(fragment.num_params))
         return d, contribution_norm(d), crc_ok
 
     def _dtype(self, fragment: Fragment) -> str:
@@ -157,22 +165,22 @@ class SyncerStore:
         start_s = time.monotonic()
         config, before, fragment = self.config, self.state(fragment_id), self.layout.fragments[fragment_id]
         merged, record = self._accumulators[fragment_id].result()
-        momentum, wire_dtype = momentum_at(merge_index, config.outer_momentum, config.outer_momentum_warmup), self._dtype(fragment)
+        momentum = momentum_at(merge_index, config.outer_momentum, config.outer_momentum_warmup)
         if fragment.holds_values:
             momentum, stepped = 0.0, FragmentState.founded(merged)
         elif last_share is not None:
-            momentum, stepped = 0.0, last_step(before, merged, lr=config.outer_lr, share=last_share)
+            momentum, stepped = 0.0, last_step(before, merged, lr=config.outer_lr, share=last_share, allocate=self._memory.flat)
         else:
-            stepped = outer_step(before, merged, lr=config.outer_lr, momentum=momentum)
-        difference, shadow = encode_publication(stepped.theta, before.shadow, wire_dtype)
-        if not bool(torch.isfinite(shadow).all()):
+            stepped = outer_step(before, merged, lr=config.outer_lr, momentum=momentum, allocate=self._memory.flat)
+        difference, shadow = self._publication(fragment, stepped.theta, before.shadow)
+        if not _is_finite(shadow):
             # Finite contributions can still overflow, with a huge outer learning rate for one. NaN in the global model is for good.
             _log.error("The outer step of fragment %d is not finite; the fragment stays as it was, without momentum.", fragment_id)
             stepped = FragmentState.founded(before.theta)
-            difference, shadow = encode_publication(before.theta, before.shadow, wire_dtype)
+            difference, shadow = self._publication(fragment, before.theta, before.shadow)
         self._states[fragment_id] = replace(stepped, shadow=shadow, merge_index=merge_index)
         norms, self._norms[fragment_id] = tuple(self._norms[fragment_id]), []
-        self._accumulators[fragment_id] = MergeAccumulator(self.layout.fragments[fragment_id])
+        self._accumulators[fragment_id] = MergeAccumulator(fragment, allocate=self._memory.flat)
         return Closed(
             fragment_id=fragment_id,
             difference=difference,
@@ -183,6 +191,11 @@ class SyncerStore:
             norms=norms,
             scales=record.scales,
         )
+
+    def _publication(self, fragment: Fragment, theta: Tensor, shadow: Tensor) -> tuple[Tensor, Tensor]:
+        wire_dtype = self._dtype(fragment)
+        out = self._payloads.raw(payload_bytes(fragment.num_params, wire_dtype)), self._memory.flat(fragment.num_params)
+        return encode_publication(theta, shadow, wire_dtype, out=out)
 
     def global_sha256(self) -> str:
         """SHA-256 of all published fragments in layout order, float32 little endian."""
@@ -211,6 +224,11 @@ class SyncerStore:
         momenta = tuple(self.state(f.fragment_id).momentum for f in self.layout.fragments)
         tensors = by_name(self.layout, momenta) if self.config.outer_momentum > 0 else {}
         _write(tensors, path, {"versions": json.dumps(numbers)})
+
+
+def _is_finite(values: Tensor) -> bool:
+    low, high = torch.aminmax(values)
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

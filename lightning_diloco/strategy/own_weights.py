@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_diloco.errors import ConfigurationError
-from lightning_diloco.outer import FragmentView, Layout, crc32
+from lightning_diloco.outer import FragmentView, Layout
+from lightning_diloco.runtime.checksum import crc32
 
 __all__ = ["OWN_WEIGHTS", "all_close", "checksums", "take_own_weights"]
 

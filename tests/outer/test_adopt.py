@@ -13,6 +13,7 @@ from lightning_diloco.outer import (
     encode,
     encode_publication,
     outer_step,
+    payload_values,
     pseudo_gradient,
     rebase_delta,
     reference,
@@ -48,11 +49,26 @@ def test_the_reference_is_the_base_less_what_was_merged():
     assert torch.equal(rebase_delta(random(3), base, None), random(3) - base)
 
 
+def test_a_contribution_counts_as_decoded_whatever_its_dtype_is():
+    size = (1 << 18) + 5
+    published, base, d = torch.randn(3, size).unbind()
+    sent = payload_values(encode(d, "bf16"), size, "bf16")
+    expected = published - (base - sent.float())
+    assert torch.equal(reference(base, sent), base - sent.float())
+    out = torch.empty(size)
+    assert rebase_delta(published, base, sent, out=out) is out
+    assert torch.equal(out, expected)
+    assert torch.equal(rebase_delta(published, base, sent.float()), expected)
+
+
 def test_sizes_are_checked():
     for call in (
         lambda: reference(random(1), torch.zeros(1)),
         lambda: rebase_delta(torch.zeros(1), random(1), None),
         lambda: rebase_delta(random(1), random(1).double(), None),
+        lambda: rebase_delta(random(1), random(1), torch.zeros(1)),
+        lambda: rebase_delta(random(1), random(1), random(1).half()),
+        lambda: rebase_delta(random(1).bfloat16(), random(1), None),
     ):
         with pytest.raises(LocalProtocolError, match="flat, contiguous float32"):
             call()

@@ -16,8 +16,10 @@ from lightning_diloco.outer import (
     decode_publication,
     encode,
     encode_full,
+    encode_in_place,
     encode_publication,
     payload_bytes,
+    payload_values,
 )
 
 BF16_MAX = (2 - 2**-7) * 2.0**127
@@ -97,6 +99,49 @@ def test_neither_direction_shares_memory_with_its_input(wire):
     assert torch.equal(decode(payload, 500, wire), before)
     payload.zero_()
     assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("size", [0, 1, 500, (1 << 18) - 1, (1 << 18) + 3, 3 << 18])
+def test_encoding_in_place_gives_the_same_bytes(wire, size):
+    x = random(4, size)
+    if size > 1:
+        x[[0, size // 2, -1]] = torch.tensor([3.4e38, math.inf, -3.4e38])
+    payload = encode(x, wire)
+    address = x.data_ptr()
+    in_place = encode_in_place(x, wire)
+    assert torch.equal(in_place, payload)
+    assert in_place.data_ptr() == address
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_values_of_a_payload_share_its_memory_where_they_can(wire):
+    payload = encode(random(5), wire)
+    values = payload_values(payload, 500, wire)
+    assert values.data_ptr() == payload.data_ptr()
+    assert torch.equal(values.float(), decode(payload, 500, wire))
+    odd = torch.cat((torch.zeros(1, dtype=torch.uint8), payload))[1:]
+    assert torch.equal(payload_values(odd, 500, wire), values)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_results_can_be_put_into_memory_that_is_there(wire):
+    payload, shadow, out = encode(random(6), wire), random(7), torch.full((500,), math.nan)
+    assert decode(payload, 500, wire, out=out) is out
+    assert torch.equal(out, decode(payload, 500, wire))
+    assert decode_publication(payload, shadow, 500, wire, out=out) is out
+    assert torch.equal(out, decode_publication(payload, shadow, 500, wire))
+    theta, memory = random(8), (torch.empty(payload_bytes(500, wire), dtype=torch.uint8), torch.empty(500))
+    for fresh, put in zip(encode_publication(theta, shadow, wire), encode_publication(theta, shadow, wire, out=memory), strict=True):
+        assert torch.equal(fresh, put)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_publication_in_several_blocks_is_one_difference(wire):
+    theta, shadow = random(9, (1 << 18) + 7), random(10, (1 << 18) + 7)
+    payload, new_shadow = encode_publication(theta, shadow, wire)
+    assert torch.equal(payload, encode(theta if wire == "fp32" else theta - shadow, wire))
+    assert torch.equal(new_shadow, decode_publication(payload, shadow, theta.numel(), wire))
 
 
 @pytest.mark.parametrize("wire", WIRES)

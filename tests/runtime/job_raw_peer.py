@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.outer import buffer_of, crc32, encode, plan_layout
+from lightning_diloco.outer import buffer_of, encode, plan_layout
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.messages import (
     PROTOCOL_VERSION,
@@ -26,6 +26,7 @@ from lightning_diloco.protocol.messages import (
 )
 from lightning_diloco.protocol.wire import decode_from_syncer, decode_syncer_header
 from lightning_diloco.protocol.wire import encode as encode_message
+from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.transport import SYNCER, ControlReceived, LearnerTransport, PayloadDelivered, PayloadFailed, PayloadReceived
 
 

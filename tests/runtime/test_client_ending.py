@@ -28,9 +28,10 @@ def test_a_learner_that_ends_early_is_waited_for_by_nobody_and_loses_nothing(tmp
         rest = Background(lambda: whole_life(long, 200, sleep_s=0.005))
         with caplog.at_level(logging.WARNING):
             whole_life(short, 40)
+        before = long.figures.merges
         assert not rest.is_done and "not acknowledged" not in caplog.text
         rest.result()
-        assert long.figures.merges > 60, "rounds go on with the one that is left"
+        assert long.figures.merges > before + 3, "rounds go on with the one that is left"
         summary = job.finish()
     assert summary["tokens"] == summary["tokens_merged"] == 240 * 16
 

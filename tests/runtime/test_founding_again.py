@@ -7,9 +7,10 @@ import threading
 import torch
 from torch import nn
 
-from lightning_diloco.outer import buffer_of, crc32
+from lightning_diloco.outer import buffer_of
 from lightning_diloco.protocol.identity import FragmentInfo
 from lightning_diloco.protocol.messages import Found, FoundingFragment, SendState, Welcome
+from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.store import SyncerStore
 from tests.runtime.job_helpers import CONFIG, Background, running_job, train, until
 from tests.runtime.job_raw_peer import RawPeer

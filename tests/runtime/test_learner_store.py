@@ -1,4 +1,4 @@
-"""Staging buffers: a fragment may get one that a smaller one has used, and its payload is that of a fresh one."""
+"""A learner's memory: a fragment may get a block that another one has used, and all its bytes are those of a fresh store."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ def contribution(store: LearnerStore, fragment_id: int) -> bytes:
     local = store.stage(fragment_id)
     store.views[fragment_id].copy_to(local)
     store.encode(fragment_id, 1, store.base(fragment_id), local, 0)
-    return bytes(store.payload(fragment_id, 1))
+    del local
+    payload = bytes(store.payload(fragment_id, 1))
+    store.forget(fragment_id, 1)
+    return payload
 
 
-def test_a_buffer_serves_fragments_of_all_sizes():
+def test_a_block_serves_fragments_of_all_sizes():
     torch.manual_seed(0)
     module, config = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 40), nn.Linear(40, 2)), SyncConfig(num_fragments=3, wire_dtype="fp32")
     shared = store_of(module, config)
@@ -39,16 +42,35 @@ def test_a_buffer_serves_fragments_of_all_sizes():
         fresh = store_of(module, config)
         fresh._base = list(shared._base)
         assert contribution(shared, fragment_id) == contribution(fresh, fragment_id)
-        assert len(shared._staging) == 1, "one buffer, used again"
+        assert shared._memory.num_free == 1, "one block, used again"
 
 
-def test_as_many_buffers_are_kept_as_fragments_are_copied_aside_in_a_step():
+def test_what_is_kept_is_what_the_fragments_due_in_one_step_need():
     module = nn.Sequential(*[nn.Linear(2, 2) for _ in range(6)])
-    for interval, kept in ((6, 2), (3, 3), (100, 2)):
+    for interval, kept in ((6, 4), (3, 8), (100, 4)):
         store = store_of(module, SyncConfig(num_fragments=6, sync_interval_steps=interval))
-        assert len(store.views) == 6
-        for fragment_id in range(6):
-            store.found(fragment_id, 0)
-        for fragment_id, local in [(i, store.stage(i)) for i in range(6)]:
-            store.encode(fragment_id, 1, store.base(fragment_id), local, 0)
-        assert len(store._staging) == kept
+        blocks = [store.stage(i % 6) for i in range(12)]
+        assert store._memory.num_free == 0
+        blocks.clear()
+        assert store._memory.num_free == kept
+
+
+def test_a_payload_that_is_not_acknowledged_outlives_its_snapshot():
+    torch.manual_seed(0)
+    module = nn.Linear(4, 4)
+    store = store_of(module, SyncConfig(num_fragments=1, wire_dtype="bf16"))
+    store.found(0, 0)
+    with torch.no_grad():
+        module.weight.add_(1.0)
+    local = store.stage(0)
+    store.views[0].copy_to(local)
+    store.encode(0, 1, store.base(0), local, 0)
+    del local
+    before = bytes(store.payload(0, 1))
+    view = store.payload(0, 1)
+    store.forget(0, 1)
+    other = store.stage(0)
+    other.fill_(7.0)
+    assert bytes(view) == before, "a transfer that still reads it is not disturbed"
+    del view
+    assert store._memory.num_free == 1

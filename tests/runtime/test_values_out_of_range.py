@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.outer import buffer_of, crc32, plan_layout
+from lightning_diloco.outer import buffer_of, plan_layout
 from lightning_diloco.protocol.messages import Resolved
+from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.healing import MAX_NORM, Remedy
 from lightning_diloco.runtime.store import SyncerStore
 from tests.runtime.job_helpers import CONFIG, Background, make_module, running_job, train, until, whole_life

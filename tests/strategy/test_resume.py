@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from lightning_diloco import DecoupledDiLoCoStrategy
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.outer import buffer_of, crc32, decode_publication, last_step, plan_layout
+from lightning_diloco.outer import buffer_of, decode_publication, last_step, plan_layout
+from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import FoundingState, MomentumTracker, by_name
 from lightning_diloco.runtime.store import SyncerStore
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY, read_resumed

@@ -12,7 +12,8 @@ from torch import nn
 
 from lightning_diloco import DecoupledDiLoCoStrategy
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.outer import FragmentView, buffer_of, crc32, plan_layout
+from lightning_diloco.outer import FragmentView, buffer_of, plan_layout
+from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import MomentumTracker
 from lightning_diloco.runtime.learner_store import LearnerStore
 from lightning_diloco.runtime.store import SyncerStore

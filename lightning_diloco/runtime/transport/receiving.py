@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
+
+from lightning_diloco.runtime.checksum import crc32
 
 from .frames import (
     CHUNK_BYTES,
@@ -280,7 +281,7 @@ class IncomingTransfers:
         if end == assembly.prefix:
             return False
         fresh = assembly.buffer[assembly.prefix * self._chunk_bytes : end * self._chunk_bytes]
-        assembly.crc = zlib.crc32(fresh, assembly.crc)
+        assembly.crc = crc32(fresh, assembly.crc)
         assembly.prefix = end
         return True
 
@@ -312,4 +313,4 @@ def _allocate(num_bytes: int) -> bytearray:
 
 
 def _fingerprint(begin: Begin) -> tuple[int, int, int]:
-    return begin.total_bytes, begin.crc, zlib.crc32(begin.header)
+    return begin.total_bytes, begin.crc, crc32(begin.header)

@@ -18,10 +18,11 @@ The caller does the I/O: `peek` says what to send, `mark_sent` that the socket t
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from lightning_diloco.runtime.checksum import crc32
 
 from .frames import CHUNK_BYTES, Begin, Cancel, Chunk, Grant, Received, ReplyFrame, count_chunks
 
@@ -133,7 +134,7 @@ class OutgoingTransfers:
         end = min(head.num_chunks, head.hashed + max_chunks)
         done = end - head.hashed
         if done:
-            head.crc = zlib.crc32(head.payload[head.hashed * self._chunk_bytes : end * self._chunk_bytes], head.crc)
+            head.crc = crc32(head.payload[head.hashed * self._chunk_bytes : end * self._chunk_bytes], head.crc)
             head.hashed = end
         return done
 
