@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipe_rows import ROOT, Rows, mean, table
 
-LEARNERS, STEPS, RATE = 4, 800, 6e-3
+LEARNERS, STEPS, RATE = 4, 800, 1.2e-2
 TABLES: dict[str, dict[str, list[str]]] = {
     "adoption": {"rebase (default)": [], "overwrite": ["+strategy.adopt=overwrite"]},
     "merge": {
@@ -127,7 +127,7 @@ def _event(kind: str, learner_id: int, steps: int) -> Any:
 
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
             """Before the join: the late one waits until the others are half through."""
-            if kind == "late" and self._is_it(trainer):
+            if kind == "late" and self._is_it(trainer) and trainer.strategy.assignment.life > 0:
                 counters = trainer.strategy.assignment.run_dir / "summary.json"
                 while not _is_half_through(counters, steps):
                     time.sleep(0.5)
@@ -139,10 +139,10 @@ def _event(kind: str, learner_id: int, steps: int) -> Any:
             self.end_s = time.monotonic()
 
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            """The one that is killed does it itself, once."""
+            """The one that is killed does it itself, once; so does the late one at its first step: all first lives begin together."""
             self.step_s = time.monotonic() - self.end_s
-            strategy = trainer.strategy
-            if kind == "killed" and self._is_it(trainer) and strategy.assignment.life == 0 and trainer.global_step == steps // 2:
+            end = {"killed": steps // 2, "late": 1}.get(kind)
+            if end == trainer.global_step and self._is_it(trainer) and trainer.strategy.assignment.life == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     return Event()

@@ -7,7 +7,7 @@
 Model, data and inner optimizer are those of the recipe `quality`; merges, outer steps and adoption are the functions of
 `lightning_diloco.outer` that the syncer and the learners call. What is perfect is the schedule: every learner contributes to every merge of
 a fragment at the same inner step, and gets the result `delay` steps later. `method=ddp` is one model on the batches of all learners, which
-is what data parallel training computes. `lr` is in multiples of the recipe's learning rate.
+is what data parallel training computes. `lr` is in multiples of 3e-3.
 
 With `--json` a result is appended to the file under its settings, and settings that the file holds are not run again.
 """
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from emulate_adamw import OtherAdamW, step_together
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
@@ -67,9 +68,14 @@ class Settings:
     ``cautious``: momentum moves only elements in which it agrees with g; ``cautious:S``: and there S times as far.
     ``restart``: elements of the momentum buffer that disagree with g begin again as g.
     ``direct:A``: the outer step is A g + lr mu b', where Nesterov's has A = lr.
+    ``fine``: the length of every element of the merge is the mean of the learners' (RDA by element).
+    ``noise:F``: every element is stretched by what its noise shortens it at a learner's batch; moments over merges with weight F.
     """
     inner: str = "adamw"
-    """``muon``: the matrices of the blocks by `torch.optim.Muon`, whose rate is matched to AdamW's, and the rest by AdamW."""
+    """``muon``: the matrices of the blocks by `torch.optim.Muon`, whose rate is matched to AdamW's, and the rest by AdamW.
+
+    ``shared``, ``estimate``: AdamW with another second moment, see `emulate_adamw`.
+    """
     beta2: float = 0.95
     """Of the inner AdamW; 0.95 is the recipe's."""
     batch: int = 0
@@ -87,7 +93,7 @@ class Run:
         self.s = settings
         with initialize_config_dir(str(ROOT / "recipes" / "conf"), version_base="1.3"):
             cfg = compose("config", overrides=["recipe=quality"])
-        self.peak_lr = cfg.model.learning_rate * settings.lr
+        self.peak_lr = 3e-3 * settings.lr
         self.cfg = cfg
         torch.manual_seed(settings.seed)
         first, data = build(cfg)
@@ -112,6 +118,8 @@ class Run:
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": hp.weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
+        if self.s.inner in ("shared", "estimate"):
+            return [OtherAdamW(groups, self.peak_lr, beta2=self.s.beta2, learners=self.s.learners)]
         adamw = torch.optim.AdamW(groups, lr=self.peak_lr, betas=(0.9, self.s.beta2), fused=True)
         if not matrices:
             return [adamw]
@@ -133,7 +141,8 @@ class Run:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
-            optimizer.step()
+            if self.s.inner != "shared":
+                optimizer.step()
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> float:
@@ -168,6 +177,7 @@ class Outer:
         self.on_way: dict[int, tuple[int, list[Tensor]]] = {}
         self.ideas = {part.split(":")[0]: float(part.split(":")[1]) if ":" in part else 1.0 for part in self.s.idea.split("+") if part}
         self.average: dict[int, Tensor] = {}
+        self.moments: dict[int, tuple[int, Tensor]] = {}
         self.pending: dict[tuple[int, int], tuple[int, Tensor]] = {}
         self.num_fragments = len(start)
 
@@ -183,6 +193,8 @@ class Outer:
         for step in range(s.steps):
             for index in range(s.learners):
                 self.run.inner_step(index, step)
+            if s.inner == "shared":
+                step_together([optimizers[0] for optimizers in self.run.optimizers])
             done = step + 1
             self._add_pending()
             for p in [p for p, (at, _) in self.on_way.items() if at <= done]:
@@ -213,6 +225,11 @@ class Outer:
         for d in contributions:
             accumulator.fold(d, 1.0)
         merged = accumulator.result()[0]
+        if "fine" in self.ideas:
+            stack = torch.stack(contributions)
+            return stack.abs().mean(0).mul_(stack.mean(0).sign())
+        if "noise" in self.ideas:
+            return self._without_noise(p, torch.stack(contributions))
         if "agree" not in self.ideas:
             return merged
         mean = torch.stack(contributions).mean(0)
@@ -222,6 +239,21 @@ class Outer:
         for part, whole in zip(weighted.split(lengths), merged.split(lengths), strict=True):
             part.mul_(whole.norm() / part.norm().clamp_min(1e-30))
         return weighted
+
+    def _without_noise(self, p: int, stack: Tensor) -> Tensor:
+        """The mean, stretched as a step of AdamW would be longer at the batch of all.
+
+        With s the squared gradient's part that is signal and q the variance of a learner's that is sqrt((s + q) / (s + q / M)). Over H
+        steps a signal adds up as H and noise as sqrt(H).
+        """
+        m, share = self.s.learners, self.ideas["noise"]
+        now = torch.stack([stack.mean(0).square(), stack.var(0)])
+        count, moments = self.moments.get(p, (0, torch.zeros_like(now)))
+        moments = moments + (now - moments) * share
+        self.moments[p] = (count + 1, moments)
+        square, variance = moments / (1 - (1 - share) ** (count + 1))
+        signal = (square - variance / m).clamp_min_(0.0) / self.s.interval
+        return stack.mean(0) * ((signal + variance) / (signal + variance / m).clamp_min(1e-30)).sqrt_()
 
     def _open(self, p: int, done: int) -> None:
         s = self.s

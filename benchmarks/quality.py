@@ -23,7 +23,7 @@ from recipe_rows import ROOT, Rows, mean, table
 CELLS = {"2x800": 0.0, "4x800": 0.02, "8x800": 0.05, "2x2400": 0.0, "4x2400": 0.01}
 """Learners x inner steps, with the largest relative difference that is aimed at."""
 RATES = (0.5, 1.0, 2.0, 4.0)
-RECIPE_RATE = 3e-3
+RECIPE_RATE = 1.2e-2
 SEEDS = (0, 1, 2)
 METHODS = ("ddp", "decoupled_diloco")
 NAMES = ("strategy.name", "trainer.devices", "trainer.max_steps", "model.learning_rate", "seed")
