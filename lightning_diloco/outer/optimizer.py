@@ -19,7 +19,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -177,23 +177,32 @@ def last_step(
     return replace(state, theta=theta, ahead=0.0, merge_index=state.merge_index + 1)
 
 
-def recovered_momentum(buffer: Tensor, difference: Tensor, *, lr: float, momentum: float, out: Tensor | None = None) -> Tensor:
-    """The momentum buffer after an outer step of which only its effect is known.
+def recovered_momentum(
+    buffer: Tensor, before: Tensor, after: Tensor, *, lr: float, momenta: Sequence[float], out: Tensor | None = None
+) -> Tensor:
+    """The momentum buffer after outer steps of which only their effect is known.
 
-    With s = -difference / lr, the lines above give s = g + mu b' and b' = mu b + g, so b' = (mu b + s) / (1 + mu). An error in b shrinks
-    by mu / (1 + mu), below one half, at every step: whoever starts from zero knows the buffer to a thousandth after ten steps. So a
-    learner can keep the syncer's momentum for its checkpoints without a byte of traffic.
+    With s = (theta - theta') / lr, the lines above give s = g + mu b' and b' = mu b + g, so b' = (mu b + s) / (1 + mu). An error in b
+    shrinks by mu / (1 + mu), below one half, at every step: whoever starts from zero knows the buffer to a thousandth after ten steps. So
+    a learner can keep the syncer's momentum for its checkpoints without a byte of traffic. Of several steps only the sum is known: each
+    counts for an equal share of it.
 
     Args:
         buffer: b, flat float32 [N]; stays as it is.
-        difference: theta' - theta, flat float32 [N]; stays as it is.
-        lr: outer learning rate of the step, above 0.
-        momentum: mu of the step, in [0, 1).
-        out: where to put the result; may be `buffer`. None allocates.
+        before: theta, flat float32 [N]; stays as it is.
+        after: theta after all steps, flat float32 [N]; stays as it is.
+        lr: outer learning rate of the steps, above 0.
+        momenta: mu of each step, in [0, 1); at least one.
+        out: where to put the result; None allocates.
 
     Returns:
         b', flat float32 [N], up to the rounding of the difference (that of the wire dtype, where it came over the wire).
     """
-    require_flat(difference, buffer.numel(), "difference")
+    require_flat(before, buffer.numel(), "before")
+    require_flat(after, buffer.numel(), "after")
+    step = torch.sub(before, after).mul_(1.0 / (lr * len(momenta)))
     new = torch.empty_like(buffer) if out is None else out
-    return torch.mul(buffer, momentum, out=new).sub_(difference, alpha=1.0 / lr).div_(1.0 + momentum)
+    for momentum in momenta:
+        torch.lerp(buffer, step, 1.0 / (1.0 + momentum), out=new)
+        buffer = new
+    return new

@@ -60,7 +60,7 @@ from lightning_diloco.protocol.wire import decode_from_syncer, decode_syncer_hea
 from lightning_diloco.runtime.client_joining import Joining
 from lightning_diloco.runtime.figures import StepTimes
 from lightning_diloco.runtime.global_state import FoundingState
-from lightning_diloco.runtime.learner_store import LearnerStore
+from lightning_diloco.runtime.learner_store import LearnerStore, Receive
 from lightning_diloco.runtime.threads import never_interrupt_others
 from lightning_diloco.runtime.transport import SYNCER, LearnerTransport, PayloadReceived, TransportEvent
 from lightning_diloco.runtime.transport import ControlReceived as ControlBytes
@@ -360,18 +360,24 @@ class ClientLoop:
     def _decode(self, action: Decode) -> None:
         header, payload = self._waiting[action.fragment_id]
         store, fragment_id = self._store, action.fragment_id
-        published = store.decode(fragment_id, payload, is_full=action.is_full, crc=header.crc)
-        if published is not None and action.is_joining:
-            store.set_joined(fragment_id, published, action.version.n)
-        elif published is not None:
-            with self.lock:
-                base = store.base(fragment_id)
-            adoption = store.prepare(fragment_id, published, base, action.with_contribution)
-            momentum = store.momentum_of(fragment_id, published, action.version.n)
+        with self.lock:
+            base = None if action.is_joining else store.base(fragment_id)
+        job = Receive(
+            fragment_id=fragment_id,
+            n=action.version.n,
+            crc=header.crc,
+            is_full=action.is_full,
+            base=base,
+            with_contribution=action.with_contribution,
+        )
+        received = store.receive(job, payload)
+        if received is not None and action.is_joining:
+            store.set_joined(fragment_id, received.adoption.published, action.version.n)
+        elif received is not None:
             self._count_staleness(fragment_id, action)
             with self.lock:
-                store.set_prepared(fragment_id, adoption, action.version.n, momentum)
-        self._feed(Decoded(fragment_id=fragment_id, version=action.version, crc_ok=published is not None))
+                store.set_prepared(fragment_id, received, action.version.n)
+        self._feed(Decoded(fragment_id=fragment_id, version=action.version, crc_ok=received is not None))
 
     def _count_staleness(self, fragment_id: int, action: Decode) -> None:
         base_n = self._bases.get((fragment_id, action.with_contribution))

@@ -9,7 +9,7 @@ Memory: 4 bytes per merged parameter, in a learner that writes checkpoints; none
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +19,6 @@ from lightning_diloco.config import SyncConfig
 from lightning_diloco.outer import Fragment, Layout, momentum_at, recovered_momentum
 
 __all__ = ["OUTER_NAME", "FoundingState", "GlobalState", "MomentumTracker", "by_name"]
-
-_BLOCK_ELEMENTS = 1 << 18
-"""1 MiB stays in the cache from the difference to the new momentum."""
 
 OUTER_NAME = "outer_momentum.safetensors"
 """What a syncer leaves in the run directory beside the global model: its momentum, and the versions in the metadata."""
@@ -105,26 +102,25 @@ class MomentumTracker:
         """
         self._is_frozen = True
 
-    def after(
-        self, fragment_id: int, before: Tensor, published: Tensor, old: int, new: int, *, allocate: Callable[[int], Tensor] = torch.empty
-    ) -> Tensor | None:
-        """The buffer that goes with version `new`, if `old` was the last one seen; None if it is off.
+    def momenta(self, fragment_id: int, old: int, new: int) -> list[float]:
+        """The momentum of each merge from version `old`, the last one seen, to version `new`; none if nothing is to be followed."""
+        if not self.is_on or self._is_frozen or self._layout.fragments[fragment_id].holds_values:
+            return []
+        config = self._config
+        return [momentum_at(n, config.outer_momentum, config.outer_momentum_warmup) for n in range(old + 1, new + 1)]
 
-        Of versions that were skipped only the sum is known: each counts for an equal share of it. The result's memory comes from
-        `allocate`, float32 of so many elements.
+    def follow(self, fragment_id: int, part: slice, before: Tensor, after: Tensor, momenta: list[float], *, out: Tensor) -> None:
+        """Put a part of the buffer that goes with the new version into `out`.
+
+        Args:
+            fragment_id: of which fragment.
+            part: of it.
+            before: this part of the last version seen, flat float32.
+            after: this part of the new version, flat float32.
+            momenta: see above; at least one.
+            out: flat float32 of the same size.
         """
-        if not self.is_on or self._is_frozen or new <= old or self._layout.fragments[fragment_id].holds_values:
-            return None
-        known, lr = self._buffers[fragment_id], self._config.outer_lr
-        momenta = [momentum_at(n, self._config.outer_momentum, self._config.outer_momentum_warmup) for n in range(old + 1, new + 1)]
-        buffer, scratch = allocate(known.numel()), torch.empty(min(_BLOCK_ELEMENTS, known.numel()))
-        for start in range(0, known.numel(), _BLOCK_ELEMENTS):
-            part = slice(start, start + _BLOCK_ELEMENTS)
-            source, target = known[part], buffer[part]
-            share = torch.sub(published[part], before[part], out=scratch[: target.numel()]).div_(new - old)
-            for momentum in momenta:
-                source = recovered_momentum(source, share, lr=lr, momentum=momentum, out=target)
-        return buffer
+        recovered_momentum(self._buffers[fragment_id][part], before, after, lr=self._config.outer_lr, momenta=momenta, out=out)
 
     def set(self, fragment_id: int, buffer: Tensor | None) -> None:
         """Under the lock: put it beside its version."""

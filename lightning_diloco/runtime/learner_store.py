@@ -37,7 +37,10 @@ from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import GlobalState, MomentumTracker
 from lightning_diloco.runtime.healing import Remedy
 
-__all__ = ["Adoption", "LearnerStore"]
+__all__ = ["Adoption", "LearnerStore", "Receive", "Received"]
+
+_BLOCK_ELEMENTS = 1 << 18
+"""1 MiB of each array: what is done with a block finds it in the cache, and Python's share is small."""
 
 
 @dataclass(slots=True)
@@ -46,6 +49,31 @@ class Adoption:
 
     published: Tensor
     delta_views: list[Tensor] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receive:
+    """A version that has arrived."""
+
+    fragment_id: int
+    n: int
+    """Its number."""
+    crc: int
+    """Of its float32 values."""
+    is_full: bool
+    """Whether the payload is these values, and not the difference to the version before."""
+    base: Tensor | None
+    """What the parameters stand on now, float32 [N]; None while joining: nothing is adopted then."""
+    with_contribution: int
+    """seq of the contribution that is in it (0: none)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """The same, ready to be put in place, with the outer momentum that goes with it (None: nobody asks for it)."""
+
+    adoption: Adoption
+    momentum: Tensor | None
 
 
 class LearnerStore:
@@ -106,49 +134,62 @@ class LearnerStore:
 
     # ---- publications (background thread) -----------------------------------------------------------------------------------
 
-    def decode(self, fragment_id: int, payload: memoryview, *, is_full: bool, crc: int) -> Tensor | None:
-        """Decode a publication; None if the result does not have its checksum."""
-        num_params = self.views[fragment_id].num_params
-        new = self._memory.flat(num_params)
-        if is_full:
-            decode_full(payload, num_params, out=new)
-        else:
-            decode_publication(payload, self.published(fragment_id), num_params, self._dtype(fragment_id), out=new)
-        return new if crc32(new) == crc else None
+    def receive(self, job: Receive, payload: memoryview) -> Received | None:
+        """Decode a version, and compute what its adoption has to do, so that the training thread only adds.
 
-    def prepare(self, fragment_id: int, published: Tensor, base: Tensor, with_contribution: int) -> Adoption:
-        """Compute what adoption has to do, so that the training thread only adds.
+        All of it is done block by block, while a block is in the cache: memory is what takes the time.
 
         Args:
-            fragment_id: whose version this is.
-            published: the version, float32 [N].
-            base: the base that the parameters stand on now.
-            with_contribution: seq of the contribution that is in it (0: none).
+            job: what arrived.
+            payload: its bytes.
+
+        Returns:
+            None if the result does not have its checksum.
+
+        Raises:
+            RemoteProtocolError: the payload has another length.
         """
-        if not self._is_rebase:
-            return Adoption(published, None)
-        merged, delta = self._sent(fragment_id, with_contribution), self._memory.flat(published.numel())
+        fragment_id, size = job.fragment_id, self.views[job.fragment_id].num_params
+        dtype = "fp32" if job.is_full else self._dtype(fragment_id)
+        payload_values(payload, size, dtype)  # looks at the length
+        version = self._memory.flat(size)
+        before = version if job.is_full and job.base is None else self.published(fragment_id)
+        delta = self._memory.flat(size) if self._is_rebase and job.base is not None else None
+        momenta = self.momentum.momenta(fragment_id, self._versions[fragment_id], job.n) if job.base is not None else []
+        momentum = self._memory.flat(size) if momenta else None
+        sent, crc, item = self._sent(fragment_id, job.with_contribution), 0, len(payload) // size
+        for start in range(0, size, _BLOCK_ELEMENTS):
+            part = slice(start, min(start + _BLOCK_ELEMENTS, size))
+            block, out = payload[item * part.start : item * part.stop], version[part]
+            if job.is_full:
+                decode_full(block, out.numel(), out=out)
+            else:
+                decode_publication(block, before[part], out.numel(), dtype, out=out)
+            crc = crc32(out, crc)
+            if delta is not None and job.base is not None:
+                self._prepare(fragment_id, out, job.base[part], None if sent is None else sent[part], delta[part])
+            if momentum is not None:
+                self.momentum.follow(fragment_id, part, before[part], out, momenta, out=momentum[part])
+        if crc != job.crc:
+            return None
+        return Received(Adoption(version, None if delta is None else self.views[fragment_id].split(delta)), momentum)
+
+    def _prepare(self, fragment_id: int, published: Tensor, base: Tensor, sent: Tensor | None, delta: Tensor) -> None:
         if self.layout.fragments[fragment_id].holds_values:
-            torch.sub(published, base if merged is None else merged, out=delta)
+            torch.sub(published, base if sent is None else sent, out=delta)
         else:
-            rebase_delta(published, base, merged, out=delta)
-        return Adoption(published, self.views[fragment_id].split(delta))
+            rebase_delta(published, base, sent, out=delta)
 
     def set_joined(self, fragment_id: int, published: Tensor, version: int) -> None:
         """While joining: this version is the base."""
         self._base[fragment_id] = self._published[fragment_id] = published
         self._versions[fragment_id] = version
 
-    def momentum_of(self, fragment_id: int, published: Tensor, version: int) -> Tensor | None:
-        """The momentum that goes with this version, which is the next one; None if nobody asks for it."""
-        before = self.published(fragment_id)
-        return self.momentum.after(fragment_id, before, published, self._versions[fragment_id], version, allocate=self._memory.flat)
-
-    def set_prepared(self, fragment_id: int, adoption: Adoption, version: int, momentum: Tensor | None) -> None:
+    def set_prepared(self, fragment_id: int, received: Received, version: int) -> None:
         """Under the lock: this version can be adopted."""
-        self._published[fragment_id], self._prepared[fragment_id] = adoption.published, adoption
+        self._published[fragment_id], self._prepared[fragment_id] = received.adoption.published, received.adoption
         self._versions[fragment_id] = version
-        self.momentum.set(fragment_id, momentum)
+        self.momentum.set(fragment_id, received.momentum)
 
     def take(self, fragment_id: int) -> Adoption:
         """Under the lock: the training thread adopts this version; it is the base from here on."""

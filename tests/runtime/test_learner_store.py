@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 import torch
 from torch import nn
 
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.outer import plan_layout
+from lightning_diloco.errors import RemoteProtocolError
+from lightning_diloco.outer import buffer_of, decode, encode, encode_full, momentum_at, plan_layout, recovered_momentum
+from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import MomentumTracker
-from lightning_diloco.runtime.learner_store import LearnerStore
+from lightning_diloco.runtime.learner_store import LearnerStore, Receive
 
 
-def store_of(module: nn.Module, config: SyncConfig) -> LearnerStore:
+def store_of(module: nn.Module, config: SyncConfig, *, is_on: bool = False) -> LearnerStore:
     layout = plan_layout(module, num_fragments=config.num_fragments, merge="mean", mean_patterns=())
-    return LearnerStore(module, layout, config, momentum=MomentumTracker(layout, config, is_on=False))
+    return LearnerStore(module, layout, config, momentum=MomentumTracker(layout, config, is_on=is_on))
 
 
 def contribution(store: LearnerStore, fragment_id: int) -> bytes:
@@ -74,3 +79,43 @@ def test_a_payload_that_is_not_acknowledged_outlives_its_snapshot():
     assert bytes(view) == before, "a transfer that still reads it is not disturbed"
     del view
     assert store._memory.num_free == 1
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("is_full", [True, False])
+def test_what_arrives_is_computed_block_by_block_as_in_one_piece(wire_dtype, is_full):
+    size = (1 << 18) + 12  # more than one block
+    torch.manual_seed(0)
+    module, config = nn.Linear(size // 4, 4, bias=False), SyncConfig(num_fragments=1, wire_dtype=wire_dtype)
+    store = store_of(module, config, is_on=True)
+    base = store.found(0, 2)
+    local = store.stage(0).copy_(base + 0.1 * torch.randn(size))
+    store.encode(0, 1, base, local, 0)
+    sent = decode(store.payload(0, 1), size, wire_dtype)
+    target = base + torch.randn(size)
+    if is_full or wire_dtype == "fp32":
+        payload, expected = encode_full(target), target
+    else:
+        payload = encode(target - base, "bf16")
+        expected = base + decode(payload, size, "bf16")
+    job = Receive(fragment_id=0, n=4, crc=crc32(expected), is_full=is_full, base=base, with_contribution=1)
+    assert store.receive(dataclasses.replace(job, crc=job.crc ^ 1), buffer_of(payload)) is None
+    with pytest.raises(RemoteProtocolError, match="elements in"):
+        store.receive(job, buffer_of(payload)[:-1])
+    received = store.receive(job, buffer_of(payload))
+    assert torch.equal(received.adoption.published, expected)
+    delta = torch.cat([view.reshape(-1) for view in received.adoption.delta_views])
+    assert torch.equal(delta, expected - (base - sent))
+    momenta = [momentum_at(n, config.outer_momentum, config.outer_momentum_warmup) for n in (3, 4)]
+    momentum = recovered_momentum(torch.zeros(size), base, expected, lr=config.outer_lr, momenta=momenta)
+    torch.testing.assert_close(received.momentum, momentum)
+
+
+def test_while_joining_nothing_is_prepared():
+    module, config = nn.Linear(3, 3), SyncConfig(num_fragments=1)
+    store = store_of(module, config, is_on=True)
+    values = torch.randn(12)
+    job = Receive(fragment_id=0, n=7, crc=crc32(values), is_full=True, base=None, with_contribution=0)
+    received = store.receive(job, buffer_of(values))
+    assert torch.equal(received.adoption.published, values)
+    assert received.adoption.delta_views is None and received.momentum is None

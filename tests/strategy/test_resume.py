@@ -143,15 +143,14 @@ def test_a_learner_knows_the_momentum_from_the_versions_that_it_receives(wire_dt
         store.fold(0, 1e-3 * torch.randn(size, generator=generator) + 1e-3, 1.0)
         closed = store.close(0, n)
         after = decode_publication(buffer_of(closed.difference), published, size, wire_dtype)
-        early.set(0, early.after(0, published, after, n - 1, n))
-        if n > 20:
-            late.set(0, late.after(0, published, after, n - 1, n))
+        for tracker in (early, late) if n > 20 else (early,):
+            tracker.follow(0, slice(None), published, after, tracker.momenta(0, n - 1, n), out=tracker.buffers[0])
         published = after
     exact = store.state(0).momentum
     for tracker in (early, late):  # who came in the middle knows it as well after 19 versions
         assert float((tracker.buffers[0] - exact).norm() / exact.norm()) < bound
     assert float(exact.norm()) > 5e-3 * size**0.5, "momentum of one direction adds up"
-    assert MomentumTracker(layout, config, is_on=False).after(0, founded, published, 0, 1) is None
+    assert MomentumTracker(layout, config, is_on=False).momenta(0, 0, 1) == []
 
 
 class SavesAtTheEnd(Callback):

@@ -15,7 +15,7 @@ from lightning_diloco.config import SyncConfig
 from lightning_diloco.outer import FragmentView, buffer_of, plan_layout
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import MomentumTracker
-from lightning_diloco.runtime.learner_store import LearnerStore
+from lightning_diloco.runtime.learner_store import LearnerStore, Receive
 from lightning_diloco.runtime.store import SyncerStore
 from tests.strategy.kit import TinyModel, loader, quiet
 
@@ -106,11 +106,16 @@ def test_adoption_keeps_what_was_seen_meanwhile_and_never_leaves_the_two():
     store.encode(at, 1, base, sent, 0)
     view = FragmentView(module, layout.fragments[at])
     view.copy_from(torch.tensor([0.6, 0.6, 3.6, 3.6]))
-    alone = store.prepare(at, sent.clone(), base, 1)
+
+    def received(values):
+        job = Receive(fragment_id=at, n=1, crc=crc32(values), is_full=False, base=base, with_contribution=1)
+        return store.receive(job, buffer_of(values))
+
+    alone = received(sent.clone()).adoption
     view.move_to(alone.published, alone.delta_views)
     assert module.running_mean.tolist() == torch.tensor([0.6, 0.6]).tolist(), "alone: nothing to add"
-    small = store.prepare(at, torch.tensor([0.1, 0.9, 0.01, 9.0]), base, 1)
+    small = received(torch.tensor([0.1, 0.9, 0.01, 9.0])).adoption
     view.move_to(small.published, small.delta_views)
     assert module.running_var[0] == 0.01, "3.6 - 3.99 would be no variance"
     torch.testing.assert_close(module.running_mean, torch.tensor([0.2, 0.9]))
-    assert store.momentum_of(at, sent, 1) is None
+    assert received(sent.clone()).momentum is None

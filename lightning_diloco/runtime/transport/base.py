@@ -312,8 +312,11 @@ class Transport(ABC):
         woken = waker is not None and waker.fileno() in ready
         if woken and waker is not None:
             waker.drain()
-        self._drain_control()
-        self._drain_bulk()
+        # A look at an empty socket costs an exception: more than all else in a turn.
+        if self._control in ready:
+            self._drain_control()
+        if self._bulk in ready:
+            self._drain_bulk()
         now_s = self._now()
         if now_s >= self._next_expiry_s:
             self._next_expiry_s = now_s + _EXPIRY_CHECK_S
