@@ -98,7 +98,7 @@ class LearnerStore:
         self._payloads: dict[tuple[int, int], Tensor] = {}
         # A fragment on its way takes a snapshot, a version, its momentum and a difference, and gives as many back.
         largest = max(view.num_params for view in self.views)
-        self._memory = Pool(4 * largest, keep=4 * math.ceil(count / config.sync_interval_steps))
+        self._memory = Pool(4 * 4 * largest * math.ceil(count / config.sync_interval_steps))
         self._versions = [0] * count
         self.momentum = momentum
 

@@ -4,8 +4,8 @@ One thread (the numerics thread of `SyncerService`) calls everything here, in th
 needed. Published tensors are never changed in place: a transfer may still be reading them.
 
 Memory per fragment of N elements: Theta, momentum and shadow in float32 (12 N bytes), the newest difference in the wire dtype, and while
-contributions are folded an accumulator (4 N) and one decoded contribution (4 N). Pools keep what a merge frees for the next one: as many
-blocks of the largest fragment as a merge needs, for each fragment that is due in a step.
+contributions are folded an accumulator (4 N) and one decoded contribution (4 N). A pool keeps what a merge frees for the next one: what
+the largest fragment's merge needs, for each fragment that is due in a step.
 """
 
 from __future__ import annotations
@@ -84,8 +84,7 @@ class SyncerStore:
         self._states: list[FragmentState | None] = [None] * len(layout.fragments)
         due, largest = math.ceil(len(layout.fragments) / config.sync_interval_steps), max(f.num_params for f in layout.fragments)
         # A merge takes Theta, momentum, shadow, accumulator and a contribution, and a difference.
-        self._memory = Pool(4 * largest, keep=5 * due)
-        self._payloads = Pool(payload_bytes(largest, config.wire_dtype), keep=due)
+        self._memory = Pool((5 * 4 * largest + payload_bytes(largest, config.wire_dtype)) * due)
         self._accumulators = [MergeAccumulator(f, allocate=self._memory.flat) for f in layout.fragments]
         self._norms: list[list[tuple[float, ...]]] = [[] for _ in layout.fragments]
 
@@ -194,7 +193,7 @@ class SyncerStore:
 
     def _publication(self, fragment: Fragment, theta: Tensor, shadow: Tensor) -> tuple[Tensor, Tensor]:
         wire_dtype = self._dtype(fragment)
-        out = self._payloads.raw(payload_bytes(fragment.num_params, wire_dtype)), self._memory.flat(fragment.num_params)
+        out = self._memory.raw(payload_bytes(fragment.num_params, wire_dtype)), self._memory.flat(fragment.num_params)
         return encode_publication(theta, shadow, wire_dtype, out=out)
 
     def global_sha256(self) -> str:

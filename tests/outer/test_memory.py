@@ -11,52 +11,63 @@ from lightning_diloco.outer import Pool, buffer_of
 
 
 def test_memory_comes_back_when_the_last_holder_is_gone():
-    pool = Pool(4096, keep=3)
+    pool = Pool(10_000)
     whole = pool.flat(1000)
     address = whole.data_ptr()
     parts = whole[10:20].split(5)
     view = buffer_of(whole)
     for held in ("whole", "parts", "view"):
-        assert pool.num_free == 0, held
+        assert pool.free_bytes == 0, held
         if held == "whole":
             del whole
         elif held == "parts":
             del parts
         else:
             del view
-    assert pool.num_free == 1
-    assert pool.flat(7).data_ptr() == address
+    assert pool.free_bytes == 4000
+    assert pool.flat(900).data_ptr() == address
 
 
 def test_two_tensors_never_share_memory():
-    pool = Pool(400, keep=2)
+    pool = Pool(800)
     held = []
-    for value in range(5):
-        held.append(pool.flat(100).fill_(value))
+    for value in range(9):
+        held.append(pool.flat(100 - value).fill_(value))
         if value % 2:
             held.pop(0)
         assert all(bool((t == t[0]).all()) for t in held)
     assert len({t.data_ptr() for t in held}) == len(held)
 
 
-def test_no_more_blocks_are_kept_than_was_said():
-    pool = Pool(400, keep=2)
-    held = [pool.flat(100) for _ in range(5)]
-    held.clear()
-    assert pool.num_free == 2
+def test_what_is_too_much_is_freed_the_longest_unused_first():
+    pool = Pool(2 * 400)
+    held = [pool.flat(100).fill_(i) for i in range(5)]
+    addresses = [t.data_ptr() for t in held]
+    for _ in range(5):
+        held.pop(0)
+    assert pool.free_bytes == 2 * 400
+    assert {pool.flat(100).data_ptr(), pool.flat(100).data_ptr()} <= set(addresses[3:])
 
 
-@pytest.mark.parametrize("num_elements", [0, 101])
-def test_what_does_not_fit_has_memory_of_its_own(num_elements):
-    pool = Pool(400, keep=2)
-    flat = pool.flat(num_elements)
-    assert flat.shape == (num_elements,) and flat.dtype == torch.float32
-    del flat
-    assert pool.num_free == 0
+@pytest.mark.parametrize(("size", "is_used_again"), [(101, False), (100, True), (80, True), (79, False)])
+def test_a_block_serves_what_fills_four_fifths_of_it(size, is_used_again):
+    pool = Pool(4000)
+    block = pool.raw(100)
+    address = block.data_ptr()
+    del block
+    other = pool.raw(size)
+    assert (other.data_ptr() == address) == is_used_again and other.numel() == size
+    assert pool.free_bytes == (0 if is_used_again else 100)
+
+
+def test_nothing_needs_no_memory():
+    pool = Pool(4000)
+    assert pool.flat(0).shape == (0,) and pool.flat(0).dtype == torch.float32
+    assert pool.free_bytes == 0
 
 
 def test_threads_may_share_it():
-    pool, wrong = Pool(4 * 64, keep=4), []
+    pool, wrong = Pool(4 * 4 * 64), []
 
     def work(value):
         for _ in range(300):
@@ -70,4 +81,4 @@ def test_threads_may_share_it():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert 1 <= pool.num_free <= 4
+    assert 256 <= pool.free_bytes <= 4 * 256

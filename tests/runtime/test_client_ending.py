@@ -205,7 +205,7 @@ def test_memory_and_contributions_do_not_pile_up(tmp_path):
         store = client._store
         until(lambda: client._loop.backlog == 0 and not client._loop._waiting, 5)
         until(lambda: len(client._loop._bases) <= 5 and len(store._payloads) <= 5, 5)
-        assert store._memory.num_free <= store._memory._keep
+        assert store._memory.free_bytes <= store._memory._max_free_bytes
         client.leave("limit")
         until(lambda: not job.service._performer.transfers and not job.service._decoding, 5)
         job.finish()

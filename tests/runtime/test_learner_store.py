@@ -31,9 +31,10 @@ def contribution(store: LearnerStore, fragment_id: int) -> bytes:
     return payload
 
 
-def test_a_block_serves_fragments_of_all_sizes():
+def test_a_block_serves_fragments_of_about_its_size():
     torch.manual_seed(0)
-    module, config = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 40), nn.Linear(40, 2)), SyncConfig(num_fragments=3, wire_dtype="fp32")
+    module = nn.Sequential(nn.Linear(40, 10), nn.Linear(11, 36), nn.Linear(40, 10), nn.Linear(2, 2))
+    config = SyncConfig(num_fragments=4, wire_dtype="fp32")
     shared = store_of(module, config)
     count = len(shared.views)
     assert len({view.num_params for view in shared.views}) > 1
@@ -42,12 +43,13 @@ def test_a_block_serves_fragments_of_all_sizes():
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter))
-    smallest_first = sorted(range(count), key=lambda i: shared.views[i].num_params)
-    for fragment_id in smallest_first:
+    largest_first = sorted(range(count), key=lambda i: -shared.views[i].num_params)
+    for fragment_id in largest_first:
         fresh = store_of(module, config)
         fresh._base = list(shared._base)
         assert contribution(shared, fragment_id) == contribution(fresh, fragment_id)
-        assert shared._memory.num_free == 1, "one block, used again"
+    sizes = sorted({view.num_params for view in shared.views})
+    assert shared._memory.free_bytes == 4 * (sizes[0] + sizes[-1]), f"one block of each kind, used again: {sizes}"
 
 
 def test_what_is_kept_is_what_the_fragments_due_in_one_step_need():
@@ -55,9 +57,9 @@ def test_what_is_kept_is_what_the_fragments_due_in_one_step_need():
     for interval, kept in ((6, 4), (3, 8), (100, 4)):
         store = store_of(module, SyncConfig(num_fragments=6, sync_interval_steps=interval))
         blocks = [store.stage(i % 6) for i in range(12)]
-        assert store._memory.num_free == 0
+        assert store._memory.free_bytes == 0
         blocks.clear()
-        assert store._memory.num_free == kept
+        assert store._memory.free_bytes == kept * 4 * 6
 
 
 def test_a_payload_that_is_not_acknowledged_outlives_its_snapshot():
@@ -78,7 +80,7 @@ def test_a_payload_that_is_not_acknowledged_outlives_its_snapshot():
     other.fill_(7.0)
     assert bytes(view) == before, "a transfer that still reads it is not disturbed"
     del view
-    assert store._memory.num_free == 1
+    assert store._memory.free_bytes == 4 * 20
 
 
 @pytest.mark.parametrize("wire_dtype", ["fp32", "bf16"])
