@@ -20,7 +20,7 @@ from lightning_diloco.outer.codec import (
     payload_values,
 )
 from lightning_diloco.outer.layout import balanced_fragments, plan_layout
-from lightning_diloco.outer.memory import Pool
+from lightning_diloco.outer.memory import Pool, flat
 from lightning_diloco.outer.merge import FoldRecord, MergeAccumulator, MergeRecord
 from lightning_diloco.outer.optimizer import FragmentState, last_step, momentum_at, outer_step, recovered_momentum
 from lightning_diloco.outer.pseudo_gradient import contribution_norm, pseudo_gradient
@@ -49,6 +49,7 @@ __all__ = [
     "encode_full",
     "encode_in_place",
     "encode_publication",
+    "flat",
     "load_static",
     "last_step",
     "momentum_at",

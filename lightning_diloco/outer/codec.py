@@ -31,6 +31,7 @@ from torch import Tensor
 
 from lightning_diloco.errors import ConfigurationError, LocalProtocolError, RemoteProtocolError
 from lightning_diloco.outer._checks import require_flat
+from lightning_diloco.outer.memory import flat as flat_memory
 
 __all__ = [
     "decode",
@@ -162,7 +163,7 @@ def decode(buffer: Buffer | Tensor, num_elements: int, wire_dtype: str, *, out: 
         RemoteProtocolError: `oversized` for too many bytes, `wrong_layout` for too few.
     """
     values = payload_values(buffer, num_elements, wire_dtype)
-    return (torch.empty(num_elements) if out is None else out).copy_(values)
+    return (flat_memory(num_elements) if out is None else out).copy_(values)
 
 
 def encode_publication(
@@ -190,7 +191,7 @@ def encode_publication(
         values.copy_(theta_new)
         return payload, theta_new
     new_shadow = torch.empty_like(shadow) if new_shadow is None else new_shadow
-    scratch = torch.empty(min(size, _BLOCK_ELEMENTS))
+    scratch = flat_memory(min(size, _BLOCK_ELEMENTS))
     for start in range(0, size, _BLOCK_ELEMENTS):
         part = slice(start, start + _BLOCK_ELEMENTS)
         difference = torch.sub(theta_new[part], shadow[part], out=scratch[: shadow[part].numel()])

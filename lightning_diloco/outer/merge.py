@@ -35,6 +35,7 @@ from torch import Tensor
 
 from lightning_diloco.errors import LocalProtocolError
 from lightning_diloco.outer._checks import require_flat
+from lightning_diloco.outer.memory import flat
 from lightning_diloco.outer.pseudo_gradient import contribution_norm
 from lightning_diloco.outer.spec import Fragment
 
@@ -82,7 +83,7 @@ class MergeAccumulator:
         allocate: where the accumulator's memory comes from, float32 of so many elements.
     """
 
-    def __init__(self, fragment: Fragment, *, allocate: Callable[[int], Tensor] = torch.empty) -> None:
+    def __init__(self, fragment: Fragment, *, allocate: Callable[[int], Tensor] = flat) -> None:
         self._fragment = fragment
         self._allocate = allocate
         self._lengths = [part.length for part in fragment.slices]

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lightning_diloco.errors import ConfigurationError, LocalProtocolError
 from lightning_diloco.outer._checks import require_flat
+from lightning_diloco.outer.memory import flat
 
 __all__ = ["FragmentState", "last_step", "momentum_at", "outer_step", "recovered_momentum"]
 
@@ -97,7 +98,7 @@ def outer_step(
     *,
     lr: float,
     momentum: float,
-    allocate: Callable[[int], Tensor] = torch.empty,
+    allocate: Callable[[int], Tensor] = flat,
 ) -> FragmentState:
     """One step of the outer optimizer.
 
@@ -121,7 +122,7 @@ def outer_step(
         raise ConfigurationError(f"lr={lr!r}, momentum={momentum!r}: lr must be finite and above 0, momentum in [0, 1).")
     size = state.theta.numel()
     require_flat(pseudo_gradient, size, "pseudo_gradient")
-    theta, buffer, scratch = allocate(size), allocate(size), torch.empty(min(size, _BLOCK_ELEMENTS))
+    theta, buffer, scratch = allocate(size), allocate(size), flat(min(size, _BLOCK_ELEMENTS))
     for start in range(0, size, _BLOCK_ELEMENTS):
         part = slice(start, start + _BLOCK_ELEMENTS)
         g, b = pseudo_gradient[part], buffer[part]
@@ -138,7 +139,7 @@ def outer_step(
 
 
 def last_step(
-    state: FragmentState, pseudo_gradient: Tensor, *, lr: float, share: float, allocate: Callable[[int], Tensor] = torch.empty
+    state: FragmentState, pseudo_gradient: Tensor, *, lr: float, share: float, allocate: Callable[[int], Tensor] = flat
 ) -> FragmentState:
     """The step of a merge from which nobody trains on; the momentum buffer stays as it was, for whoever resumes.
 

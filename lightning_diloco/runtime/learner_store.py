@@ -28,6 +28,7 @@ from lightning_diloco.outer import (
     decode_full,
     decode_publication,
     encode_in_place,
+    flat,
     payload_values,
     pseudo_gradient,
     rebase_delta,
@@ -126,11 +127,11 @@ class LearnerStore:
 
     def found(self, fragment_id: int, version: int) -> Tensor:
         """Take the module's present values as the founding base, which begins with this version."""
-        flat = torch.empty(self.views[fragment_id].num_params)
-        self.views[fragment_id].copy_to(flat)
-        self._base[fragment_id] = self._published[fragment_id] = flat
+        values = flat(self.views[fragment_id].num_params)
+        self.views[fragment_id].copy_to(values)
+        self._base[fragment_id] = self._published[fragment_id] = values
         self._versions[fragment_id] = version
-        return flat
+        return values
 
     # ---- publications (background thread) -----------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def run(wire: str, recorded: list | None) -> tuple[str, list]:
         accumulator, decoded, norms = MergeAccumulator(fragment), [], []
         for m, view in enumerate(views):
             view.add_(view.split(noise(10 + 3 * index + m, size) * 0.01))
-            local = torch.empty(size)
+            local = torch.empty(size, dtype=torch.float32)
             view.copy_to(local)
             payload = encode(pseudo_gradient(bases[m], local), wire)
             digest.update(buffer_of(payload))

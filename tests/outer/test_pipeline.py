@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.outer import pipeline
+
 HERE = Path(__file__).parent
 
 
@@ -39,3 +41,16 @@ def test_a_replay_has_the_same_bits_with_other_instructions_and_threads(tmp_path
     changed = start("replay", path)
     assert changed["digests"]["fp32"] != native["digests"]["fp32"]
     assert changed["digests"]["bf16"] == native["digests"]["bf16"]
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16"])
+def test_torchs_default_dtype_is_not_asked(wire, monkeypatch):
+    """It is the whole process's, and Lightning's `bf16-true` changes it for the time of every forward pass."""
+    expected, _ = pipeline.run(wire, None)
+    modules = [pipeline.build() for _ in range(3)]
+    monkeypatch.setattr(pipeline, "build", lambda: modules.pop())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert pipeline.run(wire, None)[0] == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -121,3 +121,19 @@ def test_while_joining_nothing_is_prepared():
     received = store.receive(job, buffer_of(values))
     assert torch.equal(received.adoption.published, values)
     assert received.adoption.delta_views is None and received.momentum is None
+
+
+def test_torchs_default_dtype_is_not_asked():
+    module, config = nn.Linear(3, 3), SyncConfig(num_fragments=1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        store = store_of(module, config, is_on=True)
+        base = store.found(0, 0)
+        store.encode(0, 1, base, store.stage(0).copy_(base + 1e-3), 0)
+        values = base + 1e-3
+        job = Receive(fragment_id=0, n=1, crc=crc32(values), is_full=True, base=base, with_contribution=1)
+        received = store.receive(job, buffer_of(values))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    found = (base, received.adoption.published, received.momentum, *received.adoption.delta_views, *store.momentum.buffers)
+    assert {tensor.dtype for tensor in found} == {torch.float32}
