@@ -31,7 +31,7 @@ def test_the_page_shows_these_lines():
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("text", [pytest.param(BEFORE, marks=pytest.mark.slow), AFTER], ids=["before", "after"])
+@pytest.mark.parametrize("text", [pytest.param(text, marks=pytest.mark.slow) for text in (BEFORE, AFTER)], ids=["before", "after"])
 def test_the_script_runs(text, tmp_path):
     assert "max_steps=1000" in text and "val_check_interval=500" in text
     script = tmp_path / "script.py"

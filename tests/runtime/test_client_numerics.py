@@ -40,7 +40,7 @@ def test_one_learner_with_outer_lr_1_and_no_momentum_is_plain_training_bit_for_b
             client.boundary(tokens=16)
             for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
                 assert torch.equal(ours, theirs), f"inner step {inner_step}"
-        assert client.figures.merges > 40 and client.figures.participation == 1.0
+        assert client.figures.merges > 10 and client.figures.participation == 1.0
         client.leave("limit")
         client.load_global()
         summary = job.finish()

@@ -102,7 +102,7 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 BOTH_ORDERS = [
     "import lightning_diloco\nimport lightning.pytorch as pl",
     "import lightning.pytorch as pl\nimport lightning_diloco",
-    "import lightning_diloco.runtime.tape\nimport lightning.pytorch as pl",
+    pytest.param("import lightning_diloco.runtime.tape\nimport lightning.pytorch as pl", marks=pytest.mark.slow),
 ]
 
 
@@ -140,7 +140,9 @@ def test_the_finder_leaves_when_it_has_done_its_work():
 
 
 @pytest.mark.parametrize("strategy", ["'decoupled_diloco'", "lightning_diloco.DecoupledDiLoCoStrategy()"])
-@pytest.mark.parametrize("first", ["import lightning_diloco; lightning_diloco.DecoupledDiLoCoStrategy", "pass"])
+@pytest.mark.parametrize(
+    "first", [pytest.param("import lightning_diloco; lightning_diloco.DecoupledDiLoCoStrategy", marks=pytest.mark.slow), "pass"]
+)
 def test_a_trainer_of_the_other_package_gets_a_sentence(strategy, first):
     code = (
         f"{first}\nimport pytorch_lightning, lightning_diloco\n"
@@ -228,6 +230,7 @@ def test_a_method_that_was_set_on_the_instance_travels_with_a_compiled_module(tm
     assert torch.equal(load_payload(tmp_path / "payload.pkl").args[0].training_step(batch, 0), 2 * plain)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_compiled_module_trains_on_two_learners(tmp_path):
     strategy = DecoupledDiLoCoStrategy(run_dir=tmp_path / "run", num_fragments=2, sync_interval_steps=4)

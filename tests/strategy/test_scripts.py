@@ -125,7 +125,7 @@ def is_training(folder) -> bool:
     return text.count('"event":"join"') == 2 and '"event":"merge"' in text
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 1), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_a_signal_ends_everything_in_order(script, tmp_path, signum, code):
     """Scenario 8."""
     run = script(LONG)
