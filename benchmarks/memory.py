@@ -11,7 +11,7 @@ syncer. What synchronization costs a learner is the difference of the first two.
 | another learner | no momentum | 4 less |
 | syncer meanwhile | Theta, momentum, shadow, the newest difference; blocks for merges (22 n each) | 14 + 22 / P * (1 to 3) |
 
-Blocks are used again (`outer/memory.py`): those of one fragment are kept, so there are never fewer.
+Blocks are used again (`runtime/memory.py`): those of one fragment are kept, so there are never fewer.
 While it trains: the highest of the second half of the steps. The highest of the whole run is beside it: at its beginning the whole model is
 sent at once, and at its end all fragments are under way at once.
 

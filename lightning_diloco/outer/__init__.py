@@ -20,7 +20,7 @@ from lightning_diloco.outer.codec import (
     payload_values,
 )
 from lightning_diloco.outer.layout import balanced_fragments, plan_layout
-from lightning_diloco.outer.memory import Pool, flat
+from lightning_diloco.outer.memory import flat
 from lightning_diloco.outer.merge import FoldRecord, MergeAccumulator, MergeRecord
 from lightning_diloco.outer.optimizer import FragmentState, last_step, momentum_at, outer_step, recovered_momentum
 from lightning_diloco.outer.pseudo_gradient import contribution_norm, pseudo_gradient
@@ -36,7 +36,6 @@ __all__ = [
     "Layout",
     "MergeAccumulator",
     "MergeRecord",
-    "Pool",
     "TensorSlice",
     "TensorSpec",
     "balanced_fragments",

@@ -23,7 +23,6 @@ from lightning_diloco.config import SyncConfig
 from lightning_diloco.outer import (
     FragmentView,
     Layout,
-    Pool,
     buffer_of,
     decode_full,
     decode_publication,
@@ -37,6 +36,7 @@ from lightning_diloco.outer import (
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import GlobalState, MomentumTracker
 from lightning_diloco.runtime.healing import Remedy
+from lightning_diloco.runtime.memory import Pool
 
 __all__ = ["Adoption", "LearnerStore", "Receive", "Received"]
 

@@ -28,7 +28,6 @@ from lightning_diloco.outer import (
     FragmentState,
     Layout,
     MergeAccumulator,
-    Pool,
     contribution_norm,
     decode,
     decode_full,
@@ -43,6 +42,7 @@ from lightning_diloco.outer import (
 from lightning_diloco.outer.static import unpack_static
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import by_name
+from lightning_diloco.runtime.memory import Pool
 
 __all__ = ["Closed", "SyncerStore"]
 

@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from lightning_diloco.outer import Pool, buffer_of
+from lightning_diloco.outer import buffer_of
+from lightning_diloco.runtime.memory import Pool
 
 
 def test_memory_comes_back_when_the_last_holder_is_gone():
