@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipe_rows import ROOT, Rows, mean, table
 
-LEARNERS, STEPS, RATE = 4, 800, 1.2e-2
+LEARNERS, BATCH_SIZE, STEPS, RATE = 4, 64, 800, 1.2e-2
 TABLES: dict[str, dict[str, list[str]]] = {
     "adoption": {"rebase (default)": [], "overwrite": ["+strategy.adopt=overwrite"]},
     "merge": {
@@ -86,7 +86,14 @@ def main() -> int:
 
 def run(rows: Rows, overrides: list[str], seed: int, *, runs: bool) -> dict[str, Any] | None:
     """One row; the same job has one row, whatever tables it is in."""
-    base = ["recipe=quality", f"trainer.devices={LEARNERS}", f"trainer.max_steps={STEPS}", f"model.learning_rate={RATE:g}", f"seed={seed}"]
+    base = [
+        "recipe=quality",
+        f"data.batch_size={BATCH_SIZE}",
+        f"trainer.devices={LEARNERS}",
+        f"trainer.max_steps={STEPS}",
+        f"model.learning_rate={RATE:g}",
+        f"seed={seed}",
+    ]
     script = [__file__, "--one"] if any(o.startswith("event=") for o in overrides) else None
     return rows.get(*base, *overrides, script=script, runs=runs)
 

@@ -78,8 +78,8 @@ class Settings:
     """
     beta2: float = 0.95
     """Of the inner AdamW; 0.95 is the recipe's."""
-    batch: int = 0
-    """Windows of a learner and step; 0: the recipe's."""
+    batch: int = 64
+    """Windows of a learner and step."""
 
 
 class Run:
@@ -100,7 +100,7 @@ class Run:
         data.setup()
         self.windows = data.train_windows()
         self.val_batches = [batch.long() for batch in data.val_dataloader()]
-        self.batch = (settings.batch or cfg.data.batch_size) * (settings.learners if settings.method == "ddp" else 1)
+        self.batch = settings.batch * (settings.learners if settings.method == "ddp" else 1)
         self.models: list[Any] = [first]
         for _ in range(0 if settings.method == "ddp" else settings.learners - 1):
             model, _ = build(cfg)
@@ -349,10 +349,12 @@ def main() -> int:
         rows = [{**row, name: kinds[name](part)} for row in rows for part in value.split(",")]
     for row in rows:
         settings = Settings(**row)
+        if settings.method == "ddp" and settings.inner in ("shared", "estimate"):
+            parser.error(f"inner={settings.inner} is about learners; method=ddp has none.")
         name = " ".join(
             f"{k}={v}"
             for k, v in asdict(settings).items()
-            if v != getattr(Settings, k) or k in ("method", "learners", "steps", "lr", "seed")
+            if v != getattr(Settings, k) or k in ("method", "learners", "steps", "lr", "seed", "batch")
         )
         known = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
         if name not in known:

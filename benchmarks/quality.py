@@ -26,7 +26,8 @@ RATES = (0.5, 1.0, 2.0, 4.0)
 RECIPE_RATE = 1.2e-2
 SEEDS = (0, 1, 2)
 METHODS = ("ddp", "decoupled_diloco")
-NAMES = ("strategy.name", "trainer.devices", "trainer.max_steps", "model.learning_rate", "seed")
+BATCH_SIZE = 64
+NAMES = ("strategy.name", "data.batch_size", "trainer.devices", "trainer.max_steps", "model.learning_rate", "seed")
 """What a row is known by."""
 
 
@@ -77,7 +78,7 @@ def figure(rows: Rows, cell: str, *, runs: bool) -> tuple[list[str], bool]:
 
 def loss(rows: Rows, method: str, learners: str, steps: str, rate: float, seed: int, *, runs: bool) -> float | None:
     """The validation loss of one run; None if it is not there."""
-    values = zip(NAMES, (method, learners, steps, f"{RECIPE_RATE * rate:g}", seed), strict=True)
+    values = zip(NAMES, (method, BATCH_SIZE, learners, steps, f"{RECIPE_RATE * rate:g}", seed), strict=True)
     row = rows.get("recipe=quality", *(f"{name}={value}" for name, value in values), runs=runs)
     return None if row is None else row.get("val_loss")
 

@@ -167,7 +167,7 @@ def decode(buffer: Buffer | Tensor, num_elements: int, wire_dtype: str, *, out: 
 
 
 def encode_publication(
-    theta_new: Tensor, shadow: Tensor, wire_dtype: str, *, out: tuple[Tensor, Tensor] | None = None
+    theta_new: Tensor, shadow: Tensor, wire_dtype: str, *, out: tuple[Tensor, Tensor | None] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Encode a merged fragment for every learner that holds the shadow.
 
@@ -175,7 +175,7 @@ def encode_publication(
         theta_new: the global parameters after the outer step, float32 [N].
         shadow: what learners hold, float32 [N].
         wire_dtype: "fp32" or "bf16".
-        out: memory for the payload, uint8, and for the new shadow, float32 [N]; None allocates.
+        out: memory for the payload, uint8, and for the new shadow, float32 [N] (not used with ``fp32``); None allocates.
 
     Returns:
         The payload, uint8, and the new shadow, float32 [N]: what `decode_publication` returns, bit for bit. With ``fp32`` it is
@@ -184,13 +184,14 @@ def encode_publication(
     require_flat(theta_new, None, "theta_new")
     require_flat(shadow, theta_new.numel(), "shadow")
     size = shadow.numel()
-    payload, new_shadow = (torch.empty(payload_bytes(size, wire_dtype), dtype=torch.uint8), None) if out is None else out
+    payload, new_shadow = (torch.empty(payload_bytes(size, wire_dtype), dtype=torch.uint8, device="cpu"), None) if out is None else out
     values = payload.view(_torch_dtype(wire_dtype))
     require_flat(values, size, "payload", other=values.dtype)
     if wire_dtype == "fp32":
         values.copy_(theta_new)
         return payload, theta_new
     new_shadow = torch.empty_like(shadow) if new_shadow is None else new_shadow
+    require_flat(new_shadow, size, "new_shadow")
     scratch = flat_memory(min(size, _BLOCK_ELEMENTS))
     for start in range(0, size, _BLOCK_ELEMENTS):
         part = slice(start, start + _BLOCK_ELEMENTS)

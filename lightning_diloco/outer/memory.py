@@ -11,8 +11,8 @@ __all__ = ["flat"]
 def flat(num_elements: int) -> Tensor:
     """A tensor of its own, whose values are not set.
 
-    Its dtype is said, because torch's default is the whole process's: Lightning's `bf16-true` changes it for the time of every forward
-    pass, on another thread.
+    Its dtype and device are said, because torch's defaults are not ours: that of the dtype is the whole process's, and Lightning's
+    `bf16-true` changes it for the time of every forward pass, on another thread.
 
     Args:
         num_elements: N.
@@ -20,4 +20,4 @@ def flat(num_elements: int) -> Tensor:
     Returns:
         float32 [N] in host memory.
     """
-    return torch.empty(num_elements, dtype=torch.float32)
+    return torch.empty(num_elements, dtype=torch.float32, device="cpu")

@@ -8,8 +8,8 @@ With mu the momentum of this merge, g the merged pseudo-gradient, b the momentum
 
 These are the three lines of ``torch.optim.SGD(nesterov=True)`` with g as ``.grad`` (torch starts its buffer as g, which is
 mu 0 + g). Each product and each sum is its own kernel: fused multiply-add rounds differently on different CPUs, and a replay has to
-reproduce every bit. A function never changes the state that it is given, so a state can be written to disk while the next one is
-computed.
+reproduce every bit (`recovered_momentum` is no part of one). A function never changes the state that it is given, so a state can be
+written to disk while the next one is computed.
 
 References:
     Decoupled DiLoCo, arXiv 2604.21428: Nesterov SGD on the syncer, state per fragment. Learning rate, momentum and the warm-up of the

@@ -203,7 +203,7 @@ def _find(module: nn.Module, fragment: Fragment, part: TensorSlice) -> _Live:
         raise ConfigurationError(f"{part.name!r}: this module has no such tensor ({error}). Build the same model.") from None
     table = owner._parameters if fragment.kind == "parameters" else owner._buffers
     is_low = PARAMETER_DTYPES[part.dtype].itemsize < torch.float32.itemsize
-    residual = torch.zeros(part.length, dtype=torch.float32) if is_low else None
+    residual = torch.zeros(part.length, dtype=torch.float32, device="cpu") if is_low else None
     return _Live(part=part, table=table, leaf=leaf, residual=residual)  # type: ignore[arg-type]
 
 

@@ -62,7 +62,7 @@ class FoundingState:
         return tuple(self._buffer(fragment) for fragment in layout.fragments)
 
     def _buffer(self, fragment: Fragment) -> Tensor:
-        flat = torch.zeros(fragment.num_params, dtype=torch.float32)
+        flat = torch.zeros(fragment.num_params, dtype=torch.float32, device="cpu")
         for part, view in zip(fragment.slices, flat.split_with_sizes([s.length for s in fragment.slices]), strict=True):
             known = self.momentum.get(part.name)
             if known is not None and known.numel() >= part.offset + part.length:
@@ -83,7 +83,7 @@ class MomentumTracker:
         self._layout, self._config = layout, config
         self.is_on = is_on and config.outer_momentum > 0
         self._is_frozen = False
-        self._buffers = [torch.zeros(f.num_params, dtype=torch.float32) for f in layout.fragments] if self.is_on else []
+        self._buffers = [torch.zeros(f.num_params, dtype=torch.float32, device="cpu") for f in layout.fragments] if self.is_on else []
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -133,6 +133,6 @@ def by_name(layout: Layout, flats: tuple[Tensor, ...]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for fragment, flat in zip(layout.fragments, flats, strict=True):
         for part, values in zip(fragment.slices, flat.split_with_sizes([s.length for s in fragment.slices]), strict=True):
-            tensor = tensors.setdefault(part.name, torch.empty(part.global_shape, dtype=torch.float32))
+            tensor = tensors.setdefault(part.name, torch.empty(part.global_shape, dtype=torch.float32, device="cpu"))
             tensor.view(-1)[part.offset : part.offset + part.length] = values
     return tensors

@@ -50,14 +50,18 @@ def describe(learner_id: int, heal: Heal, norm_gate: float | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """Host copies from which a healed fragment is mended: its base, and d^ of a contribution that is on its way (None: there is none)."""
+    """Host copies from which a healed fragment is mended: its base, and d^ of a contribution that is on its way (None: there is none).
+
+    d^ is in the wire's dtype.
+    """
 
     base: Tensor
     sent: Tensor | None
 
     def values(self) -> Tensor:
         """What the parameters become, flat float32 [N]: base minus what is on its way, if the syncer will not refuse that as well."""
-        return reference(self.base, self.sent if self.sent is not None and is_sound(contribution_norm(self.sent)) else None)
+        sent = None if self.sent is None else self.sent.to(torch.float32)
+        return reference(self.base, sent if sent is not None and is_sound(contribution_norm(sent)) else None)
 
 
 def poisoned_fragments(module: nn.Module, views: Sequence[FragmentView], fragments: Sequence[FragmentState]) -> tuple[int, ...] | None:

@@ -1,4 +1,4 @@
-"""A learner's tensors: bases, published copies, prepared adoptions, staging buffers, decoded contributions.
+"""A learner's tensors: bases, published copies, prepared adoptions, snapshots and the payloads that they become.
 
 Ownership (DESIGN.md section 4): the training thread owns the parameters; the background thread owns everything here and computes in it.
 The two meet only under the client's lock, and under it only references change hands: `take` gives a prepared adoption to the training
@@ -6,9 +6,9 @@ thread and makes the published copy the base; `set_prepared` puts one there. Ten
 in place, so an encoder may still read a base that has been replaced.
 
 Memory for N parameters: base 4 N, the outer momentum 4 N where checkpoints may ask for it. For every fragment of n parameters under way:
-the snapshot that becomes its payload, the published copy, the prepared difference, and with momentum the new one, 4 n each. A pool keeps
-that memory from one to the next: 4 blocks of the largest fragment for each fragment that is due in a step. ``benchmarks/memory.py``
-measures it.
+the snapshot that becomes its payload, the published copy, the prepared difference, and with momentum the new one, 4 n each, and what
+arrives (2 n in bf16). A pool keeps all but the last from one to the next: 16 n for each fragment that is due in a step.
+``benchmarks/memory.py`` measures it.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class LearnerStore:
         self._prepared: list[Adoption | None] = [None] * count
         self._payloads: dict[tuple[int, int], Tensor] = {}
         # A fragment on its way takes a snapshot, a version, its momentum and a difference, and gives as many back.
-        largest = max(view.num_params for view in self.views)
-        self._memory = Pool(4 * 4 * largest * math.ceil(count / config.sync_interval_steps))
+        due = math.ceil(count / config.sync_interval_steps)
+        self._memory = Pool(4 * 4 * sum(sorted(view.num_params for view in self.views)[-due:]))
         self._versions = [0] * count
         self.momentum = momentum
 
@@ -239,7 +239,7 @@ class LearnerStore:
             keep_seq: seq of the contribution on its way (0: none).
         """
         sent = None if self.layout.fragments[fragment_id].holds_values else self._sent(fragment_id, keep_seq)
-        return Remedy(self.base(fragment_id), None if sent is None else sent.to(torch.float32))
+        return Remedy(self.base(fragment_id), sent)
 
     def payload(self, fragment_id: int, seq: int) -> memoryview:
         """The encoded contribution, to be sent (again)."""

@@ -82,9 +82,10 @@ class SyncerStore:
         self.config = config
         self.static = torch.empty(0, dtype=torch.uint8)
         self._states: list[FragmentState | None] = [None] * len(layout.fragments)
-        due, largest = math.ceil(len(layout.fragments) / config.sync_interval_steps), max(f.num_params for f in layout.fragments)
+        due = math.ceil(len(layout.fragments) / config.sync_interval_steps)
+        largest = sum(sorted(f.num_params for f in layout.fragments)[-due:])
         # A merge takes Theta, momentum, shadow, accumulator and a contribution, and a difference.
-        self._memory = Pool((5 * 4 * largest + payload_bytes(largest, config.wire_dtype)) * due)
+        self._memory = Pool(5 * 4 * largest + payload_bytes(largest, config.wire_dtype))
         self._accumulators = [MergeAccumulator(f, allocate=self._memory.flat) for f in layout.fragments]
         self._norms: list[list[tuple[float, ...]]] = [[] for _ in layout.fragments]
 
@@ -192,9 +193,9 @@ class SyncerStore:
         )
 
     def _publication(self, fragment: Fragment, theta: Tensor, shadow: Tensor) -> tuple[Tensor, Tensor]:
-        wire_dtype = self._dtype(fragment)
-        out = self._memory.raw(payload_bytes(fragment.num_params, wire_dtype)), self._memory.flat(fragment.num_params)
-        return encode_publication(theta, shadow, wire_dtype, out=out)
+        size, wire_dtype = fragment.num_params, self._dtype(fragment)
+        payload = self._memory.raw(payload_bytes(size, wire_dtype))
+        return encode_publication(theta, shadow, wire_dtype, out=(payload, None if wire_dtype == "fp32" else self._memory.flat(size)))
 
     def global_sha256(self) -> str:
         """SHA-256 of all published fragments in layout order, float32 little endian."""

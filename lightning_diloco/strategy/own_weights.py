@@ -30,7 +30,7 @@ def checksums(module: nn.Module, layout: Layout) -> tuple[int, ...]:
     sums = []
     try:
         for fragment in (f for f in layout.fragments if not f.holds_values):
-            flat = torch.empty(fragment.num_params, dtype=torch.float32)
+            flat = torch.empty(fragment.num_params, dtype=torch.float32, device="cpu")
             FragmentView(module, fragment).copy_to(flat)
             sums.append(crc32(flat))
     except ConfigurationError:

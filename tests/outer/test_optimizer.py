@@ -186,3 +186,17 @@ def test_without_momentum_the_last_step_is_as_any():
 def test_a_share_outside_of_an_interval_is_refused(share):
     with pytest.raises(LocalProtocolError, match="share="):
         last_step(FragmentState.founded(random(1)), random(2), lr=1.0, share=share)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_in_several_blocks_is_one_step(momentum):
+    size = (1 << 18) + 7
+    theta, buffer, g = torch.randn(3, size, generator=torch.Generator().manual_seed(3)).unbind()
+    state = FragmentState(theta=theta, momentum=buffer, shadow=theta, ahead=0.5)
+    new = outer_step(state, g, lr=0.7, momentum=momentum)
+    direction = g if momentum == 0.0 else momentum * buffer + g
+    step = g if momentum == 0.0 else momentum * direction + g
+    assert torch.equal(new.momentum, direction)
+    assert torch.equal(new.theta, theta - 0.7 * step)
+    last = last_step(state, g, lr=0.7, share=0.25)
+    assert torch.equal(last.theta, (theta - 0.7 * g) + (0.75 * 0.7 * 0.5) * buffer)

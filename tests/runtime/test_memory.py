@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ def test_memory_comes_back_when_the_last_holder_is_gone():
     pool = Pool(10_000)
     whole = pool.flat(1000)
     address = whole.data_ptr()
+    assert pool.used_bytes == 4000
     parts = whole[10:20].split(5)
     view = buffer_of(whole)
     for held in ("whole", "parts", "view"):
@@ -68,18 +70,39 @@ def test_nothing_needs_no_memory():
 
 
 def test_threads_may_share_it():
-    pool, wrong = Pool(4 * 4 * 64), []
+    pool, wrong = Pool(3 * 4 * 64), []
 
     def work(value):
-        for _ in range(300):
-            flat = pool.flat(64).fill_(value)
-            if not bool((flat == value).all()):
-                wrong.append(value)
+        held = deque()
+        for i in range(300):
+            held.append((value + i, pool.flat(64).fill_(value + i)))
+            if len(held) > 3:
+                number, flat = held.popleft()
+                if not bool((flat == number).all()):
+                    wrong.append(number)
 
-    threads = [threading.Thread(target=work, args=(float(i),)) for i in range(4)]
+    threads = [threading.Thread(target=work, args=(1000.0 * i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not wrong
-    assert 256 <= pool.free_bytes <= 4 * 256
+    assert pool.used_bytes == 0
+
+
+def test_who_finds_it_busy_gets_fresh_memory_and_does_not_wait():
+    pool = Pool(4000)
+    first = pool.raw(100)
+    address = first.data_ptr()
+    del first
+    with pool._lock:
+        fresh = pool.raw(100)
+        assert fresh.data_ptr() != address
+        del fresh
+        assert pool.used_bytes == 0
+    assert pool.free_bytes == 200
+
+
+def test_torchs_default_device_is_not_asked():
+    with torch.device("meta"):
+        assert Pool(4000).flat(10).device.type == "cpu"
