@@ -206,7 +206,9 @@ def test_memory_and_contributions_do_not_pile_up(tmp_path):
         until(lambda: client._loop.backlog == 0 and not client._loop._waiting, 5)
         until(lambda: len(client._loop._bases) <= 5 and len(store._payloads) <= 5, 5)
         size = 4 * sum(view.num_params for view in store.views)
-        until(lambda: store._memory.used_bytes <= 2 * size + 5 * size // len(store.views), 5)  # bases, momenta, and what is under way
+        # Bases, momenta, and of each fragment at most a payload and what waits for the next boundary: versions and differences. 50 merges
+        # that left a block behind would be 10 sizes more.
+        until(lambda: store._memory.used_bytes <= 5 * size, 5)
         client.leave("limit")
         until(lambda: not job.service._performer.transfers and not job.service._decoding, 5)
         job.finish()

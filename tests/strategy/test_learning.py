@@ -40,7 +40,8 @@ def loader(batch_size: int, shuffle: bool) -> DataLoader:
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=batch_size, shuffle=shuffle)
 
 
-@pytest.mark.parametrize("num_learners", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_learners", [2, 3])
 def test_learners_with_default_options_learn(tmp_path, monkeypatch, num_learners):
     monkeypatch.chdir(tmp_path)
     seed_everything(1, verbose=False)

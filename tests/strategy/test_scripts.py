@@ -94,6 +94,7 @@ def test_a_script_without_a_main_guard_and_with_the_bare_name(script, tmp_path):
     assert os.readlink(tmp_path / "outputs" / "latest") == latest(tmp_path).name
 
 
+@pytest.mark.slow
 def test_devices_auto_is_one_learner_and_says_so(script, tmp_path):
     text = script(
         "import lightning_diloco\n"
@@ -188,6 +189,7 @@ def test_a_syncer_that_dies_ends_the_job_with_a_sentence(script, tmp_path):
     assert summary_of(latest(tmp_path))["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_hydra_script_runs_once_and_its_configuration_is_there_in_the_learners(script, tmp_path):
     """Scenario 11."""
     text = script(
