@@ -6,6 +6,7 @@ import csv
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -195,7 +196,17 @@ class Killed(TinyModel):
         place = self.trainer.strategy.assignment
         if place.learner_id == 1 and batch_idx == 12 and (self.always or place.life == 0):
             os.kill(os.getpid(), signal.SIGKILL)
+        self._meet(place, batch_idx)
         return super().training_step(batch, batch_idx)
+
+    def _meet(self, place, batch_idx) -> None:
+        """Learner 0 has not trained all its steps before the other one is back, however long a process needs to start."""
+        second = place.run_dir / "second_life"
+        if place.life == 1:
+            second.touch()
+        end_s = time.monotonic() + 60
+        while place.learner_id == 0 and batch_idx == 400 and not (self.always or second.exists()) and time.monotonic() < end_s:
+            time.sleep(0.05)
 
 
 def test_a_killed_learner_is_restarted_and_goes_on_at_the_jobs_step(tmp_path, caplog):
