@@ -183,6 +183,7 @@ def test_garbage_on_control_and_bulk_changes_nothing(job, peer):
     peer.say(Ping(number=77))
     peer.hear(Pong, number=77)
     peer.poll_for(0.2)
+    assert job.clients[0].fenced is None
     is_well(job)
 
 
@@ -211,6 +212,7 @@ def test_an_id_or_a_total_that_no_learner_has_costs_its_session(job, peer, messa
     peer.say(message)
     peer.hear(JoinRefused, reason="wrong_layout")
     until(lambda: job.machine.job.members.by_id(7) is None, 5)
+    assert job.clients[0].fenced is None
     is_well(job)
 
 
@@ -228,6 +230,7 @@ CONFIGS = {
 def test_a_configuration_that_cannot_be_read_is_refused(job, peer, name):
     peer.hello(learner_id=7, config=CONFIGS[name])
     peer.hear(JoinRefused, reason="config")
+    assert job.machine.job.members.by_id(7) is None
     is_well(job)
 
 

@@ -251,6 +251,7 @@ def test_payloads_to_others_pass_an_unreachable_one(pair: Pair) -> None:
     pair.syncer.send_payload(b"nobody-has-this!", b"", make_bytes(4 * MIB))
     pair.syncer.send_payload(NONCE, b"h", make_bytes(4 * MIB))
     pair.until(lambda: bool(pair.received()))
+    assert [event.header for event in pair.received()] == [b"h"]
 
 
 def test_payloads_queued_before_bulk_is_dialled_are_sent_afterwards(kind: str) -> None:

@@ -132,6 +132,7 @@ def test_an_identity_of_the_other_channel_is_malformed(pair: Pair) -> None:
     pair.dial_raw(pair.syncer.control_endpoint, b"b" + EVIL).send(b"\x01hello")
     pair.dial_raw(pair.syncer.bulk_endpoint, b"c" + EVIL).send(encode_frame(Begin(1, 1, b"", 0, 0, 0)))
     _drops_become(pair, {"malformed_identity": 2})
+    assert pair.syncer_events == []
     _is_still_served(pair)
 
 
