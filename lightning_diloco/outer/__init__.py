@@ -20,7 +20,7 @@ from lightning_diloco.outer.codec import (
     payload_values,
 )
 from lightning_diloco.outer.layout import balanced_fragments, plan_layout
-from lightning_diloco.outer.memory import flat
+from lightning_diloco.outer.memory import BLOCK_ELEMENTS, flat
 from lightning_diloco.outer.merge import FoldRecord, MergeAccumulator, MergeRecord
 from lightning_diloco.outer.optimizer import FragmentState, last_step, momentum_at, outer_step, recovered_momentum
 from lightning_diloco.outer.pseudo_gradient import contribution_norm, pseudo_gradient
@@ -29,6 +29,7 @@ from lightning_diloco.outer.static import load_static, pack_static, static_bytes
 from lightning_diloco.outer.views import FragmentView
 
 __all__ = [
+    "BLOCK_ELEMENTS",
     "FoldRecord",
     "Fragment",
     "FragmentState",

@@ -19,11 +19,9 @@ import torch
 from torch import Tensor
 
 from lightning_diloco.outer._checks import require_flat
+from lightning_diloco.outer.memory import BLOCK_ELEMENTS
 
 __all__ = ["rebase_delta", "reference"]
-
-_BLOCK_ELEMENTS = 1 << 18
-"""1 MiB stays in the cache between the two differences."""
 
 
 def reference(base: Tensor, merged_decoded: Tensor | None) -> Tensor:
@@ -67,8 +65,8 @@ def rebase_delta(published: Tensor, base: Tensor, merged_decoded: Tensor | None,
     if merged_decoded is not None:
         require_flat(merged_decoded, base.numel(), "merged_decoded", other=torch.bfloat16)
     delta = torch.empty_like(published) if out is None else out
-    for start in range(0, base.numel(), _BLOCK_ELEMENTS):
-        part = slice(start, start + _BLOCK_ELEMENTS)
+    for start in range(0, base.numel(), BLOCK_ELEMENTS):
+        part = slice(start, start + BLOCK_ELEMENTS)
         before = reference(base[part], None if merged_decoded is None else merged_decoded[part])
         torch.sub(published[part], before, out=delta[part])
     return delta

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from lightning_diloco.errors import ConfigurationError, LocalProtocolError, RemoteProtocolError
 from lightning_diloco.outer._checks import require_flat
+from lightning_diloco.outer.memory import BLOCK_ELEMENTS
 from lightning_diloco.outer.memory import flat as flat_memory
 
 __all__ = [
@@ -49,9 +50,6 @@ Buffer = bytes | bytearray | memoryview
 
 _WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BF16_MAX = float(torch.finfo(torch.bfloat16).max)
-_BLOCK_ELEMENTS = 1 << 18
-"""1 MiB is looked at and converted while it is in the cache."""
-
 if sys.byteorder != "little":  # pragma: no cover
     raise ConfigurationError(f"This machine is {sys.byteorder} endian: the wire is little endian and views of memory are sent as they are.")
 
@@ -114,10 +112,10 @@ def encode_in_place(flat: Tensor, wire_dtype: str) -> Tensor:
     raw = flat.view(torch.uint8)[: payload_bytes(flat.numel(), wire_dtype)]
     if dtype != torch.float32:
         payload = raw.view(dtype)
-        for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
-            values = _saturated(flat[start : start + _BLOCK_ELEMENTS])
+        for start in range(0, flat.numel(), BLOCK_ELEMENTS):
+            values = _saturated(flat[start : start + BLOCK_ELEMENTS])
             # What is written of a block lies before all that is still to be read, but for the first one, which lies on itself.
-            payload[start : start + _BLOCK_ELEMENTS].copy_(values if start else values.to(dtype))
+            payload[start : start + BLOCK_ELEMENTS].copy_(values if start else values.to(dtype))
     return raw
 
 
@@ -192,9 +190,9 @@ def encode_publication(
         return payload, theta_new
     new_shadow = torch.empty_like(shadow) if new_shadow is None else new_shadow
     require_flat(new_shadow, size, "new_shadow")
-    scratch = flat_memory(min(size, _BLOCK_ELEMENTS))
-    for start in range(0, size, _BLOCK_ELEMENTS):
-        part = slice(start, start + _BLOCK_ELEMENTS)
+    scratch = flat_memory(min(size, BLOCK_ELEMENTS))
+    for start in range(0, size, BLOCK_ELEMENTS):
+        part = slice(start, start + BLOCK_ELEMENTS)
         difference = torch.sub(theta_new[part], shadow[part], out=scratch[: shadow[part].numel()])
         torch.add(shadow[part], values[part].copy_(_saturated(difference)), out=new_shadow[part])
     return payload, new_shadow

@@ -27,12 +27,9 @@ from torch import Tensor
 
 from lightning_diloco.errors import ConfigurationError, LocalProtocolError
 from lightning_diloco.outer._checks import require_flat
-from lightning_diloco.outer.memory import flat
+from lightning_diloco.outer.memory import BLOCK_ELEMENTS, flat
 
 __all__ = ["FragmentState", "last_step", "momentum_at", "outer_step", "recovered_momentum"]
-
-_BLOCK_ELEMENTS = 1 << 18
-"""1 MiB stays in the cache from the momentum to the parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -122,9 +119,9 @@ def outer_step(
         raise ConfigurationError(f"lr={lr!r}, momentum={momentum!r}: lr must be finite and above 0, momentum in [0, 1).")
     size = state.theta.numel()
     require_flat(pseudo_gradient, size, "pseudo_gradient")
-    theta, buffer, scratch = allocate(size), allocate(size), flat(min(size, _BLOCK_ELEMENTS))
-    for start in range(0, size, _BLOCK_ELEMENTS):
-        part = slice(start, start + _BLOCK_ELEMENTS)
+    theta, buffer, scratch = allocate(size), allocate(size), flat(min(size, BLOCK_ELEMENTS))
+    for start in range(0, size, BLOCK_ELEMENTS):
+        part = slice(start, start + BLOCK_ELEMENTS)
         g, b = pseudo_gradient[part], buffer[part]
         step = scratch[: g.numel()]
         if momentum == 0.0:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.outer import (
+    BLOCK_ELEMENTS,
     FragmentView,
     Layout,
     buffer_of,
@@ -39,9 +40,6 @@ from lightning_diloco.runtime.healing import Remedy
 from lightning_diloco.runtime.memory import Pool
 
 __all__ = ["Adoption", "LearnerStore", "Receive", "Received"]
-
-_BLOCK_ELEMENTS = 1 << 18
-"""1 MiB of each array: what is done with a block finds it in the cache, and Python's share is small."""
 
 
 @dataclass(slots=True)
@@ -159,8 +157,8 @@ class LearnerStore:
         momenta = self.momentum.momenta(fragment_id, self._versions[fragment_id], job.n) if job.base is not None else []
         momentum = self._memory.flat(size) if momenta else None
         sent, crc, item = self._sent(fragment_id, job.with_contribution), 0, len(payload) // size
-        for start in range(0, size, _BLOCK_ELEMENTS):
-            part = slice(start, min(start + _BLOCK_ELEMENTS, size))
+        for start in range(0, size, BLOCK_ELEMENTS):
+            part = slice(start, min(start + BLOCK_ELEMENTS, size))
             block, out = payload[item * part.start : item * part.stop], version[part]
             if job.is_full:
                 decode_full(block, out.numel(), out=out)
