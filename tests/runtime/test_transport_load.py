@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from lightning_diloco.runtime.transport import SYNCER
-from tests.runtime.transport_helpers import MIB, Pair
+from tests.runtime.transport_helpers import MIB, Pair, make_bytes
 from tests.runtime.transport_measure import joined, measure_under_load
 
 
@@ -46,3 +46,16 @@ def test_a_stuck_reader_holds_one_payload_buffer_and_the_credit() -> None:
         # Its last turn may have taken 2 chunks and granted them anew: 8 of credit + 2 in the buffer.
         assert 8 * MIB <= learner.stats.bytes_up <= 10 * MIB
         assert peer.memory_info().rss - before <= (64 + 8 + 8) * MIB  # buffer, credit, allocator and socket buffers
+
+
+def test_learners_are_served_in_turn() -> None:
+    pair = Pair("inproc")  # no network thread between them: what differs here is the order in which the syncer sends
+    others = [pair.add_learner(b"learner-number-%d" % k) for k in (1, 2)]
+    pair.meet()
+    payload = make_bytes(32 * MIB)
+    for nonce in pair.learners:
+        pair.syncer.send_payload(nonce, b"", payload)
+    pair.until(lambda: bool(pair.received()))
+    assert min(learner.stats.bytes_down for learner in [pair.learner, *others]) > 24 * MIB
+    pair.until(lambda: len(pair.received()) == 3)
+    pair.close()

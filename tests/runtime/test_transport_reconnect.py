@@ -118,16 +118,6 @@ def test_a_reconnected_learner_keeps_its_identity(pair: ProxiedPair) -> None:
     pair.until(lambda: bool(pair.learner_events))
 
 
-def test_learners_are_served_in_turn(pair: ProxiedPair) -> None:
-    others = [Pair.add_learner(pair, b"learner-number-%d" % k) for k in (1, 2)]
-    pair.meet()
-    for nonce in pair.learners:
-        pair.syncer.send_payload(nonce, b"", make_bytes(32 * MIB))
-    pair.until(lambda: bool(pair.received()))
-    assert min(learner.stats.bytes_down for learner in [pair.learner, *others]) > 8 * MIB
-    pair.until(lambda: len(pair.received()) == 3)
-
-
 def test_control_passes_a_throttled_bulk_link(pair: ProxiedPair) -> None:
     pair.bulk_proxy.bytes_per_s = 10e6 / 8  # 10 Mbit/s
     pair.control_proxy.delay_s = 0.02
