@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from lightning_diloco.protocol.identity import ContributionKey, MergedThrough, Refusal, Version
-from lightning_diloco.protocol.messages import Contribution, FromLearner, FromSyncer
+from lightning_diloco.protocol.messages import Contribution, FromLearner, FromSyncer, HeldFragment
 from lightning_diloco.protocol.records import Record
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "CloseSession",
     "Decode",
     "DropPayload",
+    "DropPrepared",
     "Ended",
     "Fence",
     "Fold",
@@ -27,12 +28,15 @@ __all__ = [
     "Heal",
     "Joined",
     "LearnerAction",
+    "LeaveAgain",
     "LeftDone",
+    "MakeDurable",
     "RefuseJoin",
     "Reply",
     "Send",
     "SendContribution",
     "SendFounding",
+    "SendHeld",
     "SendLeave",
     "Snapshot",
     "StopTraining",
@@ -111,6 +115,10 @@ class TransmitStatic(_Action, frozen=True, kw_only=True):
     learner_id: int
 
 
+class MakeDurable(_Action, frozen=True, kw_only=True):
+    """Write a snapshot of all fragments as they are now, and answer with `Durable`: only then may a syncer that started again serve."""
+
+
 class CloseSession(_Action, frozen=True, kw_only=True):
     """Forget everything of a session at the transport."""
 
@@ -130,7 +138,7 @@ class Ended(_Action, frozen=True, kw_only=True):
     versions: tuple[int, ...]
 
 
-SyncerAction = Reply | BeginFounding | Fold | DropPayload | Close | Transmit | TransmitStatic | CloseSession | Tape | Ended
+SyncerAction = Reply | BeginFounding | Fold | DropPayload | Close | Transmit | TransmitStatic | MakeDurable | CloseSession | Tape | Ended
 
 # ---- of a learner -----------------------------------------------------------------------------------------------------------
 
@@ -196,6 +204,24 @@ class SendContribution(_Action, frozen=True, kw_only=True):
     header: Contribution
 
 
+class SendHeld(_Action, frozen=True, kw_only=True):
+    """Send the values of the newest version received, under this header; its crc says whether they are the ones that were asked for."""
+
+    header: HeldFragment
+
+
+class DropPrepared(_Action, frozen=True, kw_only=True):
+    """The syncer has lost a version that was received and not adopted: the published copy is the base again."""
+
+    fragment_id: int
+
+
+class LeaveAgain(_Action, frozen=True, kw_only=True):
+    """Training thread, which waits for the end of its leave: ask for it once more, the syncer has lost what was handed over."""
+
+    reason: Literal["limit", "signal", "stopped"]
+
+
 class SendLeave(_Action, frozen=True, kw_only=True):
     """Send `Leave` with a last report."""
 
@@ -250,7 +276,10 @@ LearnerAction = (
     | Heal
     | Snapshot
     | SendContribution
+    | SendHeld
     | SendLeave
+    | DropPrepared
+    | LeaveAgain
     | Forget
     | Joined
     | RefuseJoin

@@ -52,23 +52,20 @@ class Admission:
     def hello(self, session: str, envelope: Envelope, hello: Hello, now_s: float) -> list[SyncerAction]:
         """A process wants in, or is back."""
         job = self._job
-        ended = self.farewell(session)
-        if ended is not None:
-            return [ended]
-        refusal = self._refusal(envelope, hello)
-        if refusal is not None:
-            return [Reply(session=session, message=JoinRefused(reason=refusal[0], detail=refusal[1])), CloseSession(session=session)]
+        refusal = self.refuse(session, envelope, hello)
+        if refusal:
+            return refusal
         member = job.members.of(session)
         if member is not None:
-            return self._resume(member, hello, now_s)
+            return self.resume(member, hello, now_s)
         actions = self._make_room(now_s)
         if actions is None:
             return []
         learner_id = self._free_id(now_s) if hello.learner_id is None else hello.learner_id
-        taken, refusal = self._take_id(learner_id, hello, now_s)
+        taken, why = self._take_id(learner_id, hello, now_s)
         actions += taken
-        if refusal is not None:
-            refused = Reply(session=session, message=JoinRefused(reason=refusal[0], detail=refusal[1]))
+        if why is not None:
+            refused = Reply(session=session, message=JoinRefused(reason=why[0], detail=why[1]))
             return [*actions, refused, CloseSession(session=session)]
         self._hellos[session] = hello
         member = job.members.add(learner_id, session, "waiting")
@@ -76,6 +73,20 @@ class Admission:
         member.life = hello.life
         member.last_heard_s = now_s
         return actions + self._place(member, now_s)
+
+    def refuse(self, session: str, envelope: Envelope, hello: Hello) -> list[SyncerAction]:
+        """The answer to a process that may not come in; empty for all others."""
+        ended = self.farewell(session)
+        if ended is not None:
+            return [ended]
+        refusal = self._refusal(envelope, hello)
+        if refusal is None:
+            return []
+        return [Reply(session=session, message=JoinRefused(reason=refusal[0], detail=refusal[1])), CloseSession(session=session)]
+
+    def fence(self, session: str) -> Reply:
+        """The answer to a life that this job does not know any more."""
+        return Reply(session=session, message=Fenced(detail=GIVEN_UP))
 
     def farewell(self, session: str) -> Reply | None:
         """The last word to a session whose incarnation has ended: its account is closed, so it can never rejoin."""
@@ -167,9 +178,9 @@ class Admission:
     def _place(self, member: Member, now_s: float) -> list[SyncerAction]:
         """Founder, in line behind the founder, or joiner."""
         job = self._job
-        if job.is_founded:
+        if job.is_founded and not job.is_recovering:
             return self._receive(member, now_s)
-        if member.learner_id == job.options.founder_id:
+        if member.learner_id == job.options.founder_id and job.options.may_found and not job.is_founded:
             member.stage, member.is_founder = "founding", True
             return [self._welcome(member, "founder", now_s), self._begin_founding(member)]
         return [self._welcome(member, "waiting", now_s)]
@@ -192,23 +203,27 @@ class Admission:
             actions += job.publisher.offer(member, fragment_id, current)
         return actions
 
-    def _resume(self, member: Member, hello: Hello, now_s: float) -> list[SyncerAction]:
+    def resume(self, member: Member, hello: Hello, now_s: float) -> list[SyncerAction]:
         """The same process is back: same incarnation, missing versions, an answer for every unresolved contribution."""
         job = self._job
         member.last_heard_s = now_s
         # A process that holds everything was let in and its `Ready` was lost: it says so again when it is welcomed back.
         holds_all = bool(hello.lineage) and len(hello.versions) == job.num_fragments
-        if not job.is_founded or (member.stage == "receiving" and not holds_all):
+        if not job.is_founded or job.is_recovering or (member.stage == "receiving" and not holds_all):
             return self._welcome_again(member, now_s)
         actions: list[SyncerAction] = [self._welcome(member, "resumed", now_s)]
         for item in hello.unresolved:
+            if item.fragment_id >= job.num_fragments:
+                continue
             known = job.decisions.get((member.learner_id, item.fragment_id), {}).get(item.seq)
             outcome = "unknown" if known is None else known.outcome
             reason = known.reason if known is not None else None
             answer = Resolved(fragment_id=item.fragment_id, seq=item.seq, outcome=outcome, reason=reason)
             actions.append(Reply(session=member.session, message=answer, incarnation=member.incarnation))
         held = {i: v for i, v in enumerate(hello.versions[: job.num_fragments]) if v.epoch == job.epoch}
-        job.publisher.start(member.session, held)
+        # Before it knew of the restart it may have said hello several times: what is on its way already is not sent again.
+        begin = job.publisher.resume if hello.versions and all(v.epoch < job.epoch for v in hello.versions) else job.publisher.start
+        begin(member.session, held)
         for fragment_id, current in enumerate(job.currents):
             actions += job.publisher.offer(member, fragment_id, current)
         return actions
@@ -252,14 +267,14 @@ class Admission:
             return []
         found, self._found = announced[1], None
         numbers = found.versions or (0,) * len(found.fragments)
-        per_element = {"fp32": 4, "bf16": 2}[self._founding_config.wire_dtype]
+        job.config = self._founding_config
         currents = [
             Current(
                 version=Version(job.epoch, n),
                 parent=None,
                 crc=crc,
                 merged_through={},
-                difference_bytes=(per_element if f.kind == "parameters" else 4) * f.num_params,
+                difference_bytes=job.difference_bytes(f.num_params, is_parameters=f.kind == "parameters"),
                 full_bytes=4 * f.num_params,
             )
             for f, n, crc in zip(found.fragments, numbers, event.crcs, strict=True)
@@ -272,7 +287,12 @@ class Admission:
         job.publisher.start(member.session, {i: c.version for i, c in enumerate(currents)})
         member.stage = "receiving"
         actions.append(self._welcome(member, "member", now_s))
-        for other in job.members.present():
+        return actions + self.let_in(now_s)
+
+    def let_in(self, now_s: float) -> list[SyncerAction]:
+        """There is a model now: those in line are let in."""
+        actions: list[SyncerAction] = []
+        for other in self._job.members.present():
             if other.stage == "waiting":
                 actions += self._receive(other, now_s)
         return actions
@@ -308,6 +328,8 @@ class Admission:
             learner_id=member.learner_id,
             incarnation=member.incarnation,
             role="founder" if member.is_founder else "joiner",
+            session=session,
+            life=member.life,
             device=member.device,
             batch_size=member.batch_size,
             tokens_per_step=member.tokens_per_step,

@@ -51,6 +51,10 @@ class Contributions:
         known = job.decisions.get((member.learner_id, header.fragment_id), {}).get(header.seq)
         if known is not None and known.crc == header.crc:
             return self._again(event, member, key, known, now_s)
+        if known is None and header.base.epoch < job.epoch and header.seq <= job.merged_seq(member.learner_id, header.fragment_id):
+            # The syncer before this one has merged it: the version of this epoch that its learner has not seen yet contains it.
+            merged = Resolved(fragment_id=header.fragment_id, seq=header.seq, outcome="merged", reason=None)
+            return [DropPayload(key=key), Reply(session=member.session, message=merged, incarnation=member.incarnation)]
         if header.after is not None and known is None and self._must_wait(member, header.fragment_id):
             later = Resolved(fragment_id=header.fragment_id, seq=header.seq, outcome="unknown", reason=None)
             return [DropPayload(key=key), Reply(session=member.session, message=later, incarnation=member.incarnation)]

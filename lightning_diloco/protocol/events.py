@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from lightning_diloco.protocol.identity import LeaveReason, Version
-from lightning_diloco.protocol.messages import Contribution, Envelope, FromLearner, FromSyncer, Publication
+from lightning_diloco.protocol.messages import Contribution, Envelope, FromLearner, FromSyncer, HeldFragment, Publication
 
 __all__ = [
     "Boundary",
@@ -19,9 +19,11 @@ __all__ = [
     "ControlReceived",
     "CountersRead",
     "Decoded",
+    "Durable",
     "Encoded",
     "Finish",
     "FoundingArrived",
+    "HeldArrived",
     "JoinRequested",
     "LeaveRequested",
     "LearnerEvent",
@@ -85,6 +87,18 @@ class FoundingArrived(_Event, frozen=True, kw_only=True):
     session: str
     crcs: tuple[int, ...]
     payload_bytes: int
+
+
+class HeldArrived(_Event, frozen=True, kw_only=True):
+    """A version that was recalled is complete and stored; `crc_ok` is False if its values do not have the header's crc."""
+
+    session: str
+    header: HeldFragment
+    crc_ok: bool
+
+
+class Durable(_Event, frozen=True, kw_only=True):
+    """`MakeDurable` was performed, or cannot be (the disk failed; the runtime has said so): the syncer may serve."""
 
 
 class Merged(_Event, frozen=True, kw_only=True):
@@ -151,6 +165,8 @@ SyncerEvent = (
     | ContributionArrived
     | PayloadFailed
     | FoundingArrived
+    | HeldArrived
+    | Durable
     | Merged
     | PublicationDelivered
     | PublicationFailed

@@ -32,6 +32,8 @@ class JobOptions:
         num_slots: configured learners; None = open membership.
         shards: where payloads go.
         is_supervised: the end is decided from outside (`Finish`), not by the last leaver.
+        epoch: of this start of a syncer.
+        may_found: whether the job may still be empty.
         starts_together: the first lives of all learners are started at once (local mode), so that none of them is a late joiner.
         versions: package versions for the tape.
     """
@@ -45,6 +47,8 @@ class JobOptions:
     shards: tuple[ShardAddress, ...] = ()
     is_supervised: bool = False
     starts_together: bool = False
+    epoch: int = 0
+    may_found: bool = True
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -76,7 +80,8 @@ class Job:
         self.options = options
         self.members = Membership()
         self.publisher = Publisher()
-        self.epoch = 0
+        self.epoch = options.epoch
+        self.is_recovering = False
         self.config = SyncConfig()
         self.fingerprint = ""
         self.fragments: tuple[FragmentInfo, ...] = ()
@@ -96,6 +101,20 @@ class Job:
         self.config, self.fingerprint, self.fragments, self.currents = config, fingerprint, fragments, currents
         self.ledger = Ledger(len(fragments))
         self._prepare()
+
+    def restore(
+        self,
+        *,
+        config: SyncConfig,
+        fingerprint: str,
+        fragments: tuple[FragmentInfo, ...],
+        currents: list[Current],
+        ledger: Ledger,
+        last_seq: dict[tuple[int, int], int],
+    ) -> None:
+        """Go on with a history that another syncer began."""
+        self.found(config=config, fingerprint=fingerprint, fragments=fragments, currents=currents)
+        self.ledger, self.last_seq, self.is_recovering = ledger, last_seq, True
 
     @property
     def is_founded(self) -> bool:
@@ -126,6 +145,10 @@ class Job:
         """Highest seq of this learner in the fragment's current version (0: none)."""
         through = self.currents[fragment_id].merged_through.get(learner_id)
         return through.seq if through is not None else 0
+
+    def difference_bytes(self, num_params: int, *, is_parameters: bool) -> int:
+        """Payload bytes of a difference; running statistics go as values."""
+        return {"fp32": 4, "bf16": 2}[self.config.wire_dtype if is_parameters else "fp32"] * num_params
 
     def next_seq(self, learner_id: int) -> tuple[int, ...]:
         """The next seq per fragment for a new life of this learner."""

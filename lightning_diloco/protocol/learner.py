@@ -34,6 +34,7 @@ from lightning_diloco.protocol.actions import (
     RefuseJoin,
     Send,
     SendFounding,
+    SendHeld,
     SendLeave,
     StopTraining,
 )
@@ -53,13 +54,14 @@ from lightning_diloco.protocol.events import (
 )
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.learner_exchange import Exchange
-from lightning_diloco.protocol.learner_state import NOTHING, LearnerOptions, LearnerState
+from lightning_diloco.protocol.learner_state import NOTHING, Content, LearnerOptions, LearnerState
 from lightning_diloco.protocol.messages import (
     PROTOCOL_VERSION,
     Discarded,
     Envelope,
     Fenced,
     Heartbeat,
+    HeldFragment,
     Hello,
     JoinRefused,
     Left,
@@ -67,6 +69,7 @@ from lightning_diloco.protocol.messages import (
     Paused,
     Pull,
     Ready,
+    Recall,
     Released,
     Resolved,
     Stop,
@@ -113,6 +116,7 @@ class LearnerMachine:
             Pull: self._exchange.pulled,
             Released: self._exchange.released,
             Resolved: self._exchange.resolved,
+            Recall: self._recalled,
             Stop: self._stopped,
             Left: self._left,
         }
@@ -182,12 +186,19 @@ class LearnerMachine:
         return [Send(message=hello)]
 
     def _control(self, event: ControlReceived) -> list[LearnerAction]:
-        if self.state.stage in ("joined", "leaving") and not self._is_ours(event.envelope):
-            return []
-        handler = self._messages.get(type(event.message))
-        if isinstance(event.message, Welcome):
-            self.state.envelope = event.envelope
-        return handler(event.message) if handler is not None else []
+        state, message, actions = self.state, event.message, list[LearnerAction]()
+        if state.stage in ("joined", "leaving"):
+            if not self._is_ours(event.envelope):
+                return []
+            is_restart = event.envelope.epoch > state.envelope.epoch
+            if is_restart and isinstance(message, Pull | Released | Resolved | Stop | Left):
+                return self._say_hello()  # the syncer has started again, and its welcome was lost
+            if is_restart and isinstance(message, Welcome):
+                actions += self._exchange.restarted()
+        handler = self._messages.get(type(message))
+        if isinstance(message, Welcome):
+            state.envelope = event.envelope
+        return actions + (handler(message) if handler is not None else [])
 
     def _is_ours(self, envelope: Envelope) -> bool:
         """A learner refuses a lower epoch or another lineage (both are silent: an old syncer woke beside its successor)."""
@@ -282,9 +293,13 @@ class LearnerMachine:
         if self.state.stage not in ("receiving", "joined", "leaving"):
             self.state.fragments[header.fragment_id].is_missed = True
             return []
-        if not self._is_ours(event.envelope) or header.version.epoch != self.state.envelope.epoch:
-            return []
         fragment = self.state.fragments[header.fragment_id]
+        if not self._is_ours(event.envelope) or header.version.epoch < self.state.envelope.epoch:
+            return []
+        if header.version.epoch > self.state.envelope.epoch:
+            # It has overtaken the welcome of a syncer that started again.
+            fragment.is_missed = True
+            return self._say_hello()
         if fragment.held is not None and header.version <= fragment.held:
             fragment.is_missed = False
             return []
@@ -292,7 +307,7 @@ class LearnerMachine:
             return [Send(message=NeedFull(fragment_id=header.fragment_id))]
         fragment.is_missed = False
         merged = header.merged_through.get(self.state.learner_id, NOTHING)
-        fragment.arriving, fragment.arriving_merged, fragment.arriving_crc = header.version, merged, header.crc
+        fragment.arriving, fragment.arriving_content = header.version, Content(header.crc, merged, header.merged_through)
         return [
             Decode(
                 fragment_id=header.fragment_id,
@@ -307,18 +322,31 @@ class LearnerMachine:
         fragment = self.state.fragments[event.fragment_id]
         if fragment.arriving != event.version:
             return []
-        fragment.arriving = None
         if not event.crc_ok:
+            fragment.arriving = None
             return [Send(message=NeedFull(fragment_id=event.fragment_id))]
-        before, merged_before = fragment.held, fragment.held_merged.seq
-        fragment.held, fragment.held_merged, fragment.held_crc = event.version, fragment.arriving_merged, fragment.arriving_crc
+        before, merged_before = fragment.held, fragment.held_content.mine.seq
+        fragment.accept_held()
         if self.state.stage == "receiving":
-            fragment.base, fragment.base_merged = fragment.held, fragment.held_merged
+            fragment.put_in_place()
             return self._maybe_joined()
         if before is not None and event.fragment_id not in self.state.options.value_fragments:
-            self.state.merges_seen += event.version.n - before.n
-            self.state.merges_with_us += 1 if fragment.held_merged.seq > merged_before else 0
-        return []
+            self.state.merges_seen += max(0, event.version.n - before.n)
+            self.state.merges_with_us += 1 if fragment.held_content.mine.seq > merged_before else 0
+        return self._exchange.leave_again()
+
+    def _recalled(self, message: Recall) -> list[LearnerAction]:
+        """A syncer that started again has lost what is held here."""
+        if self.state.stage not in ("joined", "leaving") or message.fragment_id >= len(self.state.fragments):
+            return []
+        fragment = self.state.fragments[message.fragment_id]
+        if fragment.held != message.version:
+            return []
+        content = fragment.held_content
+        header = HeldFragment(
+            fragment_id=message.fragment_id, version=message.version, crc=content.crc, merged_through=dict(content.through)
+        )
+        return [SendHeld(header=header)]
 
     def _left(self, message: Left) -> list[LearnerAction]:
         self.state.stage = "left"

@@ -10,7 +10,19 @@ from __future__ import annotations
 from typing import Literal
 
 from lightning_diloco.errors import LocalProtocolError
-from lightning_diloco.protocol.actions import Adopt, Forget, Heal, LearnerAction, LeftDone, Send, SendContribution, SendLeave, Snapshot
+from lightning_diloco.protocol.actions import (
+    Adopt,
+    DropPrepared,
+    Forget,
+    Heal,
+    LearnerAction,
+    LeaveAgain,
+    LeftDone,
+    Send,
+    SendContribution,
+    SendLeave,
+    Snapshot,
+)
 from lightning_diloco.protocol.events import Boundary, Encoded, LeaveRequested, PauseChanged
 from lightning_diloco.protocol.learner_state import FragmentState, LearnerState, Pending
 from lightning_diloco.protocol.messages import Adopted, Busy, Contribution, Paused, Progress, Pull, Released, Resolved
@@ -47,18 +59,32 @@ class Exchange:
 
     def _adopt(self, fragment: FragmentState) -> list[LearnerAction]:
         actions: list[LearnerAction] = []
-        version, seq = fragment.held, fragment.contains(fragment.held_merged)
-        if version is None:
+        version, content = fragment.held, fragment.held_content
+        if version is None or fragment.base is None:
             raise LocalProtocolError("adoption without a version")
-        actions.append(Adopt(fragment_id=fragment.fragment_id, version=version, mode=self._state.options.adopt))
+        mode = "overwrite" if fragment.is_handed_over else self._state.options.adopt
+        actions.append(Adopt(fragment_id=fragment.fragment_id, version=version, mode=mode))
+        seq = fragment.contains(content.mine)
+        if version.epoch > fragment.base.epoch:
+            fragment.roll_back(content.mine)
+            actions += [] if seq else self._take_back(fragment)
         if seq:
             fragment.settle()
             actions.append(Forget(fragment_id=fragment.fragment_id, seq=seq))
         if self._state.options.adopt == "overwrite":
             fragment.overwrite(self._state.inner_step, self._state.tokens)
-        fragment.base, fragment.base_merged = version, fragment.held_merged
-        actions.append(Send(message=Adopted(fragment_id=fragment.fragment_id, version=version, crc=fragment.held_crc)))
+        fragment.put_in_place()
+        actions.append(Send(message=Adopted(fragment_id=fragment.fragment_id, version=version, crc=content.crc)))
         return actions
+
+    def _take_back(self, fragment: FragmentState) -> list[LearnerAction]:
+        """The syncer that was to merge the unresolved contribution has lost it: its work is local again, and goes into a new one."""
+        pending, fragment.unresolved = fragment.unresolved, None
+        if pending is None:
+            return []
+        if not pending.in_counters:
+            fragment.discard("overwritten", pending.header.tokens)
+        return [Forget(fragment_id=fragment.fragment_id, seq=pending.header.seq)] if pending.is_sent else []
 
     def _heal_all(self, poisoned: tuple[int, ...] | None) -> list[LearnerAction]:
         """Heal what was refused for its values, and with `nonfinite` everything else that is poisoned."""
@@ -87,18 +113,21 @@ class Exchange:
         return [*actions, Heal(fragment_id=fragment.fragment_id, reason=reason, keep_seq=kept.header.seq if kept is not None else 0)]
 
     def _withdraw(self, fragment: FragmentState, pending: Pending) -> list[LearnerAction]:
-        fragment_id, header = fragment.fragment_id, pending.header
-        busy = Send(message=Busy(fragment_id=fragment_id, round_id=header.round_id or 0))
-        return [busy, Forget(fragment_id=fragment_id, seq=header.seq)]
+        # Its payload is forgotten when it is encoded, in vain.
+        return [Send(message=Busy(fragment_id=fragment.fragment_id, round_id=pending.header.round_id or 0))]
 
     def _answer_pull(self, fragment: FragmentState, can_snapshot: bool) -> LearnerAction:
         round_id, fragment.pulled_by = fragment.pulled_by, None
         has_work = self._state.inner_step > fragment.since_step and self._state.tokens > fragment.since_tokens
-        is_free = fragment.unresolved is None and fragment.heal is None and not fragment.is_behind
+        is_free = fragment.unresolved is None and fragment.heal is None and not fragment.is_behind and not self._is_old(fragment)
         if not (is_free and has_work and can_snapshot):
             return Send(message=Busy(fragment_id=fragment.fragment_id, round_id=round_id or 0))
         fragment.unresolved = Pending(self._header(fragment, round_id))
         return Snapshot(fragment_id=fragment.fragment_id, seq=fragment.unresolved.header.seq)
+
+    def _is_old(self, fragment: FragmentState) -> bool:
+        """Whether it stands on a version of a syncer that has started again since; the same version comes anew."""
+        return fragment.base is not None and fragment.base.epoch < self._state.envelope.epoch
 
     def _header(self, fragment: FragmentState, round_id: int | None, after: Pending | None = None) -> Contribution:
         if fragment.base is None:
@@ -109,7 +138,7 @@ class Exchange:
             seq=fragment.take_seq(),
             round_id=round_id,
             base=fragment.base,
-            base_merged_seq=fragment.base_merged.seq,
+            base_merged_seq=fragment.base_content.mine.seq,
             steps=max(1, self._state.inner_step - fragment.since_step - (counted.steps if counted else 0)),
             tokens=self._state.tokens - fragment.since_tokens - (counted.tokens if counted else 0),
             inner_step=self._state.inner_step,
@@ -128,7 +157,7 @@ class Exchange:
                 header = _with_crc(pending.header, event.crc)
                 pending.header, pending.is_sent = header, True
                 return [SendContribution(header=header)]
-        return []
+        return [Forget(fragment_id=event.fragment_id, seq=event.seq)]  # it was withdrawn meanwhile
 
     def pulled(self, message: Pull) -> list[LearnerAction]:
         """The syncer asks for a contribution: answered at the next boundary, or busy at once if there will be none."""
@@ -155,7 +184,9 @@ class Exchange:
         if pending is None or pending.header.seq != message.seq:
             return []
         if message.outcome == "unknown":
-            return [SendContribution(header=pending.header)] if pending.is_sent else []
+            # One of an earlier epoch waits for the version that tells whether it is merged.
+            is_of_now = pending.header.base.epoch == self._state.envelope.epoch
+            return [SendContribution(header=pending.header)] if pending.is_sent and is_of_now else []
         if message.outcome != "refused":
             pending.is_acknowledged = True
             return self._maybe_left()
@@ -215,6 +246,39 @@ class Exchange:
                 seq, after = fragment.final.header.seq, fragment.unresolved is not None and fragment.unresolved.in_counters
                 actions.append(Snapshot(fragment_id=fragment.fragment_id, seq=seq, after_unresolved=after))
         return actions + self._maybe_left()
+
+    def restarted(self) -> list[LearnerAction]:
+        """The syncer has started again: what was received of the one before and not adopted is dropped, what it was told is told again.
+
+        Unresolved contributions wait for the first version of the new epoch, which says whether they are in it.
+        """
+        state = self._state
+        if state.said_leave is not None:
+            state.leave_reason, state.said_leave = state.said_leave, None
+        for pending in [p for f in state.fragments for p in (f.unresolved, f.final) if p is not None]:
+            pending.is_acknowledged = False
+        return [DropPrepared(fragment_id=f.fragment_id) for f in state.fragments if f.drop_held()]
+
+    def leave_again(self) -> list[LearnerAction]:
+        """All fragments of the new epoch are here: a leave that the old syncer has not completed begins anew."""
+        state, reason = self._state, self._state.leave_reason
+        if state.stage != "leaving" or reason is None or not any(self._is_old(f) for f in state.fragments):
+            return []
+        if any(f.held is None or f.held.epoch < state.envelope.epoch for f in state.fragments):
+            return []
+        actions: list[LearnerAction] = []
+        for fragment in state.fragments:
+            final, fragment_id = fragment.final, fragment.fragment_id
+            if final is None:
+                continue
+            if fragment.held_content.mine.seq >= final.header.seq:
+                sent = [p.header.seq for p in (fragment.unresolved, final) if p is not None]
+                fragment.settle_final()
+            else:
+                sent, fragment.final = [final.header.seq] if final.is_sent else [], None
+            actions += [Forget(fragment_id=fragment_id, seq=seq) for seq in sent]
+        state.stage, state.leave_reason = "joined", None
+        return [*actions, LeaveAgain(reason=reason)]
 
     def _maybe_left(self) -> list[LearnerAction]:
         if self._state.stage != "leaving" or self._state.leave_reason is None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from lightning_diloco.protocol.identity import Count, DiscardReason, FragmentInfo, Seconds, Version
+from lightning_diloco.protocol.identity import Count, DiscardReason, FragmentInfo, MergedThrough, Seconds, Version
 from lightning_diloco.protocol.message_base import MAX_FRAGMENTS, Message, Name, PerFragment, StepTimes
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "FoundingStatic",
     "FromLearner",
     "Heartbeat",
+    "HeldFragment",
     "Hello",
     "LearnerHeader",
     "LeaseDone",
@@ -240,6 +241,18 @@ class Contribution(Message, frozen=True, kw_only=True):
     after: Count | None = None
 
 
+class HeldFragment(Message, frozen=True, kw_only=True):
+    """Payload: the float32 values of a published version that this learner holds, for a syncer that has lost it. Answer to `Recall`.
+
+    `crc` is that of the values; `merged_through` came with the version.
+    """
+
+    fragment_id: Count
+    version: Version
+    crc: Count
+    merged_through: dict[Count, MergedThrough]
+
+
 class PeerState(Message, frozen=True, kw_only=True):
     """Payload: inner optimizer state of a healthy peer (recovery: not there yet)."""
 
@@ -264,4 +277,4 @@ FromLearner = (
     | LeaseDone
     | PeerStateRequest
 )
-LearnerHeader = FoundingFragment | FoundingStatic | Contribution | PeerState
+LearnerHeader = FoundingFragment | FoundingStatic | Contribution | HeldFragment | PeerState

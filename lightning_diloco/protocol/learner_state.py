@@ -6,6 +6,8 @@ turns out to be in an adopted version moves the marks by exactly its steps and t
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +17,8 @@ from lightning_diloco.protocol.messages import Contribution, Envelope
 __all__ = ["NOTHING", "FragmentState", "LearnerOptions", "LearnerState", "Pending", "Stage"]
 
 NOTHING = MergedThrough(0, 0)
+MAX_SETTLED = 32
+"""So many versions of a fragment are more than a syncer can lose that takes the newest one that any learner shows."""
 
 
 @dataclass(slots=True)
@@ -32,23 +36,36 @@ class Pending:
     is_mended: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a version consists of: the crc of its values, what of this learner is in it, and what of all learners."""
+
+    crc: int = 0
+    mine: MergedThrough = NOTHING
+    through: Mapping[int, MergedThrough] = field(default_factory=dict)
+
+
+EMPTY = Content()
+
+
 @dataclass(slots=True)
 class FragmentState:
     """One fragment as its learner sees it.
 
-    Invariant: `base` <= `held`; `held` > `base` means that a version was received and not adopted.
+    Invariant: `base` <= `held`; `held` > `base` means that a version was received and not adopted. `settled`: (seq, tokens) of own
+    contributions that were adopted, newest last, for the case that a syncer comes back without them. `is_handed_over`: the final
+    contribution turned out to be merged, so nothing local is left.
     """
 
     fragment_id: int
     next_seq: int = 1
     base: Version | None = None
-    base_merged: MergedThrough = NOTHING
+    base_content: Content = EMPTY
     held: Version | None = None
-    held_merged: MergedThrough = NOTHING
-    held_crc: int = 0
+    held_content: Content = EMPTY
     arriving: Version | None = None
-    arriving_merged: MergedThrough = NOTHING
-    arriving_crc: int = 0
+    arriving_content: Content = EMPTY
+    settled: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=MAX_SETTLED))
     since_step: int = 0
     since_tokens: int = 0
     unresolved: Pending | None = None
@@ -56,6 +73,7 @@ class FragmentState:
     pulled_by: int | None = None
     heal: str | None = None
     is_missed: bool = False
+    is_handed_over: bool = False
     discarded: dict[DiscardReason, int] = field(default_factory=dict)
 
     @property
@@ -88,10 +106,41 @@ class FragmentState:
     def settle(self) -> None:
         """The unresolved contribution is in the version now adopted: its work leaves the counters."""
         pending = self.unresolved
-        if pending is not None and pending.in_counters:
+        if pending is not None:
+            self._take_out(pending)
+        self.unresolved = None
+
+    def settle_final(self) -> None:
+        """The unresolved contribution and the final one after it are in the version received: nothing local is left."""
+        self.settle()
+        if self.final is not None:
+            self._take_out(self.final)
+        self.final, self.is_handed_over = None, True
+
+    def _take_out(self, pending: Pending) -> None:
+        self.settled.append((pending.header.seq, pending.header.tokens))
+        if pending.in_counters:
             self.since_step += pending.header.steps
             self.since_tokens += pending.header.tokens
-        self.unresolved = None
+
+    def accept_held(self) -> None:
+        """What arrived is the newest version now."""
+        self.held, self.held_content, self.arriving = self.arriving, self.arriving_content, None
+
+    def put_in_place(self) -> None:
+        """The newest version is the base from here on."""
+        self.base, self.base_content = self.held, self.held_content
+
+    def drop_held(self) -> bool:
+        """The syncer has lost what was received and not adopted; returns whether there was anything."""
+        was_behind, self.arriving = self.is_behind, None
+        self.held, self.held_content = self.base, self.base_content
+        return was_behind
+
+    def roll_back(self, merged: MergedThrough) -> None:
+        """The base is replaced by a version in which own work that it had is missing: that work is gone."""
+        while self.settled and self.settled[-1][0] > merged.seq:
+            self.discard("rollback", self.settled.pop()[1])
 
     def overwrite(self, inner_step: int, tokens: int) -> None:
         """The parameters were replaced: what was neither merged nor is held is gone."""

@@ -41,6 +41,10 @@ class Ledger:
         """The learner's total over all incarnations."""
         return self._ended.get(learner_id, 0) + self._current.get(learner_id, 0)
 
+    def current(self, learner_id: int) -> int:
+        """Tokens of its present incarnation."""
+        return self._current.get(learner_id, 0)
+
     def learners(self) -> list[int]:
         """Everyone who ever trained a token, sorted."""
         return sorted(self._ended.keys() | self._current.keys())
@@ -58,6 +62,20 @@ class Ledger:
             raise LocalProtocolError(f"Learner {learner_id}, fragment {fragment_id}: {tokens} tokens merged that were not held.")
         self._held[key] = held
         self._merged[key] = self._merged.get(key, 0) + tokens
+
+    def unmerge(self, learner_id: int, fragment_id: int, tokens: int) -> None:
+        """A version with so many tokens of this learner was lost, and the one before it holds again: they are open."""
+        self._merged[learner_id, fragment_id] = self.merged(learner_id, fragment_id) - tokens
+
+    def set_merged(self, learner_id: int, fragment_id: int, tokens: int) -> None:
+        """The version that holds says itself how much of this learner is in it."""
+        self._merged[learner_id, fragment_id] = tokens
+        self._ended.setdefault(learner_id, 0)
+
+    def release(self, learner_id: int, fragment_id: int, tokens: int) -> None:
+        """Accepted contributions were lost before they were merged: they are open again."""
+        key = (learner_id, fragment_id)
+        self._held[key] = self._held.get(key, 0) - tokens
 
     def merged(self, learner_id: int, fragment_id: int) -> int:
         """Tokens of this learner in this fragment's present version."""
@@ -83,15 +101,26 @@ class Ledger:
 
     def end_incarnation(self, learner_id: int) -> Iterator[tuple[int, int]]:
         """Close the present incarnation's account; yields (fragment_id, tokens) of what went with it."""
-        self._ended[learner_id] = self.tokens(learner_id)
-        self._current.pop(learner_id, None)
-        for key in [k for k in self._reported if k[0] == learner_id]:
-            del self._reported[key]
+        self.close(learner_id)
         for fragment_id in range(self._num_fragments):
             lost = self.pending(learner_id, fragment_id) - self._held.get((learner_id, fragment_id), 0)
             if lost > 0:
                 self._discard(learner_id, fragment_id, lost)
                 yield fragment_id, lost
+
+    def close(self, learner_id: int) -> None:
+        """The present incarnation's tokens are those of an ended one; what became of them is said elsewhere."""
+        self._ended[learner_id] = self.tokens(learner_id)
+        self._current.pop(learner_id, None)
+        for key in [k for k in self._reported if k[0] == learner_id]:
+            del self._reported[key]
+
+    def discard(self, learner_id: int, fragment_id: int, reason: DiscardReason, tokens: int, *, is_reported: bool) -> None:
+        """Tokens that will never be merged, as the tape has them; `is_reported`: a running incarnation's own total may be behind it."""
+        if is_reported:
+            key = (learner_id, fragment_id, reason)
+            self._reported[key] = self._reported.get(key, 0) + tokens
+        self._discard(learner_id, fragment_id, tokens)
 
     def _discard(self, learner_id: int, fragment_id: int, tokens: int) -> None:
         key = (learner_id, fragment_id)

@@ -146,6 +146,24 @@ class Membership:
         self._order()
         return member
 
+    def restore(self, member: Member, next_incarnation: int) -> None:
+        """Put an incarnation back that a syncer before this one has known."""
+        self._next_incarnation[member.learner_id] = max(next_incarnation, self._next_incarnation.get(member.learner_id, 0))
+        self._by_id[member.learner_id] = self._by_session[member.session] = member
+        self._order()
+
+    def seen(self, learner_id: int, next_incarnation: int) -> None:
+        """An id that had lives before this syncer started."""
+        self._next_incarnation[learner_id] = max(next_incarnation, self._next_incarnation.get(learner_id, 0))
+
+    def next_incarnation(self, learner_id: int) -> int:
+        """The number of this id's next life."""
+        return self._next_incarnation.get(learner_id, 0)
+
+    def set_job_step(self, step: int) -> None:
+        """How far the job is, while nobody is active who knows it better."""
+        self._job_step = step
+
     def remove(self, member: Member, reason: LeaveReason) -> None:
         """End an incarnation; its session is remembered and stays out: its account is closed."""
         if self.joined() == [member]:

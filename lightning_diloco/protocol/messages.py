@@ -21,6 +21,7 @@ from lightning_diloco.protocol.learner_messages import (
     FoundingStatic,
     FromLearner,
     Heartbeat,
+    HeldFragment,
     Hello,
     LearnerHeader,
     LeaseDone,
@@ -46,6 +47,7 @@ from lightning_diloco.protocol.syncer_messages import (
     Pong,
     Publication,
     Pull,
+    Recall,
     Released,
     Resolved,
     SendState,
@@ -71,6 +73,7 @@ __all__ = [
     "FromSyncer",
     "Header",
     "Heartbeat",
+    "HeldFragment",
     "Hello",
     "JoinRefused",
     "LearnerHeader",
@@ -91,6 +94,7 @@ __all__ = [
     "Publication",
     "Pull",
     "Ready",
+    "Recall",
     "Released",
     "Resolved",
     "SendState",
@@ -104,7 +108,7 @@ __all__ = [
     "WhoAreYou",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised by one whenever a message changes; both sides must speak the same."""
 
 Header = LearnerHeader | SyncerHeader

@@ -43,6 +43,12 @@ class Publisher:
         """A session begins with these versions in its hands."""
         self._held[session], self._on_way[session], self._wants_full[session], self._doubted[session] = dict(held), {}, {}, {}
 
+    def resume(self, session: str, held: dict[int, Version]) -> None:
+        """A session goes on with these versions in its hands; what is on its way to it still is, unless the transport says otherwise."""
+        on_way = self._on_way.get(session, {})
+        self.start(session, held)
+        self._on_way[session] = on_way
+
     def stop(self, session: str) -> None:
         """A session ended."""
         for table in (self._held, self._on_way, self._wants_full, self._doubted):

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from lightning_diloco.protocol.identity import DiscardReason, FragmentInfo, LeaveReason, Refusal, Version
+from lightning_diloco.protocol.identity import DiscardReason, FragmentInfo, LeaveReason, MergedThrough, Refusal, Version
 
 __all__ = [
     "ContributionRecord",
@@ -61,11 +61,16 @@ class JobRecord(_Base, frozen=True, kw_only=True, tag="job"):
 
 
 class JoinRecord(_Base, frozen=True, kw_only=True, tag="join"):
-    """An incarnation became a member. The first one of a tape is T0."""
+    """An incarnation became a member. The first one of a tape is T0.
+
+    `session` names its process (its nonce), `life` how many its supervisor had started before: a syncer that starts again knows it by them.
+    """
 
     learner_id: int
     incarnation: int
     role: str
+    session: str = ""
+    life: int = 0
     device: str = ""
     batch_size: int = 0
     tokens_per_step: int = 0
@@ -143,12 +148,16 @@ class ContributionRecord(_Base, frozen=True, kw_only=True, tag="contribution", r
 
 
 class DiscardRecord(_Base, frozen=True, kw_only=True, tag="discard"):
-    """Tokens of one learner and fragment will never be merged (an increment, not a total)."""
+    """Tokens of one learner and fragment will never be merged (an increment, not a total).
+
+    `incarnation`: whose report says so; None: the syncer found it.
+    """
 
     learner_id: int
     fragment_id: int
     reason: DiscardReason
     tokens: int
+    incarnation: int | None = None
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,10 +208,15 @@ class PublishRecord(_Base, frozen=True, kw_only=True, tag="publish"):
 
 
 class RestartRecord(_Base, frozen=True, kw_only=True, tag="restart"):
-    """A syncer goes on with the job after a restart, from these versions (recovery: not there yet)."""
+    """A syncer goes on with the job after a restart, from these versions; merges above them are undone.
+
+    `merged_through`: what is in them, per fragment. `recalled`: fragments whose values came from a learner, not from the snapshot.
+    """
 
     epoch: int
     versions: tuple[Version, ...]
+    merged_through: tuple[dict[int, MergedThrough], ...] = ()
+    recalled: tuple[int, ...] = ()
 
 
 class EndRecord(_Base, frozen=True, kw_only=True, tag="end"):

@@ -14,6 +14,7 @@ past it into inactive ones, which lowers the quorum; so every round ends. A cont
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,9 +80,10 @@ class Rounds:
         self._published_s: dict[int, float] = {}
         self._sync_s: dict[int, float] = {}
 
-    def start(self) -> None:
-        """The job was founded."""
-        self._rounds = [FragmentRound(fragment_id=f.fragment_id) for f in self._job.fragments]
+    def start(self, round_ids: Mapping[int, int] | None = None) -> None:
+        """The job was founded, or goes on; `round_ids`: of the last round of each fragment."""
+        last = round_ids or {}
+        self._rounds = [FragmentRound(fragment_id=f.fragment_id, round_id=last.get(f.fragment_id, 0)) for f in self._job.fragments]
 
     def of(self, fragment_id: int) -> FragmentRound:
         """The round state of one fragment."""

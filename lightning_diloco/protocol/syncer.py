@@ -25,8 +25,10 @@ from lightning_diloco.protocol.departures import Departures
 from lightning_diloco.protocol.events import (
     ContributionArrived,
     CountersRead,
+    Durable,
     Finish,
     FoundingArrived,
+    HeldArrived,
     LearnerLost,
     Merged,
     MessageReceived,
@@ -61,6 +63,7 @@ from lightning_diloco.protocol.messages import (
     WhoAreYou,
 )
 from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, ProgressRecord
+from lightning_diloco.protocol.recovery import Recovery, Resumption
 from lightning_diloco.protocol.rounds import Rounds
 
 __all__ = ["SyncerMachine"]
@@ -68,7 +71,7 @@ __all__ = ["SyncerMachine"]
 MAX_TOTAL = 2**53
 """No counter of a learner gets above this: weights are floats, and sums of a few of them must stay within the wire's 62 bits."""
 REPORTED_DISCARDS: Final = ("overwritten", "nonfinite", "norm")
-"""What a learner may say of discarded tokens; all other reasons are the syncer's own findings."""
+"""What a learner may say of discarded tokens, and `rollback` after a restart; all other reasons are the syncer's own findings."""
 
 
 class SyncerMachine:
@@ -76,20 +79,24 @@ class SyncerMachine:
 
     Args:
         options: identity and policy of the job.
+        resumption: a job to go on with; None: a new one.
     """
 
-    def __init__(self, options: JobOptions) -> None:
+    def __init__(self, options: JobOptions, resumption: Resumption | None = None) -> None:
         self.job = Job(options)
         self.rounds = Rounds(self.job)
         self._admission = Admission(self.job, self.rounds)
         self._contributions = Contributions(self.job, self.rounds, self._admission)
         self._departures = Departures(self.job, self.rounds, self._admission)
+        self.recovery = None if resumption is None else Recovery(self.job, self.rounds, self._admission, resumption)
         self._now_s = 0.0
         self._handlers: dict[type, Callable[..., list[SyncerAction]]] = {
             MessageReceived: self._message,
             ContributionArrived: self._contribution,
             PayloadFailed: self._payload_failed,
             FoundingArrived: self._admission.founded,
+            HeldArrived: lambda event, now_s: self.recovery.arrived(event, now_s) if self.recovery is not None else [],
+            Durable: lambda event, now_s: self.recovery.durable(event, now_s) if self.recovery is not None else [],
             Merged: self.rounds.merged,
             PublicationDelivered: self._delivered,
             PublicationFailed: self._delivery_failed,
@@ -124,6 +131,8 @@ class SyncerMachine:
             # Whatever comes from a process shows that it lives; what the transport gave up on does not.
             member.last_heard_s = now_s
         actions = self._handlers[type(event)](event, now_s) + self._departures.expire(now_s)
+        if self.recovery is not None and self.recovery.is_running:
+            return actions + self.recovery.progress(now_s)
         if self.job.is_founded:
             actions += self.rounds.tick(now_s)
             actions += self.rounds.open_due(now_s)
@@ -135,6 +144,8 @@ class SyncerMachine:
 
         Silence is judged at whatever comes next, so a runtime ticks about once a second in any case.
         """
+        if self.recovery is not None and self.recovery.is_running:
+            return self.recovery.next_deadline_s()
         if not self.job.is_founded:
             return None
         times = (self._departures.next_deadline_s(self._now_s), self.rounds.next_deadline_s())
@@ -144,6 +155,9 @@ class SyncerMachine:
 
     def _message(self, event: MessageReceived, now_s: float) -> list[SyncerAction]:
         message, session = event.message, event.session
+        is_recovering = self.recovery is not None and self.recovery.is_running
+        if isinstance(message, Hello) and self.recovery is not None and is_recovering:
+            return self.recovery.hello(event, message, now_s)
         if isinstance(message, Hello):
             return self._admission.hello(session, event.envelope, message, now_s)
         if isinstance(message, Ping):
@@ -152,6 +166,8 @@ class SyncerMachine:
         if member is None or event.envelope.incarnation != member.incarnation:
             # A leave that was completed is told so again: the answer may have been lost.
             return [self._admission.farewell(session) or Reply(session=session, message=WhoAreYou())]
+        if is_recovering or event.envelope.epoch < self.job.epoch:
+            return self._of_old_epoch(member, message, now_s)
         if isinstance(message, Found):
             return self._admission.found(session, message, now_s)
         actions: list[SyncerAction] = []
@@ -166,6 +182,17 @@ class SyncerMachine:
             return actions
         fault = self._fault(message)
         return actions + (self._close_session(member, "wrong_layout", fault, now_s) if fault else handler(member, message, now_s))
+
+    def _of_old_epoch(self, member: Member, message: FromLearner, now_s: float) -> list[SyncerAction]:
+        """Of one that does not know yet that this syncer has started again reports count, and nothing else; it is asked who it is."""
+        actions: list[SyncerAction] = []
+        if member.stage == "joined" and isinstance(message, Progress | Heartbeat) and not self._fault(message):
+            actions += self._progress(member, message, now_s) if isinstance(message, Progress) else self._report(member, message, now_s)
+        if member.stage == "joined" and isinstance(message, Heartbeat | Paused):
+            member.is_paused = message.is_paused
+        if self.recovery is None or not self.recovery.is_running or not self.recovery.knows(member.session):
+            actions.append(Reply(session=member.session, message=WhoAreYou()))
+        return actions
 
     def _fault(self, message: FromLearner | Contribution) -> str:
         """What of this message no learner of this job can say, or nothing. The limits of the wire are wider."""
@@ -184,7 +211,8 @@ class SyncerMachine:
         if len(report.discarded) > limit:
             return f"discarded: {len(report.discarded)} totals, but {self.job.num_fragments} fragments have at most {limit}."
         for item in report.discarded:
-            if item.fragment_id >= self.job.num_fragments or item.reason not in REPORTED_DISCARDS:
+            is_possible = item.reason in REPORTED_DISCARDS or (item.reason == "rollback" and self.job.epoch > 0)
+            if item.fragment_id >= self.job.num_fragments or not is_possible:
                 return f"discarded: ({item.fragment_id}, {item.reason!r}) is no fragment or reason that a learner of this job reports."
         if len({(item.fragment_id, item.reason) for item in report.discarded}) < len(report.discarded):
             return "discarded: there is one running total for each fragment and reason."
@@ -192,6 +220,9 @@ class SyncerMachine:
 
     def _contribution(self, event: ContributionArrived, now_s: float) -> list[SyncerAction]:
         member = self.job.members.of(event.session)
+        if self.recovery is not None and self.recovery.is_running:
+            learner_id = member.learner_id if member is not None else 0
+            return [DropPayload(key=ContributionKey(learner_id, event.header.fragment_id, event.header.seq))]
         fault = self._fault(event.header) if member is not None and member.stage == "joined" else ""
         if member is None or not fault:
             return self._contributions.arrived(event, now_s)
@@ -249,7 +280,13 @@ class SyncerMachine:
         for item in message.discarded:
             new = self.job.ledger.report_discarded(member.learner_id, item)
             if new > 0:
-                discard = DiscardRecord(learner_id=member.learner_id, fragment_id=item.fragment_id, reason=item.reason, tokens=new)
+                discard = DiscardRecord(
+                    learner_id=member.learner_id,
+                    fragment_id=item.fragment_id,
+                    reason=item.reason,
+                    tokens=new,
+                    incarnation=member.incarnation,
+                )
                 actions.append(Tape(record=discard))
         return actions
 

@@ -19,6 +19,7 @@ __all__ = [
     "Pong",
     "Publication",
     "Pull",
+    "Recall",
     "Released",
     "Resolved",
     "SendState",
@@ -79,6 +80,13 @@ class Pull(Message, frozen=True, kw_only=True):
 
     fragment_id: Count
     round_id: Count
+
+
+class Recall(Message, frozen=True, kw_only=True):
+    """A syncer that starts again asks for a published version that it has lost: answered by `HeldFragment`."""
+
+    fragment_id: Count
+    version: Version
 
 
 class Released(Message, frozen=True, kw_only=True):
@@ -150,5 +158,5 @@ class StaticState(Message, frozen=True, kw_only=True):
     crc: Count
 
 
-FromSyncer = Welcome | SendState | JoinRefused | WhoAreYou | Pull | Released | Resolved | Fenced | Stop | Left | Pong | LeaseGrant
+FromSyncer = Welcome | SendState | JoinRefused | WhoAreYou | Pull | Recall | Released | Resolved | Fenced | Stop | Left | Pong | LeaseGrant
 SyncerHeader = Publication | StaticState | PeerState

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, MergeRecord, ProgressRecord, RoundCancelRecord, RoundOpenRecord
+from lightning_diloco.protocol.records import (
+    CountersRecord,
+    DiscardRecord,
+    MergeRecord,
+    ProgressRecord,
+    RestartRecord,
+    RoundCancelRecord,
+    RoundOpenRecord,
+)
 
 if TYPE_CHECKING:
     from tests.protocol.pair import Pair
@@ -35,7 +43,7 @@ def check_learner(pair: Pair, node: Node) -> None:
 def check_syncer(pair: Pair) -> None:
     """Accounts and versions of the syncer against the bags that were really merged."""
     job, rounds = pair.syncer.job, pair.syncer.rounds
-    if not job.is_founded:
+    if not job.is_founded or job.is_recovering:
         return
     for i, current in enumerate(job.currents):
         newest = max(pair.history[i])
@@ -76,7 +84,7 @@ def check_memory(pair: Pair) -> None:
 def check_tape(pair: Pair) -> None:
     """One round a fragment at a time, no merge under its quorum, each contribution merged once, accounts from records alone."""
     is_open: dict[int, int] = {}
-    merged_keys: set[tuple[int, int, int]] = set()
+    merges: dict[int, list[MergeRecord]] = {}
     totals: dict[tuple[int, int], int] = {}
     merged: Counter[tuple[int, int]] = Counter()
     discarded: Counter[tuple[int, int]] = Counter()
@@ -89,17 +97,22 @@ def check_tape(pair: Pair) -> None:
         elif isinstance(record, MergeRecord):
             assert is_open.pop(record.fragment_id) == record.round_id
             assert len({m.learner_id for m in record.members}) >= max(1, record.quorum), "a merge under its quorum"
-            for member in record.members:
-                key = (member.learner_id, record.fragment_id, member.seq)
-                assert key not in merged_keys, "merged twice"
-                merged_keys.add(key)
-                merged[key[:2]] += member.tokens
+            merges.setdefault(record.fragment_id, []).append(record)
+        elif isinstance(record, RestartRecord):
+            is_open = {}
+            for i, version in enumerate(record.versions):
+                merges[i] = [m for m in merges.get(i, []) if m.version.n <= version.n]
         elif isinstance(record, ProgressRecord | CountersRecord):
             life = (record.learner_id, record.incarnation)
             totals[life] = max(record.tokens, totals.get(life, 0))
         elif isinstance(record, DiscardRecord):
             assert record.tokens > 0
             discarded[record.learner_id, record.fragment_id] += record.tokens
+    keys = [(m.learner_id, record.fragment_id, m.seq) for records in merges.values() for record in records for m in record.members]
+    assert len(keys) == len(set(keys)), "merged twice"
+    for record in (record for records in merges.values() for record in records):
+        for member in record.members:
+            merged[member.learner_id, record.fragment_id] += member.tokens
     ledger = pair.syncer.job.ledger
     for learner_id in ledger.learners():
         for i in range(pair.num_fragments):

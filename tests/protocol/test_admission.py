@@ -8,7 +8,7 @@ import pytest
 
 from lightning_diloco.protocol import events as ev
 from lightning_diloco.protocol.identity import FragmentInfo, Version
-from lightning_diloco.protocol.messages import Envelope, Found, Hello, JoinRefused
+from lightning_diloco.protocol.messages import PROTOCOL_VERSION, Envelope, Found, Hello, JoinRefused
 from lightning_diloco.protocol.records import JobRecord, JoinRecord
 from tests.protocol.pair import Pair
 
@@ -46,7 +46,7 @@ def test_a_refusal_names_the_field(name):
 
 def hello_of(pair: Pair, **change) -> Hello:
     fields = {
-        "protocol_version": 1,
+        "protocol_version": PROTOCOL_VERSION,
         "token": "",
         "learner_id": None,
         "nonce": "ff",
@@ -60,7 +60,7 @@ def hello_of(pair: Pair, **change) -> Hello:
 @pytest.mark.parametrize(
     ("envelope", "change", "reason", "sentence"),
     [
-        (Envelope("job", "", 0, 0), {"protocol_version": 2}, "protocol_version", "protocol_version=2"),
+        (Envelope("job", "", 0, 0), {"protocol_version": 1}, "protocol_version", "protocol_version=1"),
         (Envelope("another", "", 0, 0), {}, "job_id", "job_id='another'"),
         (Envelope("job", "", 0, 0), {"lineage": "second"}, "lineage", "another history"),
     ],

@@ -43,7 +43,7 @@ heartbeat = st.builds(
 )
 hello = st.builds(
     msg.Hello,
-    protocol_version=st.integers(0, 2),
+    protocol_version=st.integers(0, 3),
     token=short,
     learner_id=st.one_of(st.none(), st.integers(2, 9)),
     nonce=short,

@@ -31,8 +31,11 @@ class Chaos:
         faults: which kinds of faults happen: any of drop, copy, die, bad.
     """
 
+    kind: type[Pair] = Pair
+    healing_rounds = 4
+
     def __init__(self, *, adopt: str, quorum: int, faults: frozenset[str], num_learners: int = 3) -> None:
-        self.pair = Pair(
+        self.pair = self.kind(
             num_fragments=2,
             sync_interval_steps=3,
             min_quorum=quorum,
@@ -123,7 +126,7 @@ class Chaos:
         for node in pair.nodes:
             if node.stage in ("greeting", "receiving"):
                 pair.hello(node)
-        for _ in range(4):
+        for _ in range(self.healing_rounds):
             for node in pair.nodes:
                 if node.is_joined and node.machine.state.is_paused:
                     pair.feed(node, ev.PauseChanged(is_paused=False))
@@ -157,8 +160,8 @@ class Chaos:
         pair.settle()
 
 
-def run(schedule, *, adopt: str, quorum: int, faults: frozenset[str]) -> Pair:
-    chaos = Chaos(adopt=adopt, quorum=quorum, faults=faults)
+def run(schedule, *, adopt: str, quorum: int, faults: frozenset[str], kind: type[Chaos] = Chaos) -> Pair:
+    chaos = kind(adopt=adopt, quorum=quorum, faults=faults)
     chaos.play(schedule)
     chaos.heal()
     check_healed(chaos.pair)

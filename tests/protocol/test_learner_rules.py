@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lightning_diloco.protocol import events as ev
-from lightning_diloco.protocol.actions import Decode, Send
+from lightning_diloco.protocol.actions import Decode, Forget, Send
 from lightning_diloco.protocol.identity import MergedThrough, Version
-from lightning_diloco.protocol.messages import Busy, Contribution, Envelope, NeedFull, Publication, Pull, Released, Resolved, Stop
+from lightning_diloco.protocol.messages import Busy, Contribution, Envelope, Hello, NeedFull, Publication, Pull, Released, Resolved, Stop
 from lightning_diloco.protocol.records import ContributionRecord
 from tests.protocol.invariants import check_end
 from tests.protocol.moves import bulk_up, contribute, payloads, up
@@ -46,10 +46,17 @@ def test_a_syncer_of_another_history_is_not_obeyed(pair, envelope):
     assert arrived(pair, publication(1, 0), envelope) == []
 
 
-def test_a_publication_of_another_epoch_an_old_one_and_one_of_no_fragment_are_ignored(pair):
+def test_an_old_publication_and_one_of_no_fragment_are_ignored(pair):
     pair.found(1)
-    for header in (publication(1, 0, epoch=1), publication(0, None), publication(1, 0, fragment_id=1)):
+    for header in (publication(0, None), publication(1, 0, fragment_id=1)):
         assert arrived(pair, header) == []
+
+
+def test_a_publication_of_a_later_epoch_is_not_taken_and_says_hello_to_a_syncer_that_has_started_again(pair):
+    (node,) = pair.found(1)
+    (answer,) = arrived(pair, publication(1, 0, epoch=1))
+    assert isinstance(answer, Send) and isinstance(answer.message, Hello)
+    assert node.machine.state.fragments[0].is_missed
 
 
 def test_a_difference_to_a_version_that_is_not_held_asks_for_the_full_one(pair):
@@ -95,7 +102,7 @@ def test_steps_before_the_join_are_counted_and_exchange_nothing(pair):
     node = pair.add(0, joins=False)
     assert node.machine.handle(ev.Boundary(tokens=3, steps=2), pair.now_s) == []
     assert (node.machine.state.inner_step, node.machine.state.tokens) == (2, 3)
-    assert node.machine.handle(ev.Encoded(fragment_id=0, seq=1, crc=0), pair.now_s) == []
+    assert node.machine.handle(ev.Encoded(fragment_id=0, seq=1, crc=0), pair.now_s) == [Forget(fragment_id=0, seq=1)]
     assert node.machine.handle(ev.Tick(), pair.now_s) == []
 
 

@@ -1,0 +1,296 @@
+"""How a syncer goes on with a job that it finds (PROTOCOL.md section 8).
+
+    stage         what happens                                                                   it ends when
+    collecting    members of the tape say hello and show which versions they hold                all have, or `COLLECT_S` is over
+    recalling     of each fragment the highest version is fetched, if a learner has a higher     all are here
+                  one than the snapshot
+    writing       every fragment has become (new epoch, n) with unchanged bytes; this is made    the snapshot is durable
+                  durable
+    done          the restart is on the tape; members are welcomed back, newcomers let in
+
+Nothing is merged and nothing published before `done`, so whatever a learner holds of the new epoch outlives another crash. What the old
+syncer held is lost here: live learners keep that work and send it again, that of ended lives is discarded (`rollback`). A job is never
+founded twice: a fragment that nobody has, neither snapshot nor learner, is waited for.
+
+Invariants: the epoch grows; the version chosen is the highest that anybody showed; the ledger's identity holds on the tape at every line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_diloco.config import SyncConfig
+from lightning_diloco.protocol.actions import MakeDurable, Reply, SyncerAction, Tape
+from lightning_diloco.protocol.admission import Admission
+from lightning_diloco.protocol.events import Durable, HeldArrived, MessageReceived
+from lightning_diloco.protocol.history import History
+from lightning_diloco.protocol.identity import MergedThrough, Version
+from lightning_diloco.protocol.job import Job
+from lightning_diloco.protocol.members import Member
+from lightning_diloco.protocol.messages import Hello, Recall
+from lightning_diloco.protocol.publisher import Current
+from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, RestartRecord
+from lightning_diloco.protocol.rounds import Rounds
+
+__all__ = ["Recovery", "Resumption"]
+
+COLLECT_S = 5.0
+"""Members that live have said hello again by then: their transport reconnects within a second, and they speak at every step."""
+RECALL_AGAIN_S = 30.0
+"""A version that was asked for and has not come by then is asked for again, or of somebody else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """A job as its run directory tells it.
+
+    Args:
+        history: the whole tape.
+        config: the founder's.
+        fingerprint: of the layout.
+        static_crc: of the static state.
+        static_bytes: its length.
+        currents: per fragment what the snapshot holds; None: it holds nothing.
+    """
+
+    history: History
+    config: SyncConfig
+    fingerprint: str
+    static_crc: int
+    static_bytes: int
+    currents: tuple[Current | None, ...]
+
+
+class Recovery:
+    """From the start of a syncer to the moment at which it serves.
+
+    Args:
+        job: empty; becomes the job of `resumption`.
+        rounds: of all fragments.
+        admission: the door.
+        resumption: what is known.
+    """
+
+    def __init__(self, job: Job, rounds: Rounds, admission: Admission, resumption: Resumption) -> None:
+        self._job, self._rounds, self._admission = job, rounds, admission
+        self._history = resumption.history
+        self.stage: Literal["collecting", "recalling", "writing", "done"] = "collecting"
+        self._deadline_s: float | None = None
+        self._returned: dict[str, Hello] = {}
+        self._open = set(range(len(resumption.currents)))
+        self._asked: dict[int, tuple[str, Version, float]] = {}
+        self._useless: set[tuple[str, int]] = set()
+        self._recalled: list[int] = []
+        self._in_snapshot = list(resumption.currents)
+        self._restore(resumption)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the syncer does not serve yet."""
+        return self.stage != "done"
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Fragments that nobody has shown so far."""
+        return tuple(p for p in sorted(self._open) if self._best(p) is None)
+
+    def expects(self, session: str, fragment_id: int) -> bool:
+        """Whether this fragment was asked for of this session and has not come."""
+        return fragment_id in self._open and self._asked.get(fragment_id, ("",))[0] == session
+
+    def knows(self, session: str) -> bool:
+        """Whether this process has said hello since the restart, or is in line."""
+        member = self._job.members.of(session)
+        return session in self._returned or (member is not None and member.stage != "joined")
+
+    def _restore(self, known: Resumption) -> None:
+        job, history = self._job, self._history
+        unknown = Current(version=Version(0, 0), parent=None, crc=0, merged_through={}, difference_bytes=0, full_bytes=0)
+        job.restore(
+            config=known.config,
+            fingerprint=known.fingerprint,
+            fragments=history.fragments,
+            currents=[unknown if c is None else c for c in known.currents],
+            ledger=history.ledger,
+            last_seq=history.last_seq,
+        )
+        job.static_crc, job.static_bytes = known.static_crc, known.static_bytes
+        self._rounds.start(history.round_ids)
+        for learner_id, incarnation in history.next_incarnation.items():
+            job.members.seen(learner_id, incarnation)
+        for life in history.lives.values():
+            member = Member(life.learner_id, life.incarnation, life.session, "joined", life.device, life.batch_size, life.tokens_per_step)
+            member.life, member.joined_at_step = life.life, life.joined_at_step
+            member.inner_step, member.tokens, member.taped_tokens = life.inner_steps, life.tokens, life.tokens
+            # Not asked for anything before it has stepped and spoken again.
+            member.fall_silent()
+            job.members.restore(member, life.incarnation + 1)
+        job.members.set_job_step(history.job_step())
+
+    # ---- collecting ---------------------------------------------------------------------------------------------------------
+
+    def hello(self, event: MessageReceived, hello: Hello, now_s: float) -> list[SyncerAction]:
+        """A process that holds this job's versions is noted; any other one waits in line."""
+        if not hello.lineage:
+            return self._admission.hello(event.session, event.envelope, hello, now_s)
+        refusal = self._admission.refuse(event.session, event.envelope, hello)
+        if refusal:
+            return refusal
+        member = self._job.members.of(event.session) or self._find_unknown(event, hello)
+        if member is None:
+            return [self._admission.fence(event.session)]
+        member.last_heard_s = now_s
+        member.advance(hello.inner_step, hello.tokens, now_s)
+        self._job.ledger.trained(member.learner_id, member.tokens)
+        if len(hello.versions) == self._job.num_fragments:
+            self._returned[event.session] = hello
+        return []
+
+    def _find_unknown(self, event: MessageReceived, hello: Hello) -> Member | None:
+        """A member whose join did not reach the disk; None if its place belongs to another life."""
+        job, learner_id, incarnation = self._job, hello.learner_id, event.envelope.incarnation
+        if learner_id is None or learner_id >= job.num_ids or self._admission.farewell(event.session) is not None:
+            return None
+        if job.members.by_id(learner_id) is not None or incarnation < job.members.next_incarnation(learner_id):
+            return None
+        member = Member(learner_id, incarnation, event.session, "joined", hello.device, hello.batch_size, hello.tokens_per_step)
+        member.life = hello.life
+        job.members.restore(member, incarnation + 1)
+        return member
+
+    def progress(self, now_s: float) -> list[SyncerAction]:
+        """Go on as far as it goes."""
+        if self._deadline_s is None:
+            self._deadline_s = now_s + COLLECT_S
+        actions: list[SyncerAction] = []
+        if self.stage == "collecting" and self._has_collected(now_s):
+            self.stage = "recalling"
+        if self.stage == "recalling":
+            actions += self._recall(now_s)
+            if not self._open:
+                self.stage = "writing"
+                return [*actions, *self._begin_epoch()]
+        return actions
+
+    def next_deadline_s(self) -> float | None:
+        """When `progress` has something to do."""
+        return self._deadline_s if self.stage == "collecting" else None
+
+    def _has_collected(self, now_s: float) -> bool:
+        if self.missing:
+            return False
+        expected = [m for m in self._job.members.joined() if m.session not in self._returned]
+        return not expected or (self._deadline_s is not None and now_s >= self._deadline_s)
+
+    # ---- recalling ----------------------------------------------------------------------------------------------------------
+
+    def _best(self, fragment_id: int) -> tuple[Version, str] | None:
+        """The highest version of a fragment, and who has it ("": the snapshot)."""
+        snapshot = self._in_snapshot[fragment_id]
+        shown = [
+            (hello.versions[fragment_id], session)
+            for session, hello in self._returned.items()
+            if self._job.members.of(session) is not None and (session, fragment_id) not in self._useless
+        ]
+        best = max((version for version, _ in shown), default=None)
+        if snapshot is not None and (best is None or snapshot.version >= best):
+            return snapshot.version, ""
+        if best is None:
+            return None
+        holders = sorted(session for version, session in shown if version == best)
+        return best, holders[fragment_id % len(holders)]
+
+    def _recall(self, now_s: float) -> list[SyncerAction]:
+        actions: list[SyncerAction] = []
+        for fragment_id in sorted(self._open):
+            found = self._best(fragment_id)
+            if found is None:
+                continue
+            version, session = found
+            if not session:
+                self._open.discard(fragment_id)
+                continue
+            asked = self._asked.get(fragment_id)
+            if asked is not None and asked[0] == session and now_s < asked[2] + RECALL_AGAIN_S:
+                continue
+            self._asked[fragment_id] = (session, version, now_s)
+            member = self._job.members.of(session)
+            incarnation = member.incarnation if member is not None else 0
+            actions.append(Reply(session=session, message=Recall(fragment_id=fragment_id, version=version), incarnation=incarnation))
+        return actions
+
+    def arrived(self, event: HeldArrived, now_s: float) -> list[SyncerAction]:
+        """A version that was asked for is stored, or is not what it should be."""
+        header, job = event.header, self._job
+        if self.stage != "recalling" or not self.expects(event.session, header.fragment_id):
+            return []
+        if not event.crc_ok or header.version != self._asked[header.fragment_id][1]:
+            self._useless.add((event.session, header.fragment_id))
+            return []
+        info, is_parameters = job.fragments[header.fragment_id], job.fragments[header.fragment_id].kind == "parameters"
+        job.currents[header.fragment_id] = Current(
+            version=header.version,
+            parent=None,
+            crc=header.crc,
+            merged_through=dict(header.merged_through),
+            difference_bytes=job.difference_bytes(info.num_params, is_parameters=is_parameters),
+            full_bytes=4 * info.num_params,
+        )
+        self._open.discard(header.fragment_id)
+        self._recalled.append(header.fragment_id)
+        return []
+
+    # ---- serving ------------------------------------------------------------------------------------------------------------
+
+    def _begin_epoch(self) -> list[SyncerAction]:
+        for current in self._job.currents:
+            current.version, current.parent = Version(self._job.epoch, current.version.n), None
+        return [MakeDurable()]
+
+    def durable(self, event: Durable, now_s: float) -> list[SyncerAction]:
+        """The new epoch is on the disk: write the restart down and serve."""
+        if self.stage != "writing":
+            return []
+        job, self.stage = self._job, "done"
+        job.is_recovering = False
+        versions, through = tuple(c.version for c in job.currents), tuple(dict(c.merged_through) for c in job.currents)
+        record = RestartRecord(epoch=job.epoch, versions=versions, merged_through=through, recalled=tuple(sorted(self._recalled)))
+        actions: list[SyncerAction] = [Tape(record=record), *self._close_accounts(versions, through)]
+        for session, hello in self._returned.items():
+            member = job.members.of(session)
+            if member is not None:
+                actions += self._admission.resume(member, hello, now_s)
+        return actions + self._admission.let_in(now_s)
+
+    def _close_accounts(self, versions: tuple[Version, ...], through: tuple[dict[int, MergedThrough], ...]) -> list[SyncerAction]:
+        """What ended lives had handed over and what is in no version any more is lost; what they had not handed over died with them."""
+        job, history, actions = self._job, self._history, list[SyncerAction]()
+        for learner_id, life in list(history.lives.items()):
+            member = job.members.by_id(learner_id)
+            if member is None or member.incarnation != life.incarnation:
+                del history.lives[learner_id]
+        lost = history.lost(versions)
+        history.restart(versions, through)
+        for learner_id, fragment_id, tokens in lost:
+            job.ledger.discard(learner_id, fragment_id, "rollback", tokens, is_reported=False)
+            actions.append(Tape(record=DiscardRecord(learner_id=learner_id, fragment_id=fragment_id, reason="rollback", tokens=tokens)))
+        for learner_id in job.ledger.learners():
+            actions += self._complete_total(learner_id)
+            if job.members.by_id(learner_id) is None:
+                for fragment_id, tokens in job.ledger.end_incarnation(learner_id):
+                    died = DiscardRecord(learner_id=learner_id, fragment_id=fragment_id, reason="died", tokens=tokens)
+                    actions.append(Tape(record=died))
+        return actions
+
+    def _complete_total(self, learner_id: int) -> list[SyncerAction]:
+        """A version may hold more of a learner than the tape knows, if the machine itself went down with unwritten lines."""
+        job = self._job
+        lacking = -min((job.ledger.pending(learner_id, p) for p in range(job.num_fragments)), default=0)
+        if lacking <= 0:
+            return []
+        member, incarnation = job.members.by_id(learner_id), job.members.next_incarnation(learner_id) - 1
+        tokens = job.ledger.current(learner_id) + lacking
+        job.ledger.trained(learner_id, tokens)
+        inner_steps = member.inner_step if member is not None else 0
+        return [Tape(record=CountersRecord(learner_id=learner_id, incarnation=max(0, incarnation), inner_steps=inner_steps, tokens=tokens))]
