@@ -288,7 +288,7 @@ def test_heals_between_random_deliveries_and_late_encodings_keep_every_account_e
             pairs.append(MendingPair(dice=dice, **options))
             return pairs[0]
 
-        monkeypatch.setattr(chaos, "Pair", mending)
+        monkeypatch.setattr(chaos.Chaos, "kind", staticmethod(mending))
         # Number 0 is a bad step, up to 24 are good ones, the rest deliveries, merges, reports, pauses and leaves.
         numbers = [dice.choice((0, 1, 2, 3)) if dice.random() < 0.3 else dice.randrange(25, 92) for _ in range(150)]
         schedule = [(number, dice.randrange(6), dice.randrange(4)) for number in numbers]
