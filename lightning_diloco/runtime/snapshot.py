@@ -1,0 +1,317 @@
+"""Snapshots of a syncer: what it needs to go on with its job, on disk.
+
+    snapshots/identity.json     job, lineage, the epoch of the newest start; replaced at every start, before anything is served
+    snapshots/founding.json     configuration, layout and fingerprint of the founding; written once
+    snapshots/static.bin        its static state; written once
+    snapshots/00000012/         manifest.json, and a safetensors file for each fragment: theta, momentum, shadow
+
+Fragments are independent, so a set of files, each of which is one fragment at one version, is a consistent cut (DESIGN.md section 7). A
+snapshot is written into a folder beside, made durable, and renamed: it is there whole or not at all. A fragment that has not changed since
+the last snapshot is a hard link to its file. The last two are kept. The manifest has size and CRC-32 of every file; what does not fit them
+is damaged, and the snapshot before is used.
+
+Files are written from the tensors' own memory, without a copy and without the interpreter's lock: the library's writer holds it for as
+long as it copies, and the thread that publishes would wait. Readers use the library.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from lightning_diloco.config import SyncConfig
+from lightning_diloco.errors import ConfigurationError, DiLoCoError, RemoteProtocolError
+from lightning_diloco.outer import FragmentState, Layout, buffer_of
+from lightning_diloco.protocol.identity import MergedThrough, Version
+from lightning_diloco.runtime.checksum import crc32
+from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES
+
+__all__ = ["Founding", "FragmentSnapshot", "Identity", "SnapshotError", "SnapshotStore"]
+
+_log = logging.getLogger(__name__)
+
+FOLDER: Final = "snapshots"
+_IDENTITY, _FOUNDING, _STATIC, _MANIFEST = "identity.json", "founding.json", "static.bin", "manifest.json"
+_SCHEMA = 1
+_KEPT = 2
+_BLOCK_BYTES: Final = 4 << 20
+_PARTS: Final = ("theta", "momentum", "shadow")
+
+
+class SnapshotError(DiLoCoError):
+    """A snapshot is damaged, or is not one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Whose snapshots these are, and how often a syncer has been started for them."""
+
+    job_id: str
+    lineage: str
+    epoch: int
+    started_unix_s: float
+    """Wall clock at the tape's second 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Founding:
+    """What was said once, when the job began."""
+
+    config: SyncConfig
+    fingerprint: str
+    layout: Layout
+    static: Tensor
+    """uint8, packed in the order of the layout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FragmentSnapshot:
+    """One fragment at one version; its tensors are never changed in place."""
+
+    state: FragmentState
+    version: Version
+    crc: int
+    """Of the shadow."""
+    merged_through: dict[int, MergedThrough]
+
+
+class SnapshotStore:
+    """The snapshots of one run directory; one thread at a time.
+
+    Args:
+        run_dir: exists and is locked by the caller.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / FOLDER
+        self._written: dict[int, tuple[Version, Path, dict[str, Any]]] = {}
+
+    # ---- what is written once -----------------------------------------------------------------------------------------------
+
+    def write_identity(self, identity: Identity) -> None:
+        """Replace the identity, durably.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        self.folder.mkdir(exist_ok=True)
+        fields = {name: getattr(identity, name) for name in Identity.__slots__}
+        _write_json(self.folder / _IDENTITY, {"schema": _SCHEMA, **fields})
+
+    def read_identity(self) -> Identity | None:
+        """Whose snapshots these are; None if no syncer has been started here.
+
+        Raises:
+            SnapshotError: the file is there and cannot be used.
+        """
+        value = _read_json(self.folder / _IDENTITY)
+        try:
+            return None if value is None else Identity(**{name: value[name] for name in Identity.__slots__})
+        except (KeyError, TypeError) as error:
+            raise SnapshotError(f"{self.folder / _IDENTITY}: {error} is missing. The file is damaged; use --rebuild.") from error
+
+    def write_founding(self, founding: Founding) -> None:
+        """Keep what a founding said, durably; once.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        self.folder.mkdir(exist_ok=True)
+        static = {"static_bytes": founding.static.numel(), "static_crc": crc32(founding.static)}
+        _write_file(self.folder / _STATIC, [buffer_of(founding.static)] if founding.static.numel() else [])
+        layout = base64.b64encode(founding.layout.to_bytes()).decode()
+        told = {"config": founding.config.as_dict(), "fingerprint": founding.fingerprint, "layout": layout}
+        _write_json(self.folder / _FOUNDING, {"schema": _SCHEMA, **told, **static})
+
+    def read_founding(self) -> Founding | None:
+        """What the founding said; None if the job has not been founded.
+
+        Raises:
+            SnapshotError: the files are there and cannot be used.
+        """
+        value = _read_json(self.folder / _FOUNDING)
+        if value is None:
+            return None
+        path = self.folder / _STATIC
+        try:
+            data = path.read_bytes()
+            if len(data) != value["static_bytes"] or crc32(data) != value["static_crc"]:
+                raise SnapshotError(f"{path}: does not have its length or checksum. The file is damaged; use --rebuild.")
+            return Founding(
+                config=SyncConfig.from_options(value["config"]),
+                fingerprint=value["fingerprint"],
+                layout=Layout.from_bytes(base64.b64decode(value["layout"]), max_bytes=MAX_LAYOUT_BYTES),
+                static=torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8),
+            )
+        except (OSError, KeyError, TypeError, ValueError, ConfigurationError, RemoteProtocolError) as error:
+            raise SnapshotError(f"{self.folder / _FOUNDING}: {error}. The file is damaged; use --rebuild.") from error
+
+    # ---- snapshots ----------------------------------------------------------------------------------------------------------
+
+    def write(self, fragments: Iterable[Callable[[], FragmentSnapshot]]) -> Path:
+        """Write one snapshot, durably, and remove all but the last two.
+
+        Args:
+            fragments: in the order of the layout; each is asked when it is written, so that nothing is held longer than needed.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            OSError: the disk failed; what was there before is still there.
+        """
+        number = max((int(path.name) for path in self._folders()), default=0) + 1
+        temporary = self.folder / f".{number:08d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        written: dict[int, tuple[Version, Path, dict[str, Any]]] = {}
+        path = self.folder / f"{number:08d}"
+        try:
+            for fragment_id, ask in enumerate(fragments):
+                found = ask()
+                name = f"fragment_{fragment_id:04d}.safetensors"
+                entry = self._link(fragment_id, found, temporary / name) or _write_fragment(temporary / name, found)
+                written[fragment_id] = (found.version, path / name, entry)
+            _write_json(temporary / _MANIFEST, {"schema": _SCHEMA, "fragments": [entry for _, _, entry in written.values()]})
+            _sync_folder(temporary)
+            temporary.rename(path)
+            _sync_folder(self.folder)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._written = written
+        for old in self._folders()[:-_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def _link(self, fragment_id: int, found: FragmentSnapshot, path: Path) -> dict[str, Any] | None:
+        """Use the file of the last snapshot if it holds this version; None if it does not, or cannot be linked to."""
+        version, before, entry = self._written.get(fragment_id, (None, path, {}))
+        if version != found.version:
+            return None
+        try:
+            os.link(before, path)
+        except OSError:
+            return None
+        return entry
+
+    def read(self, num_fragments: int) -> list[FragmentSnapshot | None]:
+        """The newest snapshot that is whole; None for every fragment if there is none.
+
+        A damaged one is logged, and the one before is used.
+        """
+        for path in reversed(self._folders()):
+            try:
+                return list(_read_snapshot(path, num_fragments))
+            except SnapshotError as error:
+                _log.error("%s The snapshot before it is used.", error)
+        return [None] * num_fragments
+
+    def _folders(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob("[0-9]*") if p.name.isdigit())
+
+
+def _read_snapshot(folder: Path, num_fragments: int) -> Iterable[FragmentSnapshot]:
+    manifest = _read_json(folder / _MANIFEST)
+    entries = manifest.get("fragments") if isinstance(manifest, dict) else None
+    if not isinstance(entries, list) or len(entries) != num_fragments:
+        raise SnapshotError(f"{folder}: the manifest does not name the job's {num_fragments} fragments.")
+    return [_read_fragment(folder / f"fragment_{i:04d}.safetensors", entry) for i, entry in enumerate(entries)]
+
+
+def _read_fragment(path: Path, entry: dict[str, Any]) -> FragmentSnapshot:
+    try:
+        data = path.read_bytes()
+        if len(data) != entry["bytes"] or crc32(data) != entry["crc32"]:
+            raise SnapshotError(f"{path}: does not have the size or checksum that the manifest names.")
+        tensors = load(data)
+        return FragmentSnapshot(
+            state=FragmentState(
+                **{name: tensors[name] for name in _PARTS}, ahead=float(entry["ahead"]), merge_index=int(entry["merge_index"])
+            ),
+            version=Version(*map(int, entry["version"])),
+            crc=int(entry["crc"]),
+            merged_through={int(m): MergedThrough(int(seq), int(tokens)) for m, (seq, tokens) in entry["merged_through"].items()},
+        )
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, DiLoCoError) as error:
+        raise SnapshotError(f"{path}: {error}") from error
+
+
+def _write_fragment(path: Path, found: FragmentSnapshot) -> dict[str, Any]:
+    tensors = [(name, getattr(found.state, name)) for name in _PARTS]
+    header, at = {}, 0
+    for name, tensor in tensors:
+        num_bytes = 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [at, at + num_bytes]}
+        at += num_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format: 8 bytes of length, JSON, then the tensors at multiples of 8
+    parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text, *(buffer_of(tensor) for _, tensor in tensors)]
+    size, crc = _write_file(path, parts)
+    return {
+        "bytes": size,
+        "crc32": crc,
+        "version": [found.version.epoch, found.version.n],
+        "crc": found.crc,
+        "ahead": found.state.ahead,
+        "merge_index": found.state.merge_index,
+        "merged_through": {str(m): [x.seq, x.tokens] for m, x in found.merged_through.items()},
+    }
+
+
+def _write_file(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, int]:
+    """Write and make durable; returns size and CRC-32."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    size = crc = 0
+    try:
+        for part in parts:
+            view = memoryview(part).cast("B")
+            for start in range(0, len(view), _BLOCK_BYTES):
+                block = view[start : start + _BLOCK_BYTES]
+                crc = crc32(block, crc)
+                size += len(block)
+                while block:
+                    block = block[os.write(fd, block) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return size, crc
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    _write_file(temporary, [json.dumps(value).encode()])
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SnapshotError(f"{path}: cannot be read ({error}).") from error
+    if not isinstance(value, dict) or value.get("schema") != _SCHEMA:
+        raise SnapshotError(f"{path}: is of another kind or release.")
+    return value
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
