@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 _STARTED_S = time.monotonic()
 """The process began about now: torch, which takes longest, is imported later."""
 _LATER_VALUES = {"--keys": "DIR", "--shards": "N", "--metrics-port": "PORT"}
-_LATER_SWITCHES = ("--resume", "--rebuild", "--insecure")
+_LATER_SWITCHES = ("--rebuild", "--insecure")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "syncer",
         help="merge the fragments of one job",
-        usage="lightning-diloco syncer --run-dir DIR [--bind ENDPOINT] [--verbose]",
+        usage="lightning-diloco syncer (--run-dir DIR | --resume RUN_DIR) [--bind ENDPOINT] [--verbose]",
         description="Run the syncer of one job. It ends when the last learner has reached its own limit, or on SIGTERM.",
     )
     parser.add_argument(
@@ -44,6 +44,7 @@ def add_parser(commands: Any) -> None:
     )
     # Required, but checked later: argparse would name this one and not the option beside it that is misspelt.
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the job: tape, summary, global model (required)")
+    parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the job in this folder, whose syncer has ended")
     parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="one log line per merge")
     for option, metavar in _LATER_VALUES.items():
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         takeover_token=hello.get("takeover_token", ""),
         num_slots=hello.get("num_slots"),
         supervised=args.supervised,
+        resume=args.resume is not None,
+        bulk=hello.get("bulk", ""),
     )
     lone = None if args.supervised else LoneSyncer(options, _STARTED_S)
     service = SyncerService(options) if lone is None else lone.service
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         # On a thread: the handler may run while this one holds the lock that `finish` needs.
         signal.signal(number, lambda *_: threading.Thread(target=service.finish, args=("stopped",), daemon=True).start())
-    _announce(args, endpoint)
+    _announce(args, endpoint, service.bulk_endpoint)
     if lone is not None:
         return 1 if lone.run() == "failed" else 0
     threading.Thread(target=_obey, args=(service, lines), name="diloco-supervisor", daemon=True).start()
@@ -106,6 +109,14 @@ def _make_dir(run_dir: Path) -> None:
 
 
 def _refuse(args: argparse.Namespace) -> None:
+    if args.resume is not None:
+        if args.run_dir is not None and args.run_dir != args.resume:
+            raise ConfigurationError(
+                f"--resume {args.resume} names the folder of the job; --run-dir {args.run_dir} is another one. Leave it out."
+            )
+        if not args.resume.is_dir():
+            raise ConfigurationError(f"--resume {args.resume}: there is no such folder. Give the run directory of an earlier syncer.")
+        args.run_dir = args.resume
     if args.run_dir is None:
         raise ConfigurationError("--run-dir DIR is required: the folder of the job, for example --run-dir outputs/by_hand.")
     for option in (*_LATER_VALUES, *_LATER_SWITCHES):
@@ -123,10 +134,10 @@ def _refuse(args: argparse.Namespace) -> None:
         raise not_there_yet(f"--bind {args.bind}: binding beyond loopback", f"Use tcp://127.0.0.1:{port}.")
 
 
-def _announce(args: argparse.Namespace, endpoint: str) -> None:
+def _announce(args: argparse.Namespace, endpoint: str, bulk: str) -> None:
     path = args.run_dir / "syncer.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"endpoint": endpoint, "pid": os.getpid()}))
+    temporary.write_text(json.dumps({"endpoint": endpoint, "bulk": bulk, "pid": os.getpid()}))
     temporary.replace(path)
     if not args.supervised:
         sys.stdout.write(

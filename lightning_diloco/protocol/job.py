@@ -122,6 +122,11 @@ class Job:
         return bool(self.currents)
 
     @property
+    def is_serving(self) -> bool:
+        """Whether there is a global model that can be given to learners."""
+        return self.is_founded and not self.is_recovering
+
+    @property
     def num_fragments(self) -> int:
         """P."""
         return len(self.fragments)

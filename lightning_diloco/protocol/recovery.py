@@ -217,7 +217,8 @@ class Recovery:
             self._asked[fragment_id] = (session, version, now_s)
             member = self._job.members.of(session)
             incarnation = member.incarnation if member is not None else 0
-            actions.append(Reply(session=session, message=Recall(fragment_id=fragment_id, version=version), incarnation=incarnation))
+            recall = Recall(fragment_id=fragment_id, version=version, shards=self._job.options.shards)
+            actions.append(Reply(session=session, message=recall, incarnation=incarnation))
         return actions
 
     def arrived(self, event: HeldArrived, now_s: float) -> list[SyncerAction]:

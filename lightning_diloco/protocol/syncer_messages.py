@@ -83,10 +83,11 @@ class Pull(Message, frozen=True, kw_only=True):
 
 
 class Recall(Message, frozen=True, kw_only=True):
-    """A syncer that starts again asks for a published version that it has lost: answered by `HeldFragment`."""
+    """A syncer that starts again asks for a published version that it has lost: answered by `HeldFragment`, to these addresses."""
 
     fragment_id: Count
     version: Version
+    shards: tuple[ShardAddress, ...] = ()
 
 
 class Released(Message, frozen=True, kw_only=True):

@@ -22,13 +22,12 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal
 
-import torch
 import zmq
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_diloco.errors import FencedError, SyncerUnavailableError
 from lightning_diloco.outer import plan_layout
@@ -40,9 +39,10 @@ from lightning_diloco.runtime.client_loop import ClientLoop, Encode
 from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOptions, JoinInfo
 from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
-from lightning_diloco.runtime.global_state import GlobalState, MomentumTracker
+from lightning_diloco.runtime.global_state import MomentumTracker
 from lightning_diloco.runtime.healing import Remedy, describe, poisoned_fragments, tensors_of
 from lightning_diloco.runtime.learner_store import Adoption, LearnerStore
+from lightning_diloco.runtime.weights import Weights
 
 __all__ = ["ClientOptions", "Figures", "JoinInfo", "LearnerClient"]
 
@@ -105,10 +105,7 @@ class LearnerClient:
         self._tokens = 0
         self._uncounted_steps = 0
         self._uncounted_tokens = 0
-        self._stash: list[list[Tensor]] | None = None
-        self._residuals: list[Tensor | None] = []
-        self._swap_depth = 0
-        self._swapped: GlobalState | None = None
+        self.weights = Weights(module, self._store, self._loop.lock)
         self._is_closed = False
 
     def _learner_options(self) -> LearnerOptions:
@@ -142,7 +139,7 @@ class LearnerClient:
         try:
             if self._options.counters_path is not None:
                 self._counters = CounterFile(self._options.counters_path / f"{self._nonce.hex()}.bin")
-            self._loop.heard_s = time.monotonic()
+            self._loop.reports.heard_s = time.monotonic()
             self._loop.start()
             self._loop.handle(JoinRequested())
             self._wait_for_join(self._patience_s)
@@ -166,7 +163,7 @@ class LearnerClient:
     def _wait_for_join(self, timeout_s: float) -> None:
         # A syncer that answers is waited for without limit: minutes may lie between a slow founder and a fast joiner.
         while not self._loop.settled.wait(0.05):
-            if time.monotonic() - self._loop.heard_s > timeout_s:
+            if time.monotonic() - self._loop.reports.heard_s > timeout_s:
                 raise SyncerUnavailableError(
                     f"No syncer answered at {self._options.endpoint} for {timeout_s:g} s. Start it, or check address and port."
                 )
@@ -227,7 +224,7 @@ class LearnerClient:
         for action, item in work:
             if isinstance(item, Adoption) and isinstance(action, Adopt):
                 view = self._store.views[action.fragment_id]
-                if item.delta_views is None:
+                if item.delta_views is None or action.mode == "overwrite":
                     view.copy_from(item.published)
                 elif view.fragment.holds_values:
                     view.move_to(item.published, item.delta_views)
@@ -260,73 +257,6 @@ class LearnerClient:
         """This learner's `should_stop`; learner 0's ends the job for all."""
         self._loop.handle(StopRequested(reason=reason[:200]))
 
-    # ---- the global model ---------------------------------------------------------------------------------------------------
-
-    def swap_in_global(self) -> None:
-        """Put the last published fragments into the parameters, until `swap_out_global`; calls nest."""
-        self._swap_depth += 1
-        if self._swap_depth > 1:
-            return
-        with torch.no_grad():
-            self._stash = [[t.detach().clone() for t in self._tensors(i)] for i in range(len(self._store.views))]
-        self._residuals = [view.residual() for view in self._store.views]
-        self._swapped = self.load_global()
-
-    def swap_out_global(self) -> None:
-        """Put the local parameters back, bit for bit."""
-        if self._swap_depth == 0:
-            return
-        self._swap_depth -= 1
-        if self._swap_depth > 0 or self._stash is None:
-            return
-        with torch.no_grad():
-            for fragment_id, saved in enumerate(self._stash):
-                for tensor, value in zip(self._tensors(fragment_id), saved, strict=True):
-                    tensor.copy_(value)
-                if self._residuals[fragment_id] is not None:
-                    self._store.views[fragment_id].load_residual(self._residuals[fragment_id])
-        self._stash, self._residuals, self._swapped = None, [], None
-
-    def load_global(self) -> GlobalState:
-        """Put the last published fragments into the parameters, for good; returns what was put there."""
-        with self._loop.lock:
-            state = self._store.global_state()
-        for view, published in zip(self._store.views, state.published, strict=True):
-            view.copy_from(published)
-        return state
-
-    def global_state(self) -> GlobalState:
-        """The global model that the parameters hold after `load_global` or inside a swap, with versions and momentum, by reference."""
-        if self._swapped is not None:
-            return self._swapped
-        with self._loop.lock:
-            return self._store.global_state()
-
-    def local_tensors(self) -> dict[str, Tensor]:
-        """Copies of this learner's own parameters by name, whatever the module holds at the moment."""
-        tensors: dict[str, Tensor] = {}
-        for fragment_id, view in enumerate(self._store.views):
-            values = self._tensors(fragment_id) if self._stash is None else self._stash[fragment_id]
-            names = (part.name for part in view.fragment.slices)
-            tensors.update((name, value.detach().clone()) for name, value in zip(names, values, strict=True))
-        return tensors
-
-    def set_local(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put earlier `local_tensors` into the parameters: what they differ from the global ones is work that was not merged yet."""
-        with torch.no_grad():
-            for fragment_id, view in enumerate(self._store.views):
-                for part, parameter in zip(view.fragment.slices, self._tensors(fragment_id), strict=True):
-                    if (value := tensors.get(part.name)) is not None and value.shape == parameter.shape:
-                        parameter.copy_(value)
-
-    def _tensors(self, fragment_id: int) -> list[Tensor]:
-        return tensors_of(self._module, self._store.views[fragment_id])
-
-    def unmerged_parameters(self) -> list[str]:
-        """Names of parameters that are trainable now and in no fragment: frozen, or not there, when the layout was planned."""
-        merged = {id(p) for view in self._store.views for p in tensors_of(self._module, view)}
-        return [n for n, p in self._module.named_parameters() if p.requires_grad and p.numel() and id(p) not in merged]
-
     # ---- the end ------------------------------------------------------------------------------------------------------------
 
     def leave(self, reason: Literal["limit", "signal", "stopped"]) -> None:
@@ -340,7 +270,13 @@ class LearnerClient:
             self._uncounted_steps = self._uncounted_tokens = 0
             self._take_part(event)
         self._take_part(LeaveRequested(reason=reason, poisoned=self._poisoned()))
-        if not self._loop.left.wait(drain_s):
+        end_s = time.monotonic() + drain_s
+        while not self._loop.left.wait(min(0.05, max(0.0, end_s - time.monotonic()))) and time.monotonic() < end_s:
+            again, self._loop.leave_again = self._loop.leave_again, None
+            if again is not None:
+                # The syncer has started again meanwhile, and has lost what was handed over.
+                self._take_part(LeaveRequested(reason=again, poisoned=self._poisoned()))
+        if not self._loop.left.is_set():
             _log.warning("The last contributions were not acknowledged within drain_timeout_s=%g; they are discarded.", drain_s)
             self._loop.leave_now(reason)
             self._loop.left.wait(1.0)
@@ -381,7 +317,7 @@ class LearnerClient:
     @property
     def lost_syncer(self) -> bool:
         """Whether nothing was heard from the syncer for a while; training goes on."""
-        return self._loop.lost_syncer
+        return self._loop.reports.lost_syncer
 
     @property
     def figures(self) -> Figures:

@@ -16,23 +16,27 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import zmq
 from torch import Tensor, nn
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import DiLoCoError, FencedError, JoinRefusedError, RemoteProtocolError
-from lightning_diloco.outer import payload_bytes, static_bytes
+from lightning_diloco.outer import buffer_of, payload_bytes, static_bytes
 from lightning_diloco.protocol.actions import (
     Decode,
+    DropPrepared,
     Fence,
     Forget,
     Joined,
     LearnerAction,
+    LeaveAgain,
     LeftDone,
     RefuseJoin,
     Send,
     SendContribution,
     SendFounding,
+    SendHeld,
     SendLeave,
     Snapshot,
     StopTraining,
@@ -46,21 +50,23 @@ from lightning_diloco.protocol.events import (
 )
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.messages import (
+    HeldFragment,
     Leave,
     Message,
-    Ping,
     Progress,
     Publication,
+    Recall,
     SendState,
     StaticState,
-    StopRequest,
     Welcome,
 )
 from lightning_diloco.protocol.wire import decode_from_syncer, decode_syncer_header, encode
+from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.client_joining import Joining
 from lightning_diloco.runtime.figures import StepTimes
 from lightning_diloco.runtime.global_state import FoundingState
 from lightning_diloco.runtime.learner_store import LearnerStore, Receive
+from lightning_diloco.runtime.reporting import Reports
 from lightning_diloco.runtime.threads import never_interrupt_others
 from lightning_diloco.runtime.transport import SYNCER, LearnerTransport, PayloadReceived, TransportEvent
 from lightning_diloco.runtime.transport import ControlReceived as ControlBytes
@@ -68,10 +74,6 @@ from lightning_diloco.runtime.transport import ControlReceived as ControlBytes
 __all__ = ["ClientLoop", "Encode"]
 
 _log = logging.getLogger(__name__)
-
-SILENT_HEARTBEATS = 10
-"""After so many heartbeats (at least `SILENT_S`) without a word the syncer counts as lost."""
-SILENT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,6 @@ class ClientLoop:
         self.joined: Joined | None = None
         self.fatal: DiLoCoError | None = None
         self.stop_reason: str | None = None
-        self.lost_syncer = False
         self.staleness_versions = 0.0
         self._machine = machine
         self._store = store
@@ -127,14 +128,11 @@ class ClientLoop:
             patience_s=patience_s,
             founding=founding,
         )
-        self._leave: Leave | None = None
-        self._is_report_taken = True
+        self.reports = Reports(machine, self.lock, times, config, self._send)
+        self.leave_again: Literal["limit", "signal", "stopped"] | None = None
         self._is_over = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="diloco-client", daemon=True)
-        self._heartbeat_at_s = 0.0
-        self.heard_s = time.monotonic()
-        self._pings = 0
 
     # ---- for the training thread --------------------------------------------------------------------------------------------
 
@@ -221,12 +219,10 @@ class ClientLoop:
             self._take(event)
         self._drain_queue()
         now_s = time.monotonic()
-        # A report that the socket did not take waits for its time: many steps waiting are no reason to try at every turn.
-        is_early = self._times.is_full and self._is_report_taken and self._leave is None
-        if self.joined is not None and (now_s >= self._heartbeat_at_s or is_early) and not self.left.is_set():
-            self._report(now_s)
-        elif self.joined is None:
+        if self.joined is None:
             self._joining.tick(now_s)
+        elif not self.left.is_set():
+            self.reports.tick(now_s)
 
     def _drain_queue(self) -> None:
         newest: Send | None = None
@@ -238,33 +234,8 @@ class ClientLoop:
                 self._encode(action)
             else:
                 self._do(action)
-        # A syncer that does not answer gets no more of what is out of date by then: it would push the reports out of the socket's queue.
-        if newest is not None and time.monotonic() - self.heard_s < 3 * self._config.heartbeat_s:
+        if newest is not None and self.reports.is_heard(time.monotonic()):
             self._do(newest)
-
-    def _report(self, now_s: float) -> None:
-        self._heartbeat_at_s = now_s + self._config.heartbeat_s
-        self._pings += 1
-        # Once the leave was said, it is the report that is repeated: its figures are the last ones.
-        self._is_report_taken = self._send(self._make_report() if self._leave is None else self._leave)
-        if not self._is_report_taken and self._leave is None:
-            self._times.give_back()
-        self._send(Ping(number=self._pings))
-        state = self._machine.state
-        if state.wants_stop is not None and not state.is_stopped:
-            self._send(StopRequest(reason=state.wants_stop))
-        silent_s = max(SILENT_S, SILENT_HEARTBEATS * self._config.heartbeat_s)
-        if not self.lost_syncer and now_s - self.heard_s > silent_s:
-            self.lost_syncer = True
-            _log.warning("Nothing was heard from the syncer for %.0f s; training goes on with local steps.", silent_s)
-        elif self.lost_syncer and now_s - self.heard_s <= silent_s:
-            self.lost_syncer = False
-            _log.warning("The syncer is back.")
-
-    def _make_report(self) -> Message:
-        gaps, paused, stalls, age_s = self._times.take()
-        with self.lock:
-            return self._machine.report(step_gaps_s=gaps, paused_s=paused, stalls_s=stalls, last_step_age_s=age_s, clock_s=time.monotonic())
 
     # ---- events -------------------------------------------------------------------------------------------------------------
 
@@ -291,14 +262,14 @@ class ClientLoop:
             except RemoteProtocolError as error:
                 _log.warning("A message of the syncer was dropped: %s", error)
                 return
-            self.heard_s = time.monotonic()
-            if isinstance(message, Welcome) and message.shards:
+            self.reports.heard_s = time.monotonic()
+            if isinstance(message, Welcome | Recall) and message.shards:
                 self._transport.connect_bulk(message.shards[0].bulk_endpoint)
             if isinstance(message, SendState):
                 self._joining.send_state()
             self._feed(ControlReceived(envelope=envelope, message=message))
         elif isinstance(event, PayloadReceived):
-            self.heard_s = time.monotonic()
+            self.reports.heard_s = time.monotonic()
             envelope, header = decode_syncer_header(event.header)
             if isinstance(header, Publication):
                 self._waiting[header.fragment_id] = (header, event.payload)
@@ -321,11 +292,16 @@ class ClientLoop:
             self._store.forget(action.fragment_id, action.seq)
             self._bases.pop((action.fragment_id, action.seq), None)
         elif isinstance(action, SendLeave):
-            if self._leave is None:
-                self._leave = Leave(reason=action.reason, report=self._make_report())  # type: ignore[arg-type]
-            self._send(self._leave)
+            reports = self.reports
+            reports.leave = reports.leave or Leave(reason=action.reason, report=reports.make())
+            self._send(reports.leave)
         elif isinstance(action, SendFounding):
             self._joining.describe()
+        elif isinstance(action, SendHeld):
+            self._send_held(action.header)
+        elif isinstance(action, DropPrepared):
+            with self.lock:
+                self._store.drop_prepared(action.fragment_id)
         else:
             self._settle(action)
 
@@ -343,6 +319,8 @@ class ClientLoop:
             self.settled.set()
         elif isinstance(action, StopTraining):
             self.stop_reason = action.reason
+        elif isinstance(action, LeaveAgain):
+            self.reports.leave, self.leave_again = None, action.reason
         elif isinstance(action, LeftDone):
             self.left.set()
 
@@ -352,6 +330,13 @@ class ClientLoop:
 
     def _send_payload(self, header: Message, payload: memoryview) -> None:
         self._transport.send_payload(SYNCER, encode(self._machine.state.envelope, header), payload)
+
+    def _send_held(self, header: HeldFragment) -> None:
+        """A syncer that started again has lost this version; the founder's first one came without a checksum."""
+        values = self._store.published(header.fragment_id)
+        crc = crc32(values)
+        if header.crc in (0, crc):
+            self._send_payload(msgspec.structs.replace(header, crc=crc), buffer_of(values))
 
     def _encode(self, job: Encode) -> None:
         crc = self._store.encode(job.fragment_id, job.seq, job.base, job.local, job.after)

@@ -190,6 +190,10 @@ class LearnerStore:
         self._versions[fragment_id] = version
         self.momentum.set(fragment_id, received.momentum)
 
+    def drop_prepared(self, fragment_id: int) -> None:
+        """Under the lock: what was received and not adopted is no version any more."""
+        self._prepared[fragment_id], self._published[fragment_id] = None, self._base[fragment_id]
+
     def take(self, fragment_id: int) -> Adoption:
         """Under the lock: the training thread adopts this version; it is the base from here on."""
         adoption = self._prepared[fragment_id]

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-import platform
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError, RemoteProtocolError
-from lightning_diloco.outer import Layout, buffer_of, payload_bytes, static_bytes
+from lightning_diloco.outer import FragmentState, Layout, buffer_of, payload_bytes, static_bytes
 from lightning_diloco.protocol.actions import (
     BeginFounding,
     Close,
     CloseSession,
     Ended,
     Fold,
+    MakeDurable,
     Reply,
     SyncerAction,
     Tape,
@@ -38,6 +35,7 @@ from lightning_diloco.protocol.messages import (
     Found,
     FoundingFragment,
     FoundingStatic,
+    HeldFragment,
     JoinRefused,
     LearnerHeader,
     Message,
@@ -45,12 +43,17 @@ from lightning_diloco.protocol.messages import (
     ShardAddress,
     StaticState,
 )
-from lightning_diloco.protocol.records import EndRecord, MergeRecord, PublishRecord, Record, TapeLine
+from lightning_diloco.protocol.publisher import Current
+from lightning_diloco.protocol.records import EndRecord, MergeRecord, ProgressRecord, PublishRecord, Record, TapeLine
 from lightning_diloco.protocol.wire import decode_learner_header, encode
 from lightning_diloco.runtime.checksum import crc32
+from lightning_diloco.runtime.durability import SnapshotKeeper
 from lightning_diloco.runtime.global_state import OUTER_NAME
+from lightning_diloco.runtime.opening import Opening
+from lightning_diloco.runtime.snapshot import Founding, FragmentSnapshot, SnapshotStore
 from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES, Closed, SyncerStore
 from lightning_diloco.runtime.tape import TapeWriter
+from lightning_diloco.runtime.telling import package_versions, sentence
 from lightning_diloco.runtime.transport import SyncerTransport
 
 if TYPE_CHECKING:
@@ -69,6 +72,7 @@ class _Published:
 
     shadow: Tensor
     difference: Tensor | None
+    state: FragmentState
 
 
 class Performer:
@@ -82,6 +86,9 @@ class Performer:
         on_merged: called on the loop thread when a merge is done.
         on_refused: called on the loop thread with a session that broke the rules and was told so.
         on_line: called with every line of the tape.
+        opening: what the syncer starts from.
+        on_loop: runs a function on the loop thread, soon.
+        on_durable: called on the loop thread when `MakeDurable` was performed.
     """
 
     def __init__(
@@ -94,6 +101,9 @@ class Performer:
         on_merged: Callable[[Closed], None],
         on_refused: Callable[[str], None],
         on_line: Callable[[TapeLine], None] | None,
+        opening: Opening,
+        on_loop: Callable[[Callable[[], None]], None],
+        on_durable: Callable[[], None],
     ) -> None:
         self._options = options
         self._transport = transport
@@ -102,37 +112,46 @@ class Performer:
         self._on_merged = on_merged
         self._on_refused = on_refused
         self._on_line = on_line
-        self._job_id = secrets.token_hex(8)
-        self._lineage = secrets.token_hex(8)
+        self._on_durable = on_durable
+        self._opening = opening
         self._founder: BeginFounding | None = None
         self._is_founded = False
-        self._envelope = Envelope(self._job_id, self._lineage, 0, 0)
-        self._published: list[_Published] = []
+        self._envelope = Envelope(opening.identity.job_id, opening.identity.lineage, opening.identity.epoch, 0)
+        self._published: dict[int, _Published] = {}
+        self._kept: dict[int, FragmentSnapshot] = {}
+        self._snapshots = SnapshotStore(options.run_dir)
+        self.keeper = SnapshotKeeper(self._snapshots, ask=self._kept.__getitem__, on_loop=on_loop)
         self.store: SyncerStore | None = None
+        if opening.founding is not None:
+            self._restore(opening.founding, opening.fragments)
         self.ended: Ended | None = None
         self.transfers: dict[tuple[str, int], tuple[int, Version]] = {}
 
     def job_options(self) -> JobOptions:
-        """The identity of a new job, for its machine."""
+        """The identity of the job, for its machine."""
         return JobOptions(
-            job_id=self._job_id,
-            lineage=self._lineage,
+            job_id=self._envelope.job_id,
+            lineage=self._envelope.lineage,
+            epoch=self._envelope.epoch,
+            may_found=self._opening.resumption is None,
             token=self._options.token,
             takeover_token=self._options.takeover_token,
             num_slots=self._options.num_slots,
             is_supervised=self._options.supervised,
             starts_together=self._options.supervised,
             shards=(ShardAddress(bulk_endpoint=self._transport.bulk_endpoint),),
-            versions=_package_versions(),
+            versions=package_versions(),
         )
 
     def perform(self, actions: list[SyncerAction], decoded: Tensor | None) -> None:
         """Do what the machine decided, in order; `decoded` is the contribution that the event brought."""
+        is_news = False
         for action in actions:
             if isinstance(action, Reply):
                 self._send(action.session, action.message, action.incarnation)
             elif isinstance(action, Tape):
                 self._record(action.record)
+                is_news = is_news or not isinstance(action.record, ProgressRecord)
             elif isinstance(action, Fold):
                 self._fold(action, decoded)
             elif isinstance(action, Close):
@@ -145,8 +164,52 @@ class Performer:
                 self._transport.forget(bytes.fromhex(action.session))
             elif isinstance(action, BeginFounding):
                 self._founder = action
+            elif isinstance(action, MakeDurable):
+                self.keeper.write(self._on_durable)
             elif isinstance(action, Ended):
                 self._end(action)
+        if is_news:
+            # Before what it tells leaves this process: a syncer that starts again must not know less than a learner.
+            self._tape.flush()
+
+    # ---- a job that goes on ---------------------------------------------------------------------------------------------------
+
+    def _restore(self, founding: Founding, fragments: tuple[FragmentSnapshot | None, ...]) -> None:
+        self.store = SyncerStore(founding.layout, founding.config)
+        self.store.restore(founding.static, [None if f is None else f.state for f in fragments])
+        self._is_founded = True
+        for fragment_id, found in enumerate(fragments):
+            if found is not None:
+                self.put_recalled(fragment_id, found.state)
+
+    def put_recalled(self, fragment_id: int, state: FragmentState) -> None:
+        """This is the fragment's state from here on, and what is published of it."""
+        self._published[fragment_id] = _Published(state.shadow, None, state)
+
+    def accepts_held(self, data: bytes, total_bytes: int, is_expected: Callable[[int], bool]) -> bool | str:
+        """Whether memory may be given to a version that was asked for; to nothing else, while a job is gone on with."""
+        try:
+            _, header = decode_learner_header(data)
+        except RemoteProtocolError:
+            return "refused"
+        if self.store is None or not isinstance(header, HeldFragment) or not is_expected(header.fragment_id):
+            return "refused"
+        return total_bytes == 4 * self.store.layout.fragment_sizes[header.fragment_id] or "refused"
+
+    def keep(self, fragment_id: int, current: Current) -> None:
+        """What the next snapshot has of this fragment; called when the rules know of it."""
+        self._kept[fragment_id] = FragmentSnapshot(
+            state=self._published[fragment_id].state,
+            version=current.version,
+            crc=current.crc,
+            merged_through=dict(current.merged_through),
+        )
+
+    def keep_all(self, currents: list[Current]) -> None:
+        """The same for all fragments, and from here on snapshots are written."""
+        for fragment_id, current in enumerate(currents):
+            self.keep(fragment_id, current)
+        self.keeper.begin(len(currents), self._founded_store().config.snapshot_interval_s)
 
     # ---- founding -----------------------------------------------------------------------------------------------------------
 
@@ -187,7 +250,7 @@ class Performer:
                     store.found_static(payload, header.crc)
             except RemoteProtocolError as error:
                 return error
-            return store.crcs() if store.is_complete else None
+            return self._keep_founding(store) if store.is_complete else None
 
         def then(result: tuple[int, ...] | RemoteProtocolError | None) -> None:
             """On the loop thread: refuse the founder, or go on."""
@@ -197,10 +260,20 @@ class Performer:
             if isinstance(result, RemoteProtocolError):
                 self.refuse(session, result.reason, result.detail)
                 return
-            self._published = [_Published(store.state(i).shadow, None) for i in range(len(result))]
+            for i in range(len(result)):
+                self.put_recalled(i, store.state(i))
             self._is_founded = done(result, store.founding_bytes)
 
         self._submit(work, then)
+
+    def _keep_founding(self, store: SyncerStore) -> tuple[int, ...]:
+        """On the numerics thread: what the founding said is on the disk before anybody is told that there is a job."""
+        founding = Founding(config=store.config, fingerprint=store.layout.fingerprint(), layout=store.layout, static=store.static)
+        try:
+            self._snapshots.write_founding(founding)
+        except OSError as error:
+            _log.error("The founding could not be written to %s: %s. The run cannot be resumed.", self._options.run_dir, error)
+        return store.crcs()
 
     def accepts(self, session: str, data: bytes, total_bytes: int) -> bool | str:
         """Whether memory may be given to a payload of this header and size."""
@@ -236,7 +309,7 @@ class Performer:
 
     def publish(self, closed: Closed) -> None:
         """Keep what a merge produced, for the transfers that follow."""
-        self._published[closed.fragment_id] = _Published(closed.shadow, closed.difference)
+        self._published[closed.fragment_id] = _Published(closed.shadow, closed.difference, closed.state)
 
     def _send(self, session: str, message: Message, incarnation: int) -> None:
         envelope = Envelope(self._envelope.job_id, self._envelope.lineage, self._envelope.epoch, incarnation)
@@ -245,7 +318,7 @@ class Performer:
     def _record(self, record: Record) -> None:
         line = self._tape.write(record)
         if isinstance(record, MergeRecord):
-            _log.info("%s", _sentence(record))
+            _log.info("%s", sentence(record))
         if self._on_line is not None:
             self._on_line(line)
 
@@ -305,24 +378,3 @@ class Performer:
         if self.store is None:
             raise RemoteProtocolError("wrong_layout", "The job has not been founded.")
         return self.store
-
-
-def _sentence(record: MergeRecord) -> str:
-    """One line that explains a round."""
-    members = {m.learner_id for m in record.members}
-    late = [str(i) for i in record.eligible if i not in members]
-    missing = f", learner {' and '.join(late)} late" if late else ""
-    return (
-        f"fragment {record.fragment_id} v{record.version.n}: {len(members)} of {len(record.eligible)} in, K={record.quorum}, "
-        f"grace {record.grace_used_s:.2f} s of {record.grace_window_s:.2f} s{missing}"
-    )
-
-
-def _package_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("lightning-diloco", "lightning", "pyzmq", "msgspec", "safetensors"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

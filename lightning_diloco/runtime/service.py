@@ -27,12 +27,12 @@ from typing import Any, Literal
 
 import zmq
 
-from lightning_diloco.errors import ConfigurationError, RemoteProtocolError
+from lightning_diloco.errors import RemoteProtocolError
+from lightning_diloco.protocol.actions import MakeDurable
 from lightning_diloco.protocol.events import (
-    ContributionArrived,
     CountersRead,
+    Durable,
     Finish,
-    FoundingArrived,
     LearnerLost,
     Merged,
     MessageReceived,
@@ -43,14 +43,16 @@ from lightning_diloco.protocol.events import (
     Tick,
 )
 from lightning_diloco.protocol.identity import Version
-from lightning_diloco.protocol.messages import Contribution, Envelope, Found, FromLearner, Heartbeat, Hello, Leave
+from lightning_diloco.protocol.messages import Found, FromLearner, Heartbeat, Hello, Leave
 from lightning_diloco.protocol.records import TapeLine
 from lightning_diloco.protocol.syncer import SyncerMachine
-from lightning_diloco.protocol.wire import decode_from_learner, decode_learner_header
+from lightning_diloco.protocol.wire import decode_from_learner
 from lightning_diloco.runtime.counters import CounterFileError, read_counters
-from lightning_diloco.runtime.healing import is_sound
+from lightning_diloco.runtime.intake import MIN_DECODING, Intake
+from lightning_diloco.runtime.opening import open_job
 from lightning_diloco.runtime.performer import Performer
 from lightning_diloco.runtime.rundir import lock_run_dir
+from lightning_diloco.runtime.snapshot import SnapshotStore
 from lightning_diloco.runtime.store import Closed
 from lightning_diloco.runtime.tape import TAPE_NAME, TapeWriter
 from lightning_diloco.runtime.transport import (
@@ -67,8 +69,6 @@ __all__ = ["ServiceOptions", "SyncerService"]
 
 _log = logging.getLogger(__name__)
 
-MIN_DECODING = 32
-"""Twice so many payloads of one learner may wait for decoding, and twice so many items may stand in its reports, whatever the layout."""
 MAX_FAILURES = 64
 """A learner that refuses so many publications in a row is told to end."""
 COMPLAIN_S = 10.0
@@ -88,14 +88,18 @@ class ServiceOptions:
         takeover_token: what lets a process take a learner's id ("" = nobody).
         num_slots: configured learners (None: open membership).
         supervised: somebody else decides the end (`finish`) and writes `summary.json`.
+        resume: the job in the folder goes on.
+        bulk: bulk endpoint to bind ("": any free port beside `bind`).
     """
 
     run_dir: Path
     bind: str = "tcp://127.0.0.1:0"
+    bulk: str = ""
     token: str = ""
     takeover_token: str = ""
     num_slots: int | None = None
     supervised: bool = False
+    resume: bool = False
 
 
 class SyncerService:
@@ -117,9 +121,8 @@ class SyncerService:
         self.error: BaseException | None = None
         self.status: Literal["finished", "stopped", "failed"] | None = None
         self._start_s = time.monotonic()
-        self._transport = SyncerTransport(options.bind, accept=self._accept, context=context)
+        self._transport = SyncerTransport(options.bind, options.bulk or None, accept=self._accept, context=context)
         self._results: deque[Callable[[], None]] = deque()
-        self._decoding: dict[str, int] = {}
         self._failures: dict[str, int] = {}
         self._complain_at_s = 0.0
         self._commands: deque[SyncerEvent] = deque()
@@ -145,14 +148,11 @@ class SyncerService:
         return self._transport.control_endpoint
 
     def _open(self) -> None:
-        path = self.options.run_dir / TAPE_NAME
-        if path.exists() and path.stat().st_size:
-            raise ConfigurationError(
-                f"{self.options.run_dir}: holds the tape of an earlier job. Going on with it is not there yet. Give a new directory."
-            )
-        (self.options.run_dir / "counters").mkdir(exist_ok=True)
+        run_dir = self.options.run_dir
+        opening = open_job(run_dir, SnapshotStore(run_dir), resume=self.options.resume)
+        (run_dir / "counters").mkdir(exist_ok=True)
         self._transport.bind()
-        self._tape = TapeWriter(path, t0_s=self._start_s)
+        self._tape = TapeWriter(run_dir / TAPE_NAME, t0_s=self._start_s - opening.elapsed_s)
         self._performer = Performer(
             options=self.options,
             transport=self._transport,
@@ -161,8 +161,17 @@ class SyncerService:
             on_merged=self._merged,
             on_refused=self._refused,
             on_line=self._on_line,
+            opening=opening,
+            on_loop=self._on_loop,
+            on_durable=lambda: self._handle(Durable()),
         )
-        self._machine = SyncerMachine(self._performer.job_options())
+        self._machine = SyncerMachine(self._performer.job_options(), opening.resumption)
+        self._intake = Intake(self._machine, self._performer, submit=self._submit, handle=self._handle)
+
+    @property
+    def bulk_endpoint(self) -> str:
+        """Where payloads go, with the real port; known after `bind`."""
+        return self._transport.bulk_endpoint
 
     def start(self) -> str:
         """Bind, and serve on a thread of this process; returns the control endpoint."""
@@ -208,6 +217,7 @@ class SyncerService:
             _log.exception("The syncer failed.")
         finally:
             self._numerics.shutdown(wait=True, cancel_futures=True)
+            self._performer.keeper.close(writes=self._performer.ended is not None)
             self._tape.close()
             if self._tape.error is not None:
                 _log.error("The tape could not be written: %s", self._tape.error)
@@ -223,6 +233,8 @@ class SyncerService:
             while self._commands:
                 self._command(self._commands.popleft())
             self._handle(Tick())
+            self._performer.keeper.tick(time.monotonic())
+            self._complain_of_missing(time.monotonic())
             self._tape.flush_if_due(time.monotonic())
         self.status = self._performer.ended.status
         # Last answers (Left) are on their way; the transport lingers shortly when it closes.
@@ -255,7 +267,23 @@ class SyncerService:
         self._handle(event)
 
     def _handle(self, event: SyncerEvent, decoded: Any = None) -> None:
-        self._performer.perform(self._machine.handle(event, time.monotonic()), decoded)
+        was_founded = self._machine.job.is_serving
+        actions = self._machine.handle(event, time.monotonic())
+        if any(isinstance(action, MakeDurable) for action in actions) or (self._machine.job.is_serving and not was_founded):
+            self._performer.keep_all(self._machine.job.currents)
+        self._performer.perform(actions, decoded)
+
+    def _complain_of_missing(self, now_s: float) -> None:
+        """A job that goes on may need a learner that has not come back: say which fragments nobody has."""
+        recovery = self._machine.recovery
+        if recovery is not None and recovery.is_running and recovery.missing and now_s >= self._complain_at_s:
+            self._complain_at_s = now_s + COMPLAIN_S
+            _log.warning("Fragments %s are in no snapshot: waiting for a learner that holds them.", list(recovery.missing)[:20])
+
+    def _on_loop(self, work: Callable[[], None]) -> None:
+        """Run something on the loop thread, soon; from any thread."""
+        self._results.append(work)
+        self._transport.wake()
 
     def _submit(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Run `work` on the numerics thread, and `then(result)` on this one."""
@@ -273,18 +301,14 @@ class SyncerService:
         self._numerics.submit(run)
 
     def _accept(self, peer: bytes, header: bytes, total_bytes: int) -> bool | str:
-        session, job = peer.hex(), self._machine.job
-        # Memory is for members alone, and only for what a learner can have on its way: two contributions of each fragment.
-        if job.members.of(session) is None or self._decoding.get(session, 0) > 2 * max(job.num_fragments, MIN_DECODING):
-            return "refused"
-        return self._performer.accepts(session, header, total_bytes)
+        return self._intake.accepts(peer, header, total_bytes)
 
     def _take(self, event: TransportEvent) -> None:
         session = event.peer.hex()
         if isinstance(event, ControlReceived):
             self._control(session, event.data)
         elif isinstance(event, PayloadReceived):
-            self._payload(session, event.header, event.payload)
+            self._intake.take(session, event.header, event.payload)
         elif isinstance(event, PayloadRefused):
             if event.reason != "refused":
                 self._handle(PayloadFailed(session=session, reason=event.reason))
@@ -343,43 +367,6 @@ class SyncerService:
         self._failures.pop(session, None)
         self._handle(PayloadFailed(session=session, reason="wrong_layout"))
 
-    def _payload(self, session: str, data: bytes, payload: memoryview) -> None:
-        envelope, header = decode_learner_header(data)  # `accepts` has decoded it once, so it is valid
-        if isinstance(header, Contribution):
-            self._contribution(session, envelope, header, payload)
-        else:
-            self._performer.take_founding(session, header, payload, lambda crcs, size: self._founded(session, crcs, size))
-
-    def _contribution(self, session: str, envelope: Envelope, header: Contribution, payload: memoryview) -> None:
-        store = self._performer.store
-        if store is None:
-            return
-
-        def then(result: tuple[Any, float, bool]) -> None:
-            """On the loop thread: tell the machine what has arrived."""
-            decoded, norm, crc_ok = result
-            self._decoding[session] -= 1
-            if not self._decoding[session]:
-                del self._decoding[session]
-            event = ContributionArrived(
-                session=session,
-                envelope=envelope,
-                header=header,
-                norm=norm,
-                is_finite=is_sound(norm),
-                payload_bytes=len(payload),
-                crc_ok=crc_ok,
-            )
-            self._handle(event, decoded)
-
-        self._decoding[session] = self._decoding.get(session, 0) + 1
-        self._submit(lambda: store.decode_contribution(header.fragment_id, payload, header.crc), then)
-
-    def _founded(self, session: str, crcs: tuple[int, ...], founding_bytes: int) -> bool:
-        """Whether the rules take this for the founding: its founder may have died a moment ago."""
-        self._handle(FoundingArrived(session=session, crcs=crcs, payload_bytes=founding_bytes))
-        return self._machine.job.is_founded
-
     def _merged(self, closed: Closed) -> None:
         """A merge is done: publish it."""
         self._performer.publish(closed)
@@ -393,6 +380,7 @@ class SyncerService:
                 scales=closed.scales,
             )
         )
+        self._performer.keep(closed.fragment_id, self._machine.job.currents[closed.fragment_id])
 
 
 def _raise(error: BaseException) -> None:

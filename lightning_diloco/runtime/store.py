@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,6 +64,8 @@ class Closed:
     outer_momentum: float
     norms: tuple[tuple[float, ...], ...]
     scales: tuple[float, ...]
+    state: FragmentState
+    """All of the fragment after it."""
 
 
 class SyncerStore:
@@ -108,6 +111,30 @@ class SyncerStore:
             state = FragmentState.founded(parts["values"])
             self._states[fragment_id] = replace(state, momentum=parts.get("momentum", state.momentum))
             self._founding[fragment_id] = {}
+
+    def restore(self, founding: Tensor, states: Sequence[FragmentState | None]) -> None:
+        """Take a snapshot: the static state of the founding, and of each fragment what there is."""
+        self.static, self._states = founding, list(states)
+
+    def recalled(self, fragment_id: int, payload: memoryview, crc: int, n: int) -> FragmentState | None:
+        """Take the values of version `n` from a learner; the momentum is that of the snapshot, or zero.
+
+        Returns:
+            The new state of the fragment, or None if the values are not what they should be.
+        """
+        values, before = decode_full(payload, self.layout.fragments[fragment_id].num_params), self._states[fragment_id]
+        if crc32(values) != crc or not _is_finite(values):
+            return None
+        state = FragmentState.founded(values)
+        if before is None:
+            _log.warning(
+                "Fragment %d is taken from a learner at version %d; its outer momentum is lost and begins at zero.", fragment_id, n
+            )
+        else:
+            state = replace(state, momentum=before.momentum, ahead=before.ahead)
+            _log.info("Fragment %d is taken from a learner at version %d; its outer momentum is the snapshot's.", fragment_id, n)
+        self._states[fragment_id] = replace(state, merge_index=n)
+        return self._states[fragment_id]
 
     def found_static(self, payload: memoryview, crc: int) -> None:
         """Take the founder's static state.
@@ -178,7 +205,7 @@ class SyncerStore:
             _log.error("The outer step of fragment %d is not finite; the fragment stays as it was, without momentum.", fragment_id)
             stepped = FragmentState.founded(before.theta)
             difference, shadow = self._publication(fragment, before.theta, before.shadow)
-        self._states[fragment_id] = replace(stepped, shadow=shadow, merge_index=merge_index)
+        state = self._states[fragment_id] = replace(stepped, shadow=shadow, merge_index=merge_index)
         norms, self._norms[fragment_id] = tuple(self._norms[fragment_id]), []
         self._accumulators[fragment_id] = MergeAccumulator(fragment, allocate=self._memory.flat)
         return Closed(
@@ -190,6 +217,7 @@ class SyncerStore:
             outer_momentum=momentum,
             norms=norms,
             scales=record.scales,
+            state=state,
         )
 
     def _publication(self, fragment: Fragment, theta: Tensor, shadow: Tensor) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,7 @@ class OuterSync(Callback):
         info = client.join()
         _log.info("learner %d joined as %s, incarnation %d, job step %d", info.learner_id, info.role, info.incarnation, info.job_step)
         if info.role == "member":
-            client.set_local(self._resumed.local)
+            client.weights.set_local(self._resumed.local)
         self._resumed = Resumed()
         self._strategy.on_joined(info.learner_id)
         self._showing = Showing(trainer, is_logged=not self.is_identity)
@@ -212,7 +212,7 @@ class OuterSync(Callback):
             return
         self._swap_in()
         assert self._client is not None
-        self._saved = self._client.global_state()
+        self._saved = self._client.weights.global_state()
         try:
             yield
         finally:
@@ -230,9 +230,9 @@ class OuterSync(Callback):
         assert self._client is not None
         self._pass_on_stop(trainer)
         self._leave("stopped" if trainer.should_stop else "limit")
-        local = {} if self.validated is None else self._client.local_tensors()
-        self._saved = self._client.load_global()
-        if local and not all_close(local, self._client.local_tensors()):
+        local = {} if self.validated is None else self._client.weights.local_tensors()
+        self._saved = self._client.weights.load_global()
+        if local and not all_close(local, self._client.weights.local_tensors()):
             # The last contribution was not merged as it was: what was validated is not the final model.
             self.validated = None
         assignment = self._strategy.assignment
@@ -250,9 +250,9 @@ class OuterSync(Callback):
         """What the next job goes on from, for a checkpoint whose ``state_dict`` was taken just now; empty before the join."""
         if self._client is None:
             return {}
-        state = self._client.global_state() if self._saved is None else self._saved
+        state = self._client.weights.global_state() if self._saved is None else self._saved
         is_alone = self._strategy.assignment is not None and self._strategy.assignment.num_learners == 1
-        local = self._client.local_tensors() if is_alone and self.is_joined else {}
+        local = self._client.weights.local_tensors() if is_alone and self.is_joined else {}
         return {CHECKPOINT_KEY: outer_state(self._client.layout, state, local)}
 
     def resume_from(self, checkpoint: dict[str, Any]) -> None:
@@ -325,7 +325,7 @@ class OuterSync(Callback):
     def _check_unfrozen(self) -> None:
         if self._client is None or not self.is_joined:
             return
-        names, known = self._client.unmerged_parameters(), {tensor.name for tensor in self._client.layout.static}
+        names, known = self._client.weights.unmerged_parameters(), {tensor.name for tensor in self._client.layout.static}
         if added := [name for name in names if name not in known]:
             raise ConfigurationError(
                 f"{added[0]} (and {len(added) - 1} more) was added to the module after the job had begun: it is not merged, and every "
@@ -339,13 +339,13 @@ class OuterSync(Callback):
 
     def _swap_in(self) -> None:
         assert self._client is not None
-        self._client.swap_in_global()
+        self._client.weights.swap_in_global()
         self._depth += 1
 
     def _swap_out(self) -> None:
         assert self._client is not None
         self._depth -= 1
-        self._client.swap_out_global()
+        self._client.weights.swap_out_global()
 
     def _leave(self, reason: Literal["limit", "signal", "stopped"]) -> None:
         assert self._client is not None

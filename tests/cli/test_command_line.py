@@ -63,7 +63,7 @@ def test_help_names_the_help_of_a_command_and_what_the_default_is(capsys):
     with pytest.raises(SystemExit):
         main(["syncer", "--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "usage: lightning-diloco syncer --run-dir DIR [--bind ENDPOINT] [--verbose]" in words
+    assert "usage: lightning-diloco syncer (--run-dir DIR | --resume RUN_DIR) [--bind ENDPOINT] [--verbose]" in words
     assert "(default tcp://127.0.0.1:0, any free port)" in words and "--keys DIR" in words and "issue" not in words
 
 
@@ -91,7 +91,9 @@ def test_version_is_that_of_the_package(capsys):
         (["syncer", "--run-dir", "x", "--keys", "k"], "--keys k is not there yet. Leave it out."),
         (["syncer", "--run-dir", "x", "--shards", "2"], "--shards 2 is not there yet"),
         (["syncer", "--run-dir", "x", "--metrics-port", "9"], "--metrics-port 9 is not there yet"),
-        (["syncer", "--run-dir", "x", "--resume"], "--resume is not there yet"),
+        (["syncer", "--resume"], "--resume: expected one argument"),
+        (["syncer", "--resume", "x"], "--resume x: there is no such folder"),
+        (["syncer", "--run-dir", "x", "--resume", "y"], "--run-dir x is another one"),
         (["syncer", "--run-dir", "x", "--rebuild"], "--rebuild is not there yet"),
         (["syncer", "--run-dir", "x", "--insecure"], "--insecure is not there yet"),
         (["simulate", "--learners", "0"], "--learners 0"),
@@ -118,9 +120,15 @@ def test_a_run_directory_of_another_syncer_is_refused(tmp_path, capsys):
         assert "another syncer holds this run directory" in refuse(capsys, "syncer", "--run-dir", str(tmp_path))
 
 
+def test_a_folder_without_a_job_cannot_be_resumed(tmp_path, capsys):
+    assert "holds no job" in refuse(capsys, "syncer", "--resume", str(tmp_path))
+    assert not (tmp_path / "tape.jsonl").exists()
+
+
 def test_a_run_directory_with_a_tape_is_refused(tmp_path, capsys):
     (tmp_path / "tape.jsonl").write_text('{"seq":0}\n')
-    assert "holds the tape of an earlier job" in refuse(capsys, "syncer", "--run-dir", str(tmp_path))
+    sentence = refuse(capsys, "syncer", "--run-dir", str(tmp_path))
+    assert f"holds an earlier job. Give a new directory, or go on with that job by --resume {tmp_path}" in sentence
     assert not (tmp_path / "syncer.json").exists()
     lock_run_dir(tmp_path).close()  # it was given free
 

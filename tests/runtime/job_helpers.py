@@ -148,6 +148,6 @@ def whole_life(client: LearnerClient, num_steps: int, *, sleep_s: float = 0.002)
     info = client.join()
     train(client, num_steps, sleep_s=sleep_s)
     client.leave("limit")
-    client.load_global()
+    client.weights.load_global()
     client.close()
     return info

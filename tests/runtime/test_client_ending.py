@@ -75,7 +75,7 @@ def test_without_a_syncer_leaving_takes_the_drain_timeout_and_says_what_is_lost(
             client.leave("limit")
         assert time.monotonic() - start_s < config.drain_timeout_s + 2
         assert "were not acknowledged within drain_timeout_s=0.5" in caplog.text
-        client.load_global()
+        client.weights.load_global()
         assert all(torch.isfinite(p).all() for p in client._module.parameters())
 
 
@@ -182,10 +182,10 @@ def test_a_pause_is_told_and_rounds_go_on_without_the_paused(tmp_path):
         paused.join()
         train(paused, 5)
         paused.set_paused(True)
-        paused.swap_in_global()
+        paused.weights.swap_in_global()
         time.sleep(0.1)
         until(lambda: train(busy, 5) or busy.figures.merges > 10, 30)
-        paused.swap_out_global()
+        paused.weights.swap_out_global()
         paused.set_paused(False)
         other = Background(lambda: train(busy, 100))
         train(paused, 100)
@@ -210,7 +210,7 @@ def test_memory_and_contributions_do_not_pile_up(tmp_path):
         # that left a block behind would be 10 sizes more.
         until(lambda: store._memory.used_bytes <= 5 * size, 5)
         client.leave("limit")
-        until(lambda: not job.service._performer.transfers and not job.service._decoding, 5)
+        until(lambda: not job.service._performer.transfers and not job.service._intake._decoding, 5)
         assert job.finish()["merges"] > 50
 
 

@@ -117,7 +117,7 @@ def _resend_soon(transport: Any) -> None:
 
 
 def test_a_learner_without_its_syncer_goes_on_says_so_and_is_back_when_the_link_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_diloco.runtime.client_loop.SILENT_S", 0.5)
+    monkeypatch.setattr("lightning_diloco.runtime.reporting.SILENT_S", 0.5)
     config = dataclasses.replace(CONFIG, heartbeat_s=0.05)
     with running_job(tmp_path, "tcp", config) as job, behind_proxies(job) as proxies:
         client = job.client(0, endpoint=f"tcp://127.0.0.1:{proxies[0].port}")

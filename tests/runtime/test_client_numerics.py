@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_diloco.protocol.messages import Contribution
 from lightning_diloco.runtime.client import LearnerClient
-from lightning_diloco.runtime.service import SyncerService
+from lightning_diloco.runtime.intake import Intake
 from tests.runtime.job_helpers import CONFIG, Background, make_module, running_job, step, train, until, whole_life
 
 PLAIN = dataclasses.replace(CONFIG, wire_dtype="fp32", outer_lr=1.0, outer_momentum=0.0)
@@ -42,7 +42,7 @@ def test_one_learner_with_outer_lr_1_and_no_momentum_is_plain_training_bit_for_b
                 assert torch.equal(ours, theirs), f"inner step {inner_step}"
         assert client.figures.merges > 10 and client.figures.participation == 1.0
         client.leave("limit")
-        client.load_global()
+        client.weights.load_global()
         summary = job.finish()
     for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
         # base - (base - local): one rounding of a difference that is not larger than the parameters.
@@ -105,14 +105,14 @@ def _count_on(client: LearnerClient, module: _Counting, num_steps: int, sleep_s:
 def test_every_contribution_is_the_parameters_at_exactly_one_step_boundary(tmp_path, monkeypatch):
     received: list[tuple[Contribution, torch.Tensor]] = []
     bases: dict[tuple[int, int, int], float] = {}
-    tapped = SyncerService._contribution
+    tapped = Intake._contribution
 
-    def tap(self: SyncerService, session: str, envelope: Any, header: Contribution, payload: memoryview) -> None:
+    def tap(self: Intake, session: str, envelope: Any, header: Contribution, payload: memoryview) -> None:
         learner_id = self._machine.job.members.of(session).learner_id
         received.append((learner_id, header, torch.frombuffer(bytearray(payload), dtype=torch.float32)))
         tapped(self, session, envelope, header, payload)
 
-    monkeypatch.setattr(SyncerService, "_contribution", tap)
+    monkeypatch.setattr(Intake, "_contribution", tap)
     config = dataclasses.replace(CONFIG, num_fragments=8, wire_dtype="fp32", merge="mean", norm_gate=None)
     with running_job(tmp_path, config=config) as job:
         modules = [_Counting(), _Counting()]
@@ -157,13 +157,13 @@ def test_the_swap_to_the_global_model_nests_and_restores_every_bit(tmp_path, dty
         before = [p.detach().clone() for p in module.parameters()]
         residuals = [view.residual() for view in client._store.views]
         client.set_paused(True)
-        client.swap_in_global()
+        client.weights.swap_in_global()
         published = [p.detach().clone() for p in module.parameters()]
-        client.swap_in_global()
-        client.swap_out_global()
+        client.weights.swap_in_global()
+        client.weights.swap_out_global()
         for parameter, expected in zip(module.parameters(), published, strict=True):
             assert torch.equal(parameter, expected)
-        client.swap_out_global()
+        client.weights.swap_out_global()
         client.set_paused(False)
         assert any(not torch.equal(a, b) for a, b in zip(before, published, strict=True))
         for parameter, expected in zip(module.parameters(), before, strict=True):
@@ -171,7 +171,7 @@ def test_the_swap_to_the_global_model_nests_and_restores_every_bit(tmp_path, dty
         for view, expected in zip(client._store.views, residuals, strict=True):
             assert (expected is None) == (dtype == torch.float32)
             assert expected is None or (torch.equal(view.residual(), expected) and bool(expected.abs().max() > 0))
-        client.swap_out_global()  # one too many is harmless
+        client.weights.swap_out_global()  # one too many is harmless
         train(client, 3, optimizer=torch.optim.SGD(module.parameters(), lr=0.0)) if dtype == torch.float32 else None
         client.leave("limit")
         job.finish()

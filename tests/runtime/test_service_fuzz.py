@@ -104,7 +104,7 @@ def test_members_that_say_anything_that_the_wire_allows_change_nothing_for_other
         life.result()
         assert job.service.error is None and well.fenced is None
         well.leave("limit")
-        well.load_global()
+        well.weights.load_global()
         assert all(torch.isfinite(p).all() for p in well._module.parameters())
         summary = job.finish()  # holds the whole tape and summary to the invariants, also of the learners that lied
         assert {x["learner_id"]: x["tokens"] for x in summary["learners"]}[0] == 400 * 16

@@ -36,7 +36,7 @@ def test_finite_contributions_that_would_overflow_are_refused_and_the_honest_lea
             until(lambda: honest.figures.merges > merges)
             assert bool(torch.isfinite(job.service._performer.store.state(0).shadow).all())
         honest.leave("limit")
-        honest.load_global()
+        honest.weights.load_global()
         assert all(bool(torch.isfinite(p).all()) for p in honest._module.parameters())
         summary = job.finish()
     assert summary["learners"][0]["discarded"] == 0 and summary["tokens_merged"] == 120 * 16

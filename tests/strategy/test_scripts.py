@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 
 from lightning_diloco import DecoupledDiLoCoStrategy
 from lightning_diloco.outer import FragmentView
-from lightning_diloco.runtime.client import LearnerClient
+from lightning_diloco.runtime.weights import Weights
 from tests.strategy.kit import (
     ROOT,
     Script,
@@ -210,8 +210,8 @@ def test_a_hydra_script_runs_once_and_its_configuration_is_there_in_the_learners
 
 
 def test_a_learner_of_a_syncer_that_was_started_by_hand(tmp_path, monkeypatch):
-    published, load = [], LearnerClient.load_global
-    monkeypatch.setattr(LearnerClient, "load_global", lambda client: published.append((client.layout, load(client))) or published[-1][1])
+    published, load = [], Weights.load_global
+    monkeypatch.setattr(Weights, "load_global", lambda self: published.append((self._store.layout, load(self))) or published[-1][1])
     run_dir = tmp_path / "syncer"
     command = [sys.executable, "-m", "lightning_diloco", "syncer", "--bind", "tcp://127.0.0.1:0", "--run-dir", str(run_dir)]
     with (tmp_path / "syncer.txt").open("wb") as file:

@@ -1,0 +1,112 @@
+"""Payloads that reach the syncer: who may send one, and what becomes of it.
+
+Memory is for members alone, and only for what a learner can have on its way. A payload is decoded and measured on the numerics thread; the
+rules hear of it as facts (a norm, a checksum), on the loop thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_diloco.outer import FragmentState
+from lightning_diloco.protocol.events import ContributionArrived, FoundingArrived, HeldArrived, SyncerEvent
+from lightning_diloco.protocol.messages import Contribution, Envelope, HeldFragment
+from lightning_diloco.protocol.syncer import SyncerMachine
+from lightning_diloco.protocol.wire import decode_learner_header
+from lightning_diloco.runtime.healing import is_sound
+from lightning_diloco.runtime.performer import Performer
+
+__all__ = ["MIN_DECODING", "Intake"]
+
+MIN_DECODING = 32
+"""Twice so many payloads of one learner may wait for decoding, and twice so many items may stand in its reports, whatever the layout."""
+
+
+class Intake:
+    """The way of a payload from the socket to the rules; lives on the loop thread.
+
+    Args:
+        machine: whose rules they are.
+        performer: owns the store.
+        submit: runs (work, then) on the numerics thread and back.
+        handle: gives the machine an event, with the decoded contribution that it is about.
+    """
+
+    def __init__(
+        self,
+        machine: SyncerMachine,
+        performer: Performer,
+        *,
+        submit: Callable[[Callable[[], Any], Callable[[Any], None]], None],
+        handle: Callable[[SyncerEvent, Tensor | None], None],
+    ) -> None:
+        self._machine, self._performer, self._submit, self._handle = machine, performer, submit, handle
+        self._decoding: dict[str, int] = {}
+
+    def accepts(self, peer: bytes, header: bytes, total_bytes: int) -> bool | str:
+        """Whether memory may be given to a payload that is offered: the transport's `accept`."""
+        session, job = peer.hex(), self._machine.job
+        if job.members.of(session) is None or self._decoding.get(session, 0) > 2 * max(job.num_fragments, MIN_DECODING):
+            return "refused"
+        recovery = self._machine.recovery
+        if recovery is not None and recovery.is_running:
+            return self._performer.accepts_held(header, total_bytes, lambda fragment_id: recovery.expects(session, fragment_id))
+        return self._performer.accepts(session, header, total_bytes)
+
+    def take(self, session: str, data: bytes, payload: memoryview) -> None:
+        """Take a payload that is complete."""
+        envelope, header = decode_learner_header(data)  # `accepts` has decoded it once, so it is valid
+        if isinstance(header, Contribution):
+            self._contribution(session, envelope, header, payload)
+        elif isinstance(header, HeldFragment):
+            self._held(session, header, payload)
+        else:
+            self._performer.take_founding(session, header, payload, lambda crcs, size: self._founded(session, crcs, size))
+
+    def _contribution(self, session: str, envelope: Envelope, header: Contribution, payload: memoryview) -> None:
+        store = self._performer.store
+        if store is None:
+            return
+
+        def then(result: tuple[Tensor, float, bool]) -> None:
+            """On the loop thread: tell the machine what has arrived."""
+            decoded, norm, crc_ok = result
+            self._decoding[session] -= 1
+            if not self._decoding[session]:
+                del self._decoding[session]
+            event = ContributionArrived(
+                session=session,
+                envelope=envelope,
+                header=header,
+                norm=norm,
+                is_finite=is_sound(norm),
+                payload_bytes=len(payload),
+                crc_ok=crc_ok,
+            )
+            self._handle(event, decoded)
+
+        self._decoding[session] = self._decoding.get(session, 0) + 1
+        self._submit(lambda: store.decode_contribution(header.fragment_id, payload, header.crc), then)
+
+    def _held(self, session: str, header: HeldFragment, payload: memoryview) -> None:
+        store, recovery = self._performer.store, self._machine.recovery
+        if store is None or recovery is None:
+            return
+
+        def then(state: FragmentState | None) -> None:
+            """On the loop thread: it is in the store, if it is what was asked for."""
+            if not recovery.expects(session, header.fragment_id):
+                return
+            if state is not None:
+                self._performer.put_recalled(header.fragment_id, state)
+            self._handle(HeldArrived(session=session, header=header, crc_ok=state is not None), None)
+
+        self._submit(lambda: store.recalled(header.fragment_id, payload, header.crc, header.version.n), then)
+
+    def _founded(self, session: str, crcs: tuple[int, ...], founding_bytes: int) -> bool:
+        """Whether the rules take this for the founding: its founder may have died a moment ago."""
+        self._handle(FoundingArrived(session=session, crcs=crcs, payload_bytes=founding_bytes), None)
+        return self._machine.job.is_founded

@@ -1,0 +1,115 @@
+"""What a syncer starts from: a fresh run directory, or a job that it goes on with (PROTOCOL.md sections 5 and 8).
+
+A job is new only in a directory without tape and snapshots. Going on with one needs its identity and its tape; the tensors come from the
+newest snapshot that is whole, and from learners that hold later versions. Every start raises the epoch, and writes that down before it
+says anything to anybody.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.protocol.history import History
+from lightning_diloco.protocol.identity import FragmentInfo
+from lightning_diloco.protocol.publisher import Current
+from lightning_diloco.protocol.records import TapeLine
+from lightning_diloco.protocol.recovery import Resumption
+from lightning_diloco.runtime.checksum import crc32
+from lightning_diloco.runtime.snapshot import Founding, FragmentSnapshot, Identity, SnapshotError, SnapshotStore
+from lightning_diloco.runtime.tape import TAPE_NAME, TapeError, read_tape
+
+__all__ = ["Opening", "open_job"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """Where a syncer begins."""
+
+    identity: Identity
+    elapsed_s: float
+    """Seconds since the tape's second 0."""
+    founding: Founding | None = None
+    """None: the job is empty."""
+    fragments: tuple[FragmentSnapshot | None, ...] = ()
+    resumption: Resumption | None = None
+
+
+def open_job(run_dir: Path, snapshots: SnapshotStore, *, resume: bool) -> Opening:
+    """Find out what the directory holds, and write down that a syncer was started in it.
+
+    Args:
+        run_dir: locked by the caller.
+        snapshots: of this directory.
+        resume: whether the job in it goes on.
+
+    Raises:
+        ConfigurationError: the directory holds a job and `resume` was not said, or the other way round, or the job cannot be read.
+        OSError: the disk failed.
+    """
+    try:
+        opening = _go_on(run_dir, snapshots) if resume else _begin(run_dir, snapshots)
+    except (SnapshotError, TapeError) as error:
+        raise ConfigurationError(f"The job in {run_dir} cannot be gone on with: {error}") from error
+    snapshots.write_identity(opening.identity)
+    return opening
+
+
+def _begin(run_dir: Path, snapshots: SnapshotStore) -> Opening:
+    tape = run_dir / TAPE_NAME
+    if (tape.exists() and tape.stat().st_size) or snapshots.read_identity() is not None:
+        raise ConfigurationError(f"{run_dir}: holds an earlier job. Give a new directory, or go on with that job by --resume {run_dir}.")
+    identity = Identity(job_id=secrets.token_hex(8), lineage=secrets.token_hex(8), epoch=0, started_unix_s=time.time())
+    return Opening(identity=identity, elapsed_s=0.0)
+
+
+def _go_on(run_dir: Path, snapshots: SnapshotStore) -> Opening:
+    identity = snapshots.read_identity()
+    if identity is None:
+        raise ConfigurationError(f"--resume: {run_dir} holds no job. Give the run directory of an earlier syncer, or leave --resume out.")
+    tape = run_dir / TAPE_NAME
+    lines = read_tape(tape) if tape.exists() else []
+    # The wall clock counts the time in between; should it have been set back, the tape's own last second is the least.
+    elapsed_s = max(time.time() - identity.started_unix_s, lines[-1].t_s if lines else 0.0)
+    founding = snapshots.read_founding()
+    history = _read_history(lines, founding, snapshots)
+    epoch = 1 + max(identity.epoch, history[0].epoch)
+    identity = replace(identity, epoch=epoch)
+    if founding is None or history[0].job is None:
+        return Opening(identity=identity, elapsed_s=elapsed_s)
+    resumption = Resumption(
+        history=history[0],
+        config=founding.config,
+        fingerprint=founding.fingerprint,
+        static_crc=crc32(founding.static),
+        static_bytes=founding.static.numel(),
+        currents=tuple(_current(f, i, founding) for f, i in zip(history[1], history[0].fragments, strict=True)),
+    )
+    return Opening(identity=identity, elapsed_s=elapsed_s, founding=founding, fragments=history[1], resumption=resumption)
+
+
+def _read_history(
+    lines: list[TapeLine], founding: Founding | None, snapshots: SnapshotStore
+) -> tuple[History, tuple[FragmentSnapshot | None, ...]]:
+    fragments = tuple(snapshots.read(len(founding.layout.fragments))) if founding is not None else ()
+    history = History(tuple(None if f is None else f.version for f in fragments))
+    for line in lines:
+        history.feed(line.record)
+    return history, fragments
+
+
+def _current(found: FragmentSnapshot | None, info: FragmentInfo, founding: Founding) -> Current | None:
+    if found is None:
+        return None
+    per_element = {"fp32": 4, "bf16": 2}[founding.config.wire_dtype] if info.kind == "parameters" else 4
+    return Current(
+        version=found.version,
+        parent=None,
+        crc=found.crc,
+        merged_through=dict(found.merged_through),
+        difference_bytes=per_element * info.num_params,
+        full_bytes=4 * info.num_params,
+    )

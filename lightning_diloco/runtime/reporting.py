@@ -1,0 +1,80 @@
+"""What a learner tells its syncer at every heartbeat, and how it notices that nobody answers. Lives on the background thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from lightning_diloco.config import SyncConfig
+from lightning_diloco.protocol.learner import LearnerMachine
+from lightning_diloco.protocol.messages import Heartbeat, Leave, Message, Ping, StopRequest
+from lightning_diloco.runtime.figures import StepTimes
+
+__all__ = ["Reports"]
+
+_log = logging.getLogger(__name__)
+
+SILENT_HEARTBEATS = 10
+"""After so many heartbeats (at least `SILENT_S`) without a word the syncer counts as lost."""
+SILENT_S = 10.0
+
+
+class Reports:
+    """Reports of one learner.
+
+    Args:
+        machine: whose state they tell.
+        lock: held while the machine is asked.
+        times: of the steps since the last report.
+        config: of the job.
+        send: sends a control message; whether the socket took it.
+    """
+
+    def __init__(
+        self, machine: LearnerMachine, lock: threading.Lock, times: StepTimes, config: SyncConfig, send: Callable[[Message], bool]
+    ) -> None:
+        self.leave: Leave | None = None
+        """Said once, it is the report that is repeated: its figures are the last ones."""
+        self.lost_syncer = False
+        self.heard_s = time.monotonic()
+        self._machine, self._lock, self._times, self._config, self._send = machine, lock, times, config, send
+        self._due_s = 0.0
+        self._is_taken = True
+        self._pings = 0
+
+    def tick(self, now_s: float) -> None:
+        """Report if it is time, or if many steps wait."""
+        # A report that the socket did not take waits for its time: many steps waiting are no reason to try at every turn.
+        is_early = self._times.is_full and self._is_taken and self.leave is None
+        if now_s >= self._due_s or is_early:
+            self._report(now_s)
+
+    def is_heard(self, now_s: float) -> bool:
+        """Whether the syncer answers; if not, what is out of date by then would push the reports out of the socket's queue."""
+        return now_s - self.heard_s < 3 * self._config.heartbeat_s
+
+    def make(self) -> Heartbeat:
+        """A full report of this moment; the step times in it are given away."""
+        gaps, paused, stalls, age_s = self._times.take()
+        with self._lock:
+            return self._machine.report(step_gaps_s=gaps, paused_s=paused, stalls_s=stalls, last_step_age_s=age_s, clock_s=time.monotonic())
+
+    def _report(self, now_s: float) -> None:
+        self._due_s = now_s + self._config.heartbeat_s
+        self._pings += 1
+        self._is_taken = self._send(self.make() if self.leave is None else self.leave)
+        if not self._is_taken and self.leave is None:
+            self._times.give_back()
+        self._send(Ping(number=self._pings))
+        state = self._machine.state
+        if state.wants_stop is not None and not state.is_stopped:
+            self._send(StopRequest(reason=state.wants_stop))
+        silent_s = max(SILENT_S, SILENT_HEARTBEATS * self._config.heartbeat_s)
+        if not self.lost_syncer and now_s - self.heard_s > silent_s:
+            self.lost_syncer = True
+            _log.warning("Nothing was heard from the syncer for %.0f s; training goes on with local steps.", silent_s)
+        elif self.lost_syncer and now_s - self.heard_s <= silent_s:
+            self.lost_syncer = False
+            _log.warning("The syncer is back.")
