@@ -7,7 +7,7 @@ The rules:
   `max_restarts` times; the syncer lets it take over its id, and it goes on from the global model;
 * an exception in a learner ends the job: restarting would raise it again. The others are asked to leave, and the exception is raised here;
 * Ctrl-C and SIGTERM of this process end the job as well: learners leave in order, the run's files say `stopped`;
-* the syncer's end ends the job (its restart is not there yet).
+* a syncer that a signal has ended is started again as often, and goes on with the job (`syncer_child`); another end of it ends the job.
 
 However the loop ends, every child is asked, then killed with its process group. If this process itself is killed, the children see
 their life lines close (`lightning_diloco.strategy.life_line`).
@@ -30,24 +30,21 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_diloco.errors import LearnerFailedError, SyncerUnavailableError
+from lightning_diloco.errors import LearnerFailedError
 from lightning_diloco.strategy.children import Child, ExitStatus, child_environment, start_child
 from lightning_diloco.strategy.results import LearnerResult, as_exception, read_result
 from lightning_diloco.strategy.sigterm import EXIT_SIGTERM, tell_user
+from lightning_diloco.strategy.syncer_child import SyncerChild
 
 __all__ = ["JobPlan", "Supervisor"]
 
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.05
-_SYNCER_START_S = 60.0
-"""A syncer that has not answered by then never will: importing torch takes seconds, on a loaded machine tens of them."""
 _LEAVE_S = 10.0
 """Learners that were asked to end have so long for their final contributions; then they are killed."""
 _LEAVE_ALONE_S = 2.0
 """The same when the syncer is gone: there is nobody to take contributions, only files to close."""
-_SYNCER_END_S = 30.0
-"""The syncer writes the global model and its last record in this time, or it is killed."""
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 10.0
 
@@ -99,10 +96,8 @@ class Supervisor:
         self._takeover_token = secrets.token_hex(32)
         self._environment = child_environment(plan.num_learners)
         self._learners = [_Learner(i) for i in range(plan.num_learners)]
-        self._syncer: Child | None = None
-        self._ready_path = plan.run_dir / "syncer.json"
-        self._is_syncer_ready = False
-        self._syncer_deadline_s = 0.0
+        hello = {"token": self._token, "takeover_token": self._takeover_token, "num_slots": plan.num_learners}
+        self._syncer = SyncerChild(plan.run_dir, hello, self._environment, plan.max_restarts)
         self._signals = _Signals()
         self.restarts = {"learners": 0, "syncer": 0}
         """How often a process was started again."""
@@ -124,7 +119,7 @@ class Supervisor:
         """
         self._catch_signals()
         try:
-            self._start_syncer()
+            self._syncer.start()
             for learner in self._learners:
                 self._start(learner)
             while not all(learner.is_done for learner in self._learners):
@@ -160,22 +155,10 @@ class Supervisor:
         self._obey_signals()
         for learner in self._learners:
             self._look_after(learner)
-        self._look_after_syncer()
+        self._syncer.look_after()
+        self.restarts["syncer"] = self._syncer.restarts
         self._plan.on_tick(self.restarts)
         time.sleep(_TICK_S)
-
-    def _look_after_syncer(self) -> None:
-        assert self._syncer is not None
-        status, log = self._syncer.poll(), f"{self._plan.run_dir}/logs/syncer.log"
-        if status is not None:
-            raise SyncerUnavailableError(
-                f"The syncer process ended with {status}, and with it the job; {log} may say why. "
-                "Restarting it is not there yet. Start the job again; fit(ckpt_path=...) goes on from a checkpoint of a callback."
-            )
-        if not self._is_syncer_ready:
-            self._is_syncer_ready = self._ready_path.exists()
-            if not self._is_syncer_ready and time.monotonic() > self._syncer_deadline_s:
-                raise SyncerUnavailableError(f"The syncer process was not ready within {_SYNCER_START_S:g} s; see {log}.")
 
     def _look_after(self, learner: _Learner) -> None:
         if learner.start_at_s is not None:
@@ -227,15 +210,6 @@ class Supervisor:
 
     # -- starting ------------------------------------------------------------------------------------------------------------------
 
-    def _start_syncer(self) -> None:
-        """Start the syncer; learners start beside it and look for its address when they need it."""
-        run_dir = self._plan.run_dir
-        self._ready_path.unlink(missing_ok=True)
-        arguments = ["syncer", "--bind", "tcp://127.0.0.1:0", "--run-dir", str(run_dir), "--supervised"]
-        self._syncer = start_child("lightning_diloco", arguments, log=run_dir / "logs" / "syncer.log", environment=self._environment)
-        self._syncer.send_line({"token": self._token, "takeover_token": self._takeover_token, "num_slots": self._plan.num_learners})
-        self._syncer_deadline_s = time.monotonic() + _SYNCER_START_S
-
     def _start(self, learner: _Learner) -> None:
         plan = self._plan
         log = None if learner.learner_id == 0 else plan.run_dir / "logs" / f"learner_{learner.learner_id}.log"
@@ -246,7 +220,7 @@ class Supervisor:
                 "learner_id": learner.learner_id,
                 "num_learners": plan.num_learners,
                 "life": learner.life,
-                "syncer_path": str(self._ready_path),
+                "syncer_path": str(self._syncer.ready_path),
                 "token": self._token,
                 "takeover_token": self._takeover_token,
                 "run_dir": str(plan.run_dir),
@@ -268,8 +242,12 @@ class Supervisor:
     # -- ending --------------------------------------------------------------------------------------------------------------------
 
     def _tell_lost(self, learner: _Learner) -> None:
-        if self._syncer is not None:
-            self._syncer.send_line({"command": "lost", "learner_id": learner.learner_id, "life": learner.life})
+        self._syncer.tell_lost(learner.learner_id, learner.life)
+
+    def _end_syncer(self, status: Literal["finished", "stopped", "failed"]) -> None:
+        heard = len(self._signals.received)
+        self._syncer.finish(status, lambda: len(self._signals.received) != heard)
+        self.restarts["syncer"] = self._syncer.restarts
 
     def _stop_learners(self) -> None:
         """Ask all learners to leave, and wait for them; a second signal to this process cuts the wait short."""
@@ -277,8 +255,7 @@ class Supervisor:
         for learner in running:
             assert learner.child is not None
             learner.child.terminate()
-        has_syncer = self._syncer is not None and self._syncer.poll() is None
-        patience_s = _LEAVE_S if has_syncer else _LEAVE_ALONE_S
+        patience_s = _LEAVE_S if self._syncer.is_running else _LEAVE_ALONE_S
         deadline_s = time.monotonic() + patience_s
         heard = len(self._signals.received)
         while running and time.monotonic() < deadline_s and len(self._signals.received) == heard:
@@ -290,21 +267,6 @@ class Supervisor:
             _kill(learner.child)
             self._tell_lost(learner)
 
-    def _end_syncer(self, status: Literal["finished", "stopped", "failed"]) -> None:
-        if self._syncer is None:
-            return
-        self._syncer.send_line({"command": "finish", "status": status})
-        deadline_s = time.monotonic() + _SYNCER_END_S
-        heard = len(self._signals.received)
-        while (ended := self._syncer.poll()) is None and time.monotonic() < deadline_s and len(self._signals.received) == heard:
-            time.sleep(_TICK_S)
-        if status == "finished" and (ended is None or ended.code != 0):
-            problem = "did not end" if ended is None else f"ended with {ended}"
-            raise SyncerUnavailableError(
-                f"The syncer process {problem} after the learners had left; the global model may be incomplete. "
-                f"See {self._plan.run_dir}/logs/syncer.log."
-            )
-
     def _await_exits(self) -> None:
         """Let learners whose fit has returned end in their own time, within reason: they flush logs, and exit handlers run."""
         deadline_s = time.monotonic() + _LEAVE_S
@@ -314,7 +276,7 @@ class Supervisor:
             time.sleep(_TICK_S)
 
     def _kill_all(self) -> None:
-        for child in (*(learner.child for learner in self._learners), self._syncer):
+        for child in (*(learner.child for learner in self._learners), self._syncer.child):
             if child is not None and child.poll() is None:
                 _kill(child)
 

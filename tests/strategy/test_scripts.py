@@ -176,19 +176,6 @@ def test_a_learner_that_gets_sigterm_leaves_in_order_and_comes_back(script, tmp_
     assert summary_of(latest(tmp_path))["tokens_discarded"] == 0
 
 
-def test_a_syncer_that_dies_ends_the_job_with_a_sentence(script, tmp_path):
-    run = script(LONG)
-    main = run.start()
-    wait_until(lambda: is_training(tmp_path), "training", script=run)
-    children = family(main)
-    syncer = json.loads((latest(tmp_path) / "syncer.json").read_text())["pid"]
-    os.kill(syncer, signal.SIGKILL)
-    assert run.wait() == 1
-    assert "The syncer process ended with signal SIGKILL" in run.text()
-    wait_until(lambda: not alive(children), "the children's end", timeout_s=5)
-    assert summary_of(latest(tmp_path))["status"] == "failed"
-
-
 @pytest.mark.slow
 def test_a_hydra_script_runs_once_and_its_configuration_is_there_in_the_learners(script, tmp_path):
     """Scenario 11."""

@@ -1,0 +1,149 @@
+"""The syncer of one fit, over its lives: started, started again where a signal ended it, asked to finish.
+
+A syncer that a signal has ended (killed, out of memory) goes on with the job from its run directory (`--resume`), at the same addresses;
+learners notice nothing but silence. One that ends with an error of its own would end so again: the job is over. What the syncer was told
+of dead learners is told again to the next one, which knows only what reached the tape.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_diloco.errors import SyncerUnavailableError
+from lightning_diloco.strategy.children import Child, ExitStatus, start_child
+
+__all__ = ["SyncerChild"]
+
+_log = logging.getLogger(__name__)
+
+_START_S = 60.0
+"""A syncer that has not answered by then never will: importing torch takes seconds, on a loaded machine tens of them."""
+_END_S = 30.0
+"""The syncer writes the global model and its last record in this time, or it is killed."""
+_TICK_S = 0.05
+
+
+class SyncerChild:
+    """The syncer's process.
+
+    Args:
+        run_dir: of the job.
+        hello: what its first line of standard input holds.
+        environment: of its process.
+        max_restarts: how often it may be started again.
+    """
+
+    def __init__(self, run_dir: Path, hello: dict[str, Any], environment: dict[str, str], max_restarts: int) -> None:
+        self.ready_path = run_dir / "syncer.json"
+        """Where it says its address; learners wait for this file."""
+        self.restarts = 0
+        self.child: Child | None = None
+        self._run_dir, self._hello, self._environment, self._max_restarts = run_dir, hello, environment, max_restarts
+        self._lost: list[dict[str, Any]] = []
+        self._is_ready = False
+        self._deadline_s = 0.0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a process."""
+        return self.child is not None and self.child.poll() is None
+
+    def start(self) -> None:
+        """Start the first one; learners start beside it and look for its address when they need it."""
+        self.ready_path.unlink(missing_ok=True)
+        self._start("tcp://127.0.0.1:0", {})
+
+    def _start(self, bind: str, more: dict[str, str]) -> None:
+        # Killed before it had written anything down, it begins anew.
+        option = "--resume" if (self._run_dir / "snapshots" / "identity.json").exists() else "--run-dir"
+        arguments = ["syncer", "--bind", bind, option, str(self._run_dir), "--supervised"]
+        log = self._run_dir / "logs" / "syncer.log"
+        self.child = start_child("lightning_diloco", arguments, log=log, environment=self._environment)
+        self.child.send_line(self._hello | more)
+        for command in self._lost:
+            self.child.send_line(command)
+        self._is_ready, self._deadline_s = False, time.monotonic() + _START_S
+
+    def look_after(self) -> None:
+        """Start it again if a signal has ended it.
+
+        Raises:
+            SyncerUnavailableError: it ended otherwise, or too often, or does not begin to serve.
+        """
+        status = None if self.child is None else self.child.poll()
+        if status is not None:
+            self._start_again(status)
+        elif not self._is_ready:
+            self._is_ready = self._said().get("pid") == (None if self.child is None else self.child.pid)
+            if not self._is_ready and time.monotonic() > self._deadline_s:
+                raise SyncerUnavailableError(f"The syncer process was not ready within {_START_S:g} s; see {self._log_path}.")
+
+    def _start_again(self, status: ExitStatus) -> None:
+        if status.signal_name is None or self.restarts >= self._max_restarts:
+            often = f" after {self.restarts} restarts (max_restarts={self._max_restarts})" if status.signal_name else ""
+            raise SyncerUnavailableError(
+                f"The syncer process ended with {status}{often}, and with it the job; {self._log_path} may say why. "
+                f"lightning-diloco syncer --resume {self._run_dir} goes on with it by hand, and so does fit(ckpt_path=...) in a new job."
+            )
+        self.restarts += 1
+        _log.warning(
+            "the syncer was ended by %s; restart %d of at most %d, from %s/snapshots. Learners go on meanwhile.",
+            status.signal_name,
+            self.restarts,
+            self._max_restarts,
+            self._run_dir,
+        )
+        said = self._said()
+        self._start(said.get("endpoint", "tcp://127.0.0.1:0"), {"bulk": said["bulk"]} if "bulk" in said else {})
+
+    def tell_lost(self, learner_id: int, life: int) -> None:
+        """This learner's process is gone."""
+        self._lost.append({"command": "lost", "learner_id": learner_id, "life": life})
+        if self.child is not None:
+            self.child.send_line(self._lost[-1])
+
+    def finish(self, status: Literal["finished", "stopped", "failed"], is_cut_short: Callable[[], bool]) -> None:
+        """Ask it to end the job, and wait for it; one that is killed meanwhile is started once more to do it.
+
+        Args:
+            status: how the job ends.
+            is_cut_short: asked while waiting: whether to wait no longer.
+
+        Raises:
+            SyncerUnavailableError: a job that should be finished is not.
+        """
+        if self.child is None:
+            return
+        ended = self._finish(status, is_cut_short)
+        while status == "finished" and ended is not None and ended.signal_name is not None and self.restarts < self._max_restarts:
+            self._start_again(ended)
+            ended = self._finish(status, is_cut_short)
+        if status == "finished" and (ended is None or ended.code != 0):
+            problem = "did not end" if ended is None else f"ended with {ended}"
+            raise SyncerUnavailableError(
+                f"The syncer process {problem} after the learners had left; the global model may be incomplete. See {self._log_path}."
+            )
+
+    def _finish(self, status: str, is_cut_short: Callable[[], bool]) -> ExitStatus | None:
+        assert self.child is not None
+        self.child.send_line({"command": "finish", "status": status})
+        deadline_s = time.monotonic() + _END_S
+        while (ended := self.child.poll()) is None and time.monotonic() < deadline_s and not is_cut_short():
+            time.sleep(_TICK_S)
+        return ended
+
+    @property
+    def _log_path(self) -> Path:
+        return self._run_dir / "logs" / "syncer.log"
+
+    def _said(self) -> dict[str, Any]:
+        try:
+            said = json.loads(self.ready_path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return said if isinstance(said, dict) else {}
