@@ -156,7 +156,7 @@ class SyncConfig:
     def _refuse_what_is_not_there_yet(self) -> None:
         if self.wire_dtype == "int4":
             raise not_there_yet("wire_dtype='int4'", "Use 'bf16' or 'fp32'.")
-        later = {"tape_payloads": False, "max_offline_steps": None, "snapshot_interval_s": 30.0, "rejoin_every_steps": 50}
+        later = {"tape_payloads": False, "max_offline_steps": None, "rejoin_every_steps": 50}
         for name, default in later.items():
             if getattr(self, name) != default:
                 raise not_there_yet(f"{name}={getattr(self, name)!r}", f"Leave it at {default}.")

@@ -39,7 +39,6 @@ NOT_THERE_YET = [
     {"wire_dtype": "int4"},
     {"tape_payloads": True},
     {"max_offline_steps": 100},
-    {"snapshot_interval_s": 5.0},
     {"rejoin_every_steps": 10},
 ]
 

@@ -24,7 +24,7 @@ import pytest
 
 from lightning_diloco.cli.main import _build_parser
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.protocol import identity, learner_state, members, messages, records
+from lightning_diloco.protocol import identity, learner_state, members, messages, records, recovery
 from lightning_diloco.protocol.rounds import FragmentRound
 from tests import doc_pages as docs
 from tests.citizen.cases import CASES
@@ -37,6 +37,7 @@ PACKAGE_FOLDERS = ("protocol", "outer", "metrics", "runtime", "strategy", "sim",
 NAMED = {
     "learner stages": get_args(learner_state.Stage),
     "member stages": get_args(members.Stage),
+    "recovery stages": get_args(recovery.Stage),
     "refusals": get_args(identity.Refusal),
     "discards": get_args(identity.DiscardReason),
     "leave reasons": get_args(identity.LeaveReason),
@@ -281,7 +282,7 @@ def test_the_ten_lines_run_and_write_what_the_readme_says(tmp_path):
     assert merges > 0
     run_dir = tmp_path / "outputs" / "latest"
     files = re.findall(r"^\| `([\w./]+)` \|", docs.text_of("README.md").partition("## The run directory")[2], re.M)
-    assert len(files) == 7
+    assert len(files) == 8
     assert [name for name in files if not (run_dir / name).exists()] == []
 
 

@@ -33,7 +33,9 @@ from lightning_diloco.protocol.publisher import Current
 from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, RestartRecord
 from lightning_diloco.protocol.rounds import Rounds
 
-__all__ = ["Recovery", "Resumption"]
+__all__ = ["Recovery", "Resumption", "Stage"]
+
+Stage = Literal["collecting", "recalling", "writing", "done"]
 
 COLLECT_S = 5.0
 """Members that live have said hello again by then: their transport reconnects within a second, and they speak at every step."""
@@ -75,7 +77,7 @@ class Recovery:
     def __init__(self, job: Job, rounds: Rounds, admission: Admission, resumption: Resumption) -> None:
         self._job, self._rounds, self._admission = job, rounds, admission
         self._history = resumption.history
-        self.stage: Literal["collecting", "recalling", "writing", "done"] = "collecting"
+        self.stage: Stage = "collecting"
         self._deadline_s: float | None = None
         self._returned: dict[str, Hello] = {}
         self._open = set(range(len(resumption.currents)))

@@ -60,9 +60,10 @@ class SnapshotKeeper:
         self._thread.submit(self._write, then)
 
     def close(self, *, writes: bool) -> None:
-        """End the thread; `writes`: with one last snapshot."""
+        """End the thread; `writes`: the job is over, one last snapshot is kept."""
         if writes and self._num_fragments:
             self._thread.submit(self._write, lambda: None)
+            self._thread.submit(self._snapshots.prune, 1)
         self._thread.shutdown(wait=True)
 
     def _write(self, then: Callable[[], None]) -> None:

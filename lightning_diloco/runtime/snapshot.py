@@ -8,7 +8,7 @@
 Fragments are independent, so a set of files, each of which is one fragment at one version, is a consistent cut (DESIGN.md section 7). A
 snapshot is written into a folder beside, made durable, and renamed: it is there whole or not at all. A fragment that has not changed since
 the last snapshot is a hard link to its file. The last two are kept. The manifest has size and CRC-32 of every file; what does not fit them
-is damaged, and the snapshot before is used.
+is damaged, and the snapshot before is used. When a job has ended the last one is enough.
 
 Files are written from the tensors' own memory, without a copy and without the interpreter's lock: the library's writer holds it for as
 long as it copies, and the thread that publishes would wait. Readers use the library.
@@ -192,9 +192,13 @@ class SnapshotStore:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         self._written = written
-        for old in self._folders()[:-_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+        self.prune(_KEPT)
         return path
+
+    def prune(self, kept: int) -> None:
+        """Remove all but the newest `kept` snapshots."""
+        for old in self._folders()[:-kept]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _link(self, fragment_id: int, found: FragmentSnapshot, path: Path) -> dict[str, Any] | None:
         """Use the file of the last snapshot if it holds this version; None if it does not, or cannot be linked to."""
