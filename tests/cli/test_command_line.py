@@ -46,7 +46,7 @@ def test_help_is_0(command, capsys):
     assert end.value.code == 0 and "usage:" in out and err == ""
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("syncer", "simulate")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("syncer", "simulate", "export")])
 def test_a_command_that_is_not_there_yet_says_so_whatever_follows_it(command, capsys):
     says = re.compile(rf"lightning-diloco: {command} \([a-z -]+\) is not there yet\. [A-Z].+\.\n")
     assert says.fullmatch(refuse(capsys, command))
