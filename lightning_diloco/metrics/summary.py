@@ -142,7 +142,7 @@ class SummaryFold:
     def _restart(self, record: RestartRecord) -> None:
         self._versions = {p: version.n for p, version in zip(self._versions, record.versions, strict=True)}
         self._merges.restart(self._versions)
-        self._end = None
+        self._end = self._run = None
 
     def _status(self) -> str:
         if self._run:

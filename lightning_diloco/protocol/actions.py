@@ -44,6 +44,7 @@ __all__ = [
     "Tape",
     "Transmit",
     "TransmitStatic",
+    "UnsayLeave",
 ]
 
 
@@ -216,6 +217,10 @@ class DropPrepared(_Action, frozen=True, kw_only=True):
     fragment_id: int
 
 
+class UnsayLeave(_Action, frozen=True, kw_only=True):
+    """`Leave` was said to a syncer that has lost what was handed over: it is not repeated before it is said again."""
+
+
 class LeaveAgain(_Action, frozen=True, kw_only=True):
     """Training thread, which waits for the end of its leave: ask for it once more, the syncer has lost what was handed over."""
 
@@ -279,6 +284,7 @@ LearnerAction = (
     | SendHeld
     | SendLeave
     | DropPrepared
+    | UnsayLeave
     | LeaveAgain
     | Forget
     | Joined

@@ -58,6 +58,9 @@ class Admission:
         member = job.members.of(session)
         if member is not None:
             return self.resume(member, hello, now_s)
+        if hello.lineage:
+            # Only a life that this job does not know any more holds its versions and is no member.
+            return [self.fence(session)]
         actions = self._make_room(now_s)
         if actions is None:
             return []
@@ -324,21 +327,25 @@ class Admission:
         if not job.publisher.holds_all(session, job.num_fragments):
             return []
         member.stage, member.last_advance_s, member.last_heard_s = "joined", now_s, now_s
+        actions: list[SyncerAction] = [self.join_record(member)]
+        if job.stop_reason is not None:
+            actions.append(Reply(session=session, message=Stop(reason=job.stop_reason), incarnation=member.incarnation))
+        return actions
+
+    def join_record(self, member: Member) -> Tape:
+        """The line of the tape that tells of a new member."""
         record = JoinRecord(
             learner_id=member.learner_id,
             incarnation=member.incarnation,
             role="founder" if member.is_founder else "joiner",
-            session=session,
+            session=member.session,
             life=member.life,
             device=member.device,
             batch_size=member.batch_size,
             tokens_per_step=member.tokens_per_step,
             job_step=member.joined_at_step,
         )
-        actions: list[SyncerAction] = [Tape(record=record)]
-        if job.stop_reason is not None:
-            actions.append(Reply(session=session, message=Stop(reason=job.stop_reason), incarnation=member.incarnation))
-        return actions
+        return Tape(record=record)
 
     def end(self, member: Member, reason: LeaveReason, now_s: float) -> list[SyncerAction]:
         """End an incarnation: its pulls end, and what it had not handed over is discarded with the reason."""

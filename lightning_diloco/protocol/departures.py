@@ -35,7 +35,8 @@ class Departures:
         self._admission = admission
         self._leaving: dict[str, Leave] = {}
         self._until_s: dict[str, float] = {}
-        self._is_winding_up = False
+        self.is_winding_up = False
+        """Somebody has reached its limit, or was stopped: the job ends when the others have gone."""
 
     def is_leaving(self, member: Member) -> bool:
         """Whether it has said its last word and waits for the answer."""
@@ -49,7 +50,7 @@ class Departures:
         """Last word of a member. The last one that leaves closes what remains, and waits for the result."""
         self._leaving[member.session] = message
         self._until_s[member.session] = now_s + self._job.config.drain_timeout_s
-        self._is_winding_up = self._is_winding_up or message.reason != "signal"
+        self.is_winding_up = self.is_winding_up or message.reason != "signal"
         member.is_paused = member.is_leaving = True
         actions: list[SyncerAction] = []
         for round_ in self._rounds.all:
@@ -78,7 +79,7 @@ class Departures:
     def complete(self, now_s: float) -> list[SyncerAction]:
         """Let those go who may go, and end the job if it is over."""
         job, actions = self._job, list[SyncerAction]()
-        if not self._leaving and not self._is_winding_up and job.finish_status is None:
+        if not self._leaving and not self.is_winding_up and job.finish_status is None:
             return actions
         for session in [s for s in self._leaving if job.members.of(s) is None]:
             self.forget(session)
@@ -110,7 +111,7 @@ class Departures:
             return not self._others()
         # A leaver waits for the answer: whoever is silent now is not waited for. A job without one can wait for a broken link.
         patience_s = job.silent_after_s if self._leaving else job.given_up_after_s
-        is_by_hand = not job.options.is_supervised and self._is_winding_up
+        is_by_hand = not job.options.is_supervised and self.is_winding_up
         return is_by_hand and all(m.unheard_s(now_s) > patience_s for m in self._others())
 
     def _has_everything(self, session: str) -> bool:

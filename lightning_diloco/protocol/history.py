@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median_low
 
-from lightning_diloco.protocol.identity import FragmentInfo, MergedThrough, Version
+from lightning_diloco.protocol.identity import FragmentInfo, LeaveReason, MergedThrough, Version
 from lightning_diloco.protocol.ledger import Ledger
 from lightning_diloco.protocol.records import (
     ContributionRecord,
@@ -66,8 +66,12 @@ class History:
         self.next_incarnation: dict[int, int] = {}
         self.last_seq: dict[tuple[int, int], int] = {}
         self.ledger = Ledger(0)
-        self.num_ended = 0
-        """How often the job had ended."""
+        self.ended: dict[str, LeaveReason] = {}
+        """Sessions whose incarnations have ended, the newest last."""
+        self.is_winding_up = False
+        """Whether somebody has reached its limit, or was stopped, and the job has not ended since."""
+        self.is_stopped = False
+        """Whether somebody left because the job was stopped, and the job has not ended since."""
         self.round_ids: dict[int, int] = {}
         self._farthest_step = 0
         self._keep_above = keep_above
@@ -97,7 +101,7 @@ class History:
                 self.epoch = max(self.epoch, record.epoch)
                 self.restart(record.versions, record.merged_through)
             case EndRecord():
-                self.num_ended += 1
+                self.is_winding_up = self.is_stopped = False
             case _:
                 pass  # cancelled rounds, publications and the supervisor's word leave nothing behind
 
@@ -199,3 +203,6 @@ class History:
         if life is not None and life.incarnation == record.incarnation:
             del self.lives[record.learner_id]
             self.ledger.close(record.learner_id)
+            self.ended[life.session] = record.reason
+            self.is_stopped = self.is_stopped or record.reason == "stopped"
+            self.is_winding_up = self.is_winding_up or record.reason in ("limit", "stopped")

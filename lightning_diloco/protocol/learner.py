@@ -66,6 +66,7 @@ from lightning_diloco.protocol.messages import (
     JoinRefused,
     Left,
     NeedFull,
+    NotHeld,
     Paused,
     Pull,
     Ready,
@@ -93,6 +94,7 @@ class LearnerMachine:
         self.state = LearnerState(options)
         self._exchange = Exchange(self.state)
         self._welcome: Welcome | None = None
+        self._founding_epoch = -1
         self._needs_static = False
         self._has_static = False
         self._handlers: dict[type, Callable[..., list[LearnerAction]]] = {
@@ -146,7 +148,10 @@ class LearnerMachine:
         return Heartbeat(
             inner_step=self.state.inner_step,
             tokens=self.state.tokens,
-            versions=tuple(v.n if (v := f.arriving or f.held) is not None else 0 for f in self.state.fragments),
+            # One of a syncer before this one is none: the same number of now would be taken for it.
+            versions=tuple(
+                v.n if (v := f.arriving or f.held) is not None and v.epoch == self.state.envelope.epoch else 0 for f in self.state.fragments
+            ),
             unresolved=tuple(Unresolved(i, p.header.seq) for i, p in pending),
             discarded=tuple(Discarded(f.fragment_id, r, n) for f in self.state.fragments for r, n in sorted(f.discarded.items())),
             step_gaps_s=step_gaps_s,
@@ -164,7 +169,7 @@ class LearnerMachine:
         if self.state.stage == "new":
             self.state.stage = "greeting"
         options = self.state.options
-        holds_all = all(f.held is not None for f in self.state.fragments)
+        holds_all = self.state.stage in ("joined", "leaving")
         hello = Hello(
             protocol_version=PROTOCOL_VERSION,
             token=options.token,
@@ -181,6 +186,7 @@ class LearnerMachine:
             device=options.device,
             batch_size=options.batch_size,
             tokens_per_step=options.tokens_per_step,
+            joined_at_step=self.state.joined_at_step,
             life=options.life,
         )
         return [Send(message=hello)]
@@ -215,9 +221,10 @@ class LearnerMachine:
             for fragment, seq in zip(self.state.fragments, message.next_seq, strict=False):
                 fragment.next_seq = seq
         if message.role == "founder":
-            if self.state.stage == "founding":
+            if self.state.stage == "founding" and self._founding_epoch == self.state.envelope.epoch:
                 return []
-            self.state.stage = "founding"
+            # For the first time, or for a syncer that has started again while the state was on its way.
+            self.state.stage, self._founding_epoch = "founding", self.state.envelope.epoch
             return [SendFounding()]
         if message.role == "joiner":
             self.state.stage = "receiving"
@@ -262,7 +269,7 @@ class LearnerMachine:
         welcome = self._welcome
         if welcome is None:
             raise LocalProtocolError("joined without a welcome")
-        self.state.stage = "joined"
+        self.state.stage, self.state.joined_at_step = "joined", welcome.job_step
         joined = Joined(learner_id=self.state.learner_id, incarnation=welcome.incarnation, role=welcome.role, job_step=welcome.job_step)
         return [Send(message=Ready(inner_step=self.state.inner_step)), joined]
 
@@ -341,7 +348,7 @@ class LearnerMachine:
             return []
         fragment = self.state.fragments[message.fragment_id]
         if fragment.held != message.version:
-            return []
+            return [Send(message=NotHeld(fragment_id=message.fragment_id))]
         content = fragment.held_content
         header = HeldFragment(
             fragment_id=message.fragment_id, version=message.version, crc=content.crc, merged_through=dict(content.through)

@@ -22,10 +22,11 @@ from lightning_diloco.protocol.actions import (
     SendContribution,
     SendLeave,
     Snapshot,
+    UnsayLeave,
 )
 from lightning_diloco.protocol.events import Boundary, Encoded, LeaveRequested, PauseChanged
 from lightning_diloco.protocol.learner_state import FragmentState, LearnerState, Pending
-from lightning_diloco.protocol.messages import Adopted, Busy, Contribution, Paused, Progress, Pull, Released, Resolved
+from lightning_diloco.protocol.messages import Adopted, Busy, Contribution, Paused, Progress, Pull, Released, Resolved, StopRequest
 
 __all__ = ["Exchange"]
 
@@ -253,11 +254,16 @@ class Exchange:
         Unresolved contributions wait for the first version of the new epoch, which says whether they are in it.
         """
         state = self._state
+        actions: list[LearnerAction] = []
         if state.said_leave is not None:
             state.leave_reason, state.said_leave = state.said_leave, None
+            actions.append(UnsayLeave())
+        if state.wants_stop is not None and state.is_stopped:
+            # The others may not have been told.
+            actions.append(Send(message=StopRequest(reason=state.wants_stop)))
         for pending in [p for f in state.fragments for p in (f.unresolved, f.final) if p is not None]:
             pending.is_acknowledged = False
-        return [DropPrepared(fragment_id=f.fragment_id) for f in state.fragments if f.drop_held()]
+        return [*actions, *(DropPrepared(fragment_id=f.fragment_id) for f in state.fragments if f.drop_held())]
 
     def leave_again(self) -> list[LearnerAction]:
         """All fragments of the new epoch are here: a leave that the old syncer has not completed begins anew."""

@@ -27,6 +27,7 @@ __all__ = [
     "LeaseRequest",
     "Leave",
     "NeedFull",
+    "NotHeld",
     "Paused",
     "PeerState",
     "PeerStateRequest",
@@ -60,6 +61,7 @@ class Hello(Message, frozen=True, kw_only=True):
     """First word of a process, and of a reconnection. `lineage` is "" for one that holds nothing.
 
     `config` is the JSON of the job's `SyncConfig`; `fingerprint` that of the layout; `versions` and `unresolved` what the process holds.
+    `joined_at_step`: the job's step when it joined; 0 before.
     `life`: how many processes of this learner its supervisor started before this one; the supervisor's word of a death names it.
     """
 
@@ -78,6 +80,7 @@ class Hello(Message, frozen=True, kw_only=True):
     device: Name = ""
     batch_size: Count = 0
     tokens_per_step: Count = 0
+    joined_at_step: Count = 0
     life: Count = 0
 
 
@@ -253,6 +256,12 @@ class HeldFragment(Message, frozen=True, kw_only=True):
     merged_through: dict[Count, MergedThrough]
 
 
+class NotHeld(Message, frozen=True, kw_only=True):
+    """A version that was recalled cannot be given: it is not held here, or its values are not what they were."""
+
+    fragment_id: Count
+
+
 class PeerState(Message, frozen=True, kw_only=True):
     """Payload: inner optimizer state of a healthy peer (recovery: not there yet)."""
 
@@ -269,6 +278,7 @@ FromLearner = (
     | Busy
     | Adopted
     | NeedFull
+    | NotHeld
     | Paused
     | StopRequest
     | Leave

@@ -197,6 +197,7 @@ class LearnerState:
         self.stage: Stage = "new"
         self.envelope = Envelope("", "", 0, 0)
         self.learner_id = -1
+        self.joined_at_step = 0
         self.inner_step = 0
         self.tokens = 0
         self.is_paused = False

@@ -8,6 +8,7 @@ newcomer shows the takeover token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Literal
@@ -53,7 +54,7 @@ class Member:
     joined_at_step: int = 0
     inner_step: int = 0
     tokens: int = 0
-    last_advance_s: float = 0.0
+    last_advance_s: float | None = None
     last_heard_s: float = 0.0
     is_paused: bool = False
     is_leaving: bool = False
@@ -73,7 +74,7 @@ class Member:
         self.last_heard_s = now_s
         if inner_step <= self.inner_step:
             return
-        if self.inner_step > 0:
+        if self.inner_step > 0 and self.last_advance_s is not None:
             self.step_time.add((now_s - self.last_advance_s) / (inner_step - self.inner_step))
         self.inner_step, self.tokens = inner_step, max(tokens, self.tokens)
         self.last_advance_s = now_s
@@ -109,11 +110,11 @@ class Member:
         """Whether it is pulled and counts for the quorum."""
         if self.stage != "joined" or self.is_paused or self.is_silent or self.inner_step == 0:
             return False
-        return now_s - self.last_advance_s <= STILL_S or not self.is_still(now_s)
+        return not self.is_still(now_s)
 
     def is_still(self, now_s: float) -> bool:
         """Whether its step counter has stopped without a word."""
-        quiet_s = now_s - self.last_advance_s
+        quiet_s = 0.0 if self.last_advance_s is None else now_s - self.last_advance_s
         return quiet_s > STILL_S and not self.is_paused and quiet_s > self.still_after_s
 
     @property
@@ -160,6 +161,11 @@ class Membership:
         """The number of this id's next life."""
         return self._next_incarnation.get(learner_id, 0)
 
+    def restore_ended(self, sessions: Mapping[str, LeaveReason]) -> None:
+        """Sessions whose incarnations had ended: they stay out."""
+        for session, reason in sessions.items():
+            self._remember_end(session, reason)
+
     def set_job_step(self, step: int) -> None:
         """How far the job is, while nobody is active who knows it better."""
         self._job_step = step
@@ -173,7 +179,10 @@ class Membership:
         self._by_id.pop(member.learner_id, None)
         self._by_session.pop(member.session, None)
         self._order()
-        self._ended[member.session] = reason
+        self._remember_end(member.session, reason)
+
+    def _remember_end(self, session: str, reason: LeaveReason) -> None:
+        self._ended[session] = reason
         while len(self._ended) > MAX_ENDED:
             self._ended.pop(next(iter(self._ended)))
 

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.protocol.actions import MakeDurable, Reply, SyncerAction, Tape
+from lightning_diloco.protocol.actions import CloseSession, Ended, MakeDurable, Reply, SyncerAction, Tape
 from lightning_diloco.protocol.admission import Admission
 from lightning_diloco.protocol.events import Durable, HeldArrived, MessageReceived
-from lightning_diloco.protocol.history import History
+from lightning_diloco.protocol.history import History, Life
 from lightning_diloco.protocol.identity import MergedThrough, Version
 from lightning_diloco.protocol.job import Job
 from lightning_diloco.protocol.members import Member
-from lightning_diloco.protocol.messages import Hello, Recall
+from lightning_diloco.protocol.messages import HeldFragment, Hello, JoinRefused, Recall
 from lightning_diloco.protocol.publisher import Current
 from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, RestartRecord
 from lightning_diloco.protocol.rounds import Rounds
@@ -39,8 +39,11 @@ Stage = Literal["collecting", "recalling", "writing", "done"]
 
 COLLECT_S = 5.0
 """Members that live have said hello again by then: their transport reconnects within a second, and they speak at every step."""
-RECALL_AGAIN_S = 30.0
-"""A version that was asked for and has not come by then is asked for again, or of somebody else."""
+GIVE_UP_S = 600.0
+"""A version that was asked for and has not come by then is asked of somebody else, or taken as it was before; sooner, if its holder is
+silent or says that it cannot."""
+MAX_NUMBER = 2**53
+"""No version's number and no total of tokens gets above this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +81,8 @@ class Recovery:
         self._job, self._rounds, self._admission = job, rounds, admission
         self._history = resumption.history
         self.stage: Stage = "collecting"
-        self._deadline_s: float | None = None
+        self._deadline_s = 0.0
+        self._has_begun = False
         self._returned: dict[str, Hello] = {}
         self._open = set(range(len(resumption.currents)))
         self._asked: dict[int, tuple[str, Version, float]] = {}
@@ -97,9 +101,16 @@ class Recovery:
         """Fragments that nobody has shown so far."""
         return tuple(p for p in sorted(self._open) if self._best(p) is None)
 
-    def expects(self, session: str, fragment_id: int) -> bool:
-        """Whether this fragment was asked for of this session and has not come."""
-        return fragment_id in self._open and self._asked.get(fragment_id, ("",))[0] == session
+    def expects(self, session: str, fragment_id: int, version: Version | None = None) -> bool:
+        """Whether this fragment was asked for of this session, at this version, and has not come."""
+        asked = self._asked.get(fragment_id)
+        is_asked = asked is not None and asked[0] == session and version in (None, asked[1])
+        return is_asked and self.is_running and fragment_id in self._open and (session, fragment_id) not in self._useless
+
+    def _is_sound(self, header: HeldFragment) -> bool:
+        """Whether what is said to be in a version can be."""
+        job = self._job
+        return all(m < job.num_ids and x.seq <= MAX_NUMBER and x.tokens <= MAX_NUMBER for m, x in header.merged_through.items())
 
     def knows(self, session: str) -> bool:
         """Whether this process has said hello since the restart, or is in line."""
@@ -128,26 +139,51 @@ class Recovery:
             # Not asked for anything before it has stepped and spoken again.
             member.fall_silent()
             job.members.restore(member, life.incarnation + 1)
+        job.members.restore_ended(history.ended)
         job.members.set_job_step(history.job_step())
+        job.stop_reason = "stopped" if history.is_stopped else None
+
+    def begin(self, now_s: float) -> None:
+        """The clock runs from the first event: silence of members counts from here."""
+        if self._has_begun:
+            return
+        self._has_begun, self._deadline_s = True, now_s + COLLECT_S
+        for member in self._job.members.present():
+            member.last_heard_s = now_s
 
     # ---- collecting ---------------------------------------------------------------------------------------------------------
 
     def hello(self, event: MessageReceived, hello: Hello, now_s: float) -> list[SyncerAction]:
-        """A process that holds this job's versions is noted; any other one waits in line."""
-        if not hello.lineage:
+        """A process that holds this job's versions is noted, or let in if it comes late; any other one waits in line."""
+        is_known = self._job.members.of(event.session) is not None
+        if not hello.lineage or (not self.is_running and is_known):
             return self._admission.hello(event.session, event.envelope, hello, now_s)
         refusal = self._admission.refuse(event.session, event.envelope, hello)
         if refusal:
             return refusal
-        member = self._job.members.of(event.session) or self._find_unknown(event, hello)
+        if not self._is_possible(hello):
+            detail = "It shows versions or totals that no learner of this job can have. Start a fresh learner."
+            refused = JoinRefused(reason="lineage", detail=detail)
+            return [Reply(session=event.session, message=refused), CloseSession(session=event.session)]
+        actions: list[SyncerAction] = []
+        member = self._job.members.of(event.session)
         if member is None:
-            return [self._admission.fence(event.session)]
+            member = self._find_unknown(event, hello)
+            if member is None:
+                return [self._admission.fence(event.session)]
+            actions.append(self._admission.join_record(member))
         member.last_heard_s = now_s
         member.advance(hello.inner_step, hello.tokens, now_s)
         self._job.ledger.trained(member.learner_id, member.tokens)
+        if not self.is_running:
+            return actions + self._admission.resume(member, hello, now_s)
         if len(hello.versions) == self._job.num_fragments:
             self._returned[event.session] = hello
-        return []
+        return actions
+
+    def _is_possible(self, hello: Hello) -> bool:
+        totals = (hello.tokens, hello.inner_step, hello.joined_at_step)
+        return all(v.epoch < self._job.epoch and v.n <= MAX_NUMBER for v in hello.versions) and max(totals) <= MAX_NUMBER
 
     def _find_unknown(self, event: MessageReceived, hello: Hello) -> Member | None:
         """A member whose join did not reach the disk; None if its place belongs to another life."""
@@ -157,15 +193,24 @@ class Recovery:
         if job.members.by_id(learner_id) is not None or incarnation < job.members.next_incarnation(learner_id):
             return None
         member = Member(learner_id, incarnation, event.session, "joined", hello.device, hello.batch_size, hello.tokens_per_step)
-        member.life = hello.life
+        member.life, member.joined_at_step = hello.life, hello.joined_at_step
         job.members.restore(member, incarnation + 1)
+        self._history.lives[learner_id] = Life(
+            learner_id=learner_id,
+            incarnation=incarnation,
+            session=event.session,
+            life=hello.life,
+            joined_at_step=hello.joined_at_step,
+        )
         return member
 
     def progress(self, now_s: float) -> list[SyncerAction]:
         """Go on as far as it goes."""
-        if self._deadline_s is None:
-            self._deadline_s = now_s + COLLECT_S
         actions: list[SyncerAction] = []
+        if self._job.finish_status is not None and self.missing:
+            # Nobody will come who could show them: there is no model to end with.
+            self._job.is_ended = True
+            return [Ended(status="failed", versions=())]
         if self.stage == "collecting" and self._has_collected(now_s):
             self.stage = "recalling"
         if self.stage == "recalling":
@@ -183,7 +228,7 @@ class Recovery:
         if self.missing:
             return False
         expected = [m for m in self._job.members.joined() if m.session not in self._returned]
-        return not expected or (self._deadline_s is not None and now_s >= self._deadline_s)
+        return not expected or now_s >= self._deadline_s
 
     # ---- recalling ----------------------------------------------------------------------------------------------------------
 
@@ -213,22 +258,30 @@ class Recovery:
             if not session:
                 self._open.discard(fragment_id)
                 continue
-            asked = self._asked.get(fragment_id)
-            if asked is not None and asked[0] == session and now_s < asked[2] + RECALL_AGAIN_S:
+            member, asked = self._job.members.of(session), self._asked.get(fragment_id)
+            if asked is not None and asked[:2] == (session, version):
+                is_silent = member is None or member.unheard_s(now_s) > self._job.silent_after_s
+                if is_silent or now_s >= asked[2] + GIVE_UP_S:
+                    self._useless.add((session, fragment_id))
                 continue
             self._asked[fragment_id] = (session, version, now_s)
-            member = self._job.members.of(session)
             incarnation = member.incarnation if member is not None else 0
             recall = Recall(fragment_id=fragment_id, version=version, shards=self._job.options.shards)
             actions.append(Reply(session=session, message=recall, incarnation=incarnation))
         return actions
 
+    def not_held(self, session: str, fragment_id: int) -> list[SyncerAction]:
+        """A learner cannot give what it was asked for."""
+        if self.stage == "recalling" and self.expects(session, fragment_id):
+            self._useless.add((session, fragment_id))
+        return []
+
     def arrived(self, event: HeldArrived, now_s: float) -> list[SyncerAction]:
         """A version that was asked for is stored, or is not what it should be."""
         header, job = event.header, self._job
-        if self.stage != "recalling" or not self.expects(event.session, header.fragment_id):
+        if self.stage != "recalling" or not self.expects(event.session, header.fragment_id, header.version):
             return []
-        if not event.crc_ok or header.version != self._asked[header.fragment_id][1]:
+        if not event.crc_ok or not self._is_sound(header):
             self._useless.add((event.session, header.fragment_id))
             return []
         info, is_parameters = job.fragments[header.fragment_id], job.fragments[header.fragment_id].kind == "parameters"

@@ -52,6 +52,7 @@ from lightning_diloco.protocol.messages import (
     JoinRefused,
     Leave,
     NeedFull,
+    NotHeld,
     Paused,
     Ping,
     Pong,
@@ -89,6 +90,7 @@ class SyncerMachine:
         self._contributions = Contributions(self.job, self.rounds, self._admission)
         self._departures = Departures(self.job, self.rounds, self._admission)
         self.recovery = None if resumption is None else Recovery(self.job, self.rounds, self._admission, resumption)
+        self._departures.is_winding_up = resumption is not None and resumption.history.is_winding_up
         self._now_s = 0.0
         self._handlers: dict[type, Callable[..., list[SyncerAction]]] = {
             MessageReceived: self._message,
@@ -126,6 +128,8 @@ class SyncerMachine:
         if self.job.is_ended:
             return []
         self._now_s = now_s
+        if self.recovery is not None:
+            self.recovery.begin(now_s)
         member = self.job.members.of(getattr(event, "session", ""))
         if member is not None and not isinstance(event, PublicationFailed):
             # Whatever comes from a process shows that it lives; what the transport gave up on does not.
@@ -156,7 +160,7 @@ class SyncerMachine:
     def _message(self, event: MessageReceived, now_s: float) -> list[SyncerAction]:
         message, session = event.message, event.session
         is_recovering = self.recovery is not None and self.recovery.is_running
-        if isinstance(message, Hello) and self.recovery is not None and is_recovering:
+        if isinstance(message, Hello) and self.recovery is not None:
             return self.recovery.hello(event, message, now_s)
         if isinstance(message, Hello):
             return self._admission.hello(session, event.envelope, message, now_s)
@@ -190,6 +194,8 @@ class SyncerMachine:
             actions += self._progress(member, message, now_s) if isinstance(message, Progress) else self._report(member, message, now_s)
         if member.stage == "joined" and isinstance(message, Heartbeat | Paused):
             member.is_paused = message.is_paused
+        if self.recovery is not None and isinstance(message, NotHeld):
+            return self.recovery.not_held(member.session, message.fragment_id)
         if self.recovery is None or not self.recovery.is_running or not self.recovery.knows(member.session):
             actions.append(Reply(session=member.session, message=WhoAreYou()))
         return actions

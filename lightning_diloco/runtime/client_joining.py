@@ -83,6 +83,7 @@ class Joining:
 
     def describe(self) -> None:
         """Found the job from the module's values of this moment; the training thread waits inside `join`."""
+        self._is_asked = False
         layout = self._store.layout
         static = pack_static(self._module, layout)
         numbers, buffers = self._founding.numbers(layout), self._founding.buffers(layout)

@@ -40,6 +40,7 @@ from lightning_diloco.protocol.actions import (
     SendLeave,
     Snapshot,
     StopTraining,
+    UnsayLeave,
 )
 from lightning_diloco.protocol.events import (
     ControlReceived,
@@ -53,6 +54,7 @@ from lightning_diloco.protocol.messages import (
     HeldFragment,
     Leave,
     Message,
+    NotHeld,
     Progress,
     Publication,
     Recall,
@@ -299,6 +301,8 @@ class ClientLoop:
             self._joining.describe()
         elif isinstance(action, SendHeld):
             self._send_held(action.header)
+        elif isinstance(action, UnsayLeave):
+            self.reports.leave = None
         elif isinstance(action, DropPrepared):
             with self.lock:
                 self._store.drop_prepared(action.fragment_id)
@@ -320,7 +324,7 @@ class ClientLoop:
         elif isinstance(action, StopTraining):
             self.stop_reason = action.reason
         elif isinstance(action, LeaveAgain):
-            self.reports.leave, self.leave_again = None, action.reason
+            self.leave_again = action.reason
         elif isinstance(action, LeftDone):
             self.left.set()
 
@@ -337,6 +341,8 @@ class ClientLoop:
         crc = crc32(values)
         if header.crc in (0, crc):
             self._send_payload(msgspec.structs.replace(header, crc=crc), buffer_of(values))
+        else:
+            self._send(NotHeld(fragment_id=header.fragment_id))
 
     def _encode(self, job: Encode) -> None:
         crc = self._store.encode(job.fragment_id, job.seq, job.base, job.local, job.after)

@@ -53,7 +53,7 @@ class Intake:
             return "refused"
         recovery = self._machine.recovery
         if recovery is not None and recovery.is_running:
-            return self._performer.accepts_held(header, total_bytes, lambda fragment_id: recovery.expects(session, fragment_id))
+            return self._performer.accepts_held(header, total_bytes, lambda held: recovery.expects(session, held.fragment_id, held.version))
         return self._performer.accepts(session, header, total_bytes)
 
     def take(self, session: str, data: bytes, payload: memoryview) -> None:
@@ -93,17 +93,21 @@ class Intake:
 
     def _held(self, session: str, header: HeldFragment, payload: memoryview) -> None:
         store, recovery = self._performer.store, self._machine.recovery
-        if store is None or recovery is None:
+        if store is None or recovery is None or not recovery.expects(session, header.fragment_id, header.version):
             return
 
         def then(state: FragmentState | None) -> None:
             """On the loop thread: it is in the store, if it is what was asked for."""
-            if not recovery.expects(session, header.fragment_id):
+            # Another copy may have been quicker, or somebody else may have been asked meanwhile.
+            self._decoding.pop(session, None)
+            if not recovery.expects(session, header.fragment_id, header.version):
                 return
             if state is not None:
                 self._performer.put_recalled(header.fragment_id, state)
+                self._submit(lambda: store.put_recalled(header.fragment_id, state), lambda result: None)
             self._handle(HeldArrived(session=session, header=header, crc_ok=state is not None), None)
 
+        self._decoding[session] = self._decoding.get(session, 0) + 1
         self._submit(lambda: store.recalled(header.fragment_id, payload, header.crc, header.version.n), then)
 
     def _founded(self, session: str, crcs: tuple[int, ...], founding_bytes: int) -> bool:

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.errors import ConfigurationError, LocalProtocolError
 from lightning_diloco.protocol.history import History
 from lightning_diloco.protocol.identity import FragmentInfo
 from lightning_diloco.protocol.publisher import Current
@@ -52,7 +52,7 @@ def open_job(run_dir: Path, snapshots: SnapshotStore, *, resume: bool) -> Openin
     """
     try:
         opening = _go_on(run_dir, snapshots) if resume else _begin(run_dir, snapshots)
-    except (SnapshotError, TapeError) as error:
+    except (SnapshotError, TapeError, LocalProtocolError) as error:
         raise ConfigurationError(f"The job in {run_dir} cannot be gone on with: {error}") from error
     snapshots.write_identity(opening.identity)
     return opening
@@ -76,9 +76,12 @@ def _go_on(run_dir: Path, snapshots: SnapshotStore) -> Opening:
     elapsed_s = max(time.time() - identity.started_unix_s, lines[-1].t_s if lines else 0.0)
     founding = snapshots.read_founding()
     history = _read_history(lines, founding, snapshots)
+    job = history[0].job
+    if job is not None and (founding is None or len(job.fragments) != len(founding.layout.fragments)):
+        raise SnapshotError(f"{tape} tells of a founding that {snapshots.folder} does not hold. Start a new job in a new directory.")
     epoch = 1 + max(identity.epoch, history[0].epoch)
     identity = replace(identity, epoch=epoch)
-    if founding is None or history[0].job is None:
+    if founding is None or job is None:
         return Opening(identity=identity, elapsed_s=elapsed_s)
     resumption = Resumption(
         history=history[0],

@@ -145,13 +145,10 @@ class Performer:
 
     def perform(self, actions: list[SyncerAction], decoded: Tensor | None) -> None:
         """Do what the machine decided, in order; `decoded` is the contribution that the event brought."""
-        is_news = False
+        self._write_down(actions)
         for action in actions:
             if isinstance(action, Reply):
                 self._send(action.session, action.message, action.incarnation)
-            elif isinstance(action, Tape):
-                self._record(action.record)
-                is_news = is_news or not isinstance(action.record, ProgressRecord)
             elif isinstance(action, Fold):
                 self._fold(action, decoded)
             elif isinstance(action, Close):
@@ -168,8 +165,16 @@ class Performer:
                 self.keeper.write(self._on_durable)
             elif isinstance(action, Ended):
                 self._end(action)
-        if is_news:
-            # Before what it tells leaves this process: a syncer that starts again must not know less than a learner.
+
+    def _write_down(self, actions: list[SyncerAction]) -> None:
+        """Hand what is for the tape to the kernel, before anything of it leaves this process.
+
+        A syncer that starts again must not know less than a learner.
+        """
+        records = [action.record for action in actions if isinstance(action, Tape)]
+        for record in records:
+            self._record(record)
+        if any(not isinstance(record, ProgressRecord) for record in records):
             self._tape.flush()
 
     # ---- a job that goes on ---------------------------------------------------------------------------------------------------
@@ -186,13 +191,13 @@ class Performer:
         """This is the fragment's state from here on, and what is published of it."""
         self._published[fragment_id] = _Published(state.shadow, None, state)
 
-    def accepts_held(self, data: bytes, total_bytes: int, is_expected: Callable[[int], bool]) -> bool | str:
+    def accepts_held(self, data: bytes, total_bytes: int, is_expected: Callable[[HeldFragment], bool]) -> bool | str:
         """Whether memory may be given to a version that was asked for; to nothing else, while a job is gone on with."""
         try:
             _, header = decode_learner_header(data)
         except RemoteProtocolError:
             return "refused"
-        if self.store is None or not isinstance(header, HeldFragment) or not is_expected(header.fragment_id):
+        if self.store is None or not isinstance(header, HeldFragment) or not is_expected(header):
             return "refused"
         return total_bytes == 4 * self.store.layout.fragment_sizes[header.fragment_id] or "refused"
 
@@ -361,9 +366,8 @@ class Performer:
         )
 
     def _end(self, action: Ended) -> None:
-        sha256 = None
-        if self._is_founded:
-            store = self._founded_store()
+        sha256, store = None, self.store
+        if self._is_founded and store is not None and store.is_complete:
             sha256 = store.global_sha256()
             try:
                 store.save_global(self._options.run_dir / GLOBAL_NAME)

@@ -117,10 +117,10 @@ class SyncerStore:
         self.static, self._states = founding, list(states)
 
     def recalled(self, fragment_id: int, payload: memoryview, crc: int, n: int) -> FragmentState | None:
-        """Take the values of version `n` from a learner; the momentum is that of the snapshot, or zero.
+        """The state with the values of version `n` from a learner; the momentum is that of the snapshot, or zero. Changes nothing.
 
         Returns:
-            The new state of the fragment, or None if the values are not what they should be.
+            None if the values are not what they should be.
         """
         values, before = decode_full(payload, self.layout.fragments[fragment_id].num_params), self._states[fragment_id]
         if crc32(values) != crc or not _is_finite(values):
@@ -133,8 +133,11 @@ class SyncerStore:
         else:
             state = replace(state, momentum=before.momentum, ahead=before.ahead)
             _log.info("Fragment %d is taken from a learner at version %d; its outer momentum is the snapshot's.", fragment_id, n)
-        self._states[fragment_id] = replace(state, merge_index=n)
-        return self._states[fragment_id]
+        return replace(state, merge_index=n)
+
+    def put_recalled(self, fragment_id: int, state: FragmentState) -> None:
+        """The rules have taken what `recalled` made."""
+        self._states[fragment_id] = state
 
     def found_static(self, payload: memoryview, crc: int) -> None:
         """Take the founder's static state.

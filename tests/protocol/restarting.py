@@ -11,6 +11,7 @@ import msgspec
 from lightning_diloco.protocol import actions as act
 from lightning_diloco.protocol import events as ev
 from lightning_diloco.protocol.history import History
+from lightning_diloco.protocol.messages import Leave
 from lightning_diloco.protocol.publisher import Current
 from lightning_diloco.protocol.recovery import Resumption
 from lightning_diloco.protocol.syncer import SyncerMachine
@@ -33,6 +34,15 @@ class RestartingPair(Pair):
         self.is_writing = False
         self.snapshot: list[tuple[Current, Bag]] = []
         self.values: list[Bag] = []
+        self.leaves: dict[str, Leave] = {}
+        self.now_s = 1e6  # as on a machine that has been up for days
+
+    def heartbeat(self, node: Node) -> None:
+        """A full report; a leave that was said is said again instead."""
+        if node.nonce in self.leaves:
+            self._send(node, self.leaves[node.nonce])
+        else:
+            super().heartbeat(node)
 
     def take_snapshot(self) -> None:
         """What the syncer holds now is on its disk."""
@@ -106,6 +116,11 @@ class RestartingPair(Pair):
             node.bulk_up.append(("held", encode(self._envelope_up(node), header), node.published[i]))
         elif isinstance(action, act.DropPrepared):
             node.published[action.fragment_id] = node.base[action.fragment_id]
+        elif isinstance(action, act.UnsayLeave):
+            self.leaves.pop(node.nonce)
+        elif isinstance(action, act.SendLeave):
+            self.leaves.setdefault(node.nonce, Leave(reason=action.reason, report=node.machine.report()))
+            self._send(node, self.leaves[node.nonce])
         elif isinstance(action, act.LeaveAgain):
             self.feed(node, ev.LeaveRequested(reason=action.reason))
         else:
@@ -127,7 +142,7 @@ class RestartingPair(Pair):
             node.bulk_up.popleft()
         _, header = decode_learner_header(data)
         recovery = self.syncer.recovery
-        if recovery is None or not recovery.expects(node.nonce, header.fragment_id):
+        if recovery is None or not recovery.expects(node.nonce, header.fragment_id, header.version):
             return
         is_right = crc_ok and bag_crc(payload) == header.crc
         if is_right:

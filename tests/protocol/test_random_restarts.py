@@ -18,7 +18,7 @@ class Crashes(Chaos):
     healing_rounds = 10
 
     def act(self, number: int, node: Node, how: int) -> None:
-        if number in (60, 61, 62, 97, 98, 99) and how < 2:
+        if number in (60, 61, 62, 63, 64, 65) and how < 2:
             if how == 0 and not self.pair.syncer.job.is_recovering:
                 self.pair.take_snapshot()
             elif how == 1:
