@@ -1,6 +1,7 @@
 """How lives end, and how a job ends (PROTOCOL.md section 6).
 
-A leave is complete when its learner holds what its last work has become, or at once if others stay behind to merge it. With a
+A leave is complete when its learner holds what its last work has become, or at once if others stay behind to merge it. The last one also
+waits until that is on the disk: from then on nobody else holds it. With a
 supervisor the job ends by its word alone (`Finish`). By hand it is over when nobody is left and at least one learner has reached its limit
 or was stopped; learners that left by signal alone are expected back. Without a supervisor nobody says who is dead, so silence must: a
 learner that was not heard for ten heartbeats is not waited for by the last leaver, and one that was not heard for a minute does not hold up
@@ -9,9 +10,10 @@ the end.
 
 from __future__ import annotations
 
-from lightning_diloco.protocol.actions import Ended, Reply, SyncerAction
+from lightning_diloco.protocol.actions import Ended, MakeDurable, Reply, SyncerAction
 from lightning_diloco.protocol.admission import Admission
-from lightning_diloco.protocol.events import Finish, LearnerLost
+from lightning_diloco.protocol.events import Durable, Finish, LearnerLost
+from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.job import Job
 from lightning_diloco.protocol.members import Member
 from lightning_diloco.protocol.messages import Leave, Left
@@ -35,6 +37,8 @@ class Departures:
         self._admission = admission
         self._leaving: dict[str, Leave] = {}
         self._until_s: dict[str, float] = {}
+        self._asked: tuple[Version, ...] = ()
+        self._durable: tuple[Version, ...] = ()
         self.is_winding_up = False
         """Somebody has reached its limit, or was stopped: the job ends when the others have gone."""
 
@@ -94,12 +98,26 @@ class Departures:
                 actions += self._rounds.force(round_, now_s)
             if not self._rounds.is_quiet():
                 return actions
+        is_safe = bool(staying) or self._is_durable(actions)
         for session, message in list(self._leaving.items()):
             leaver = job.members.of(session)
-            if leaver is not None and (staying or self._has_everything(session) or now_s >= self._until_s[session]):
+            if leaver is not None and (staying or (is_safe and self._has_everything(session)) or now_s >= self._until_s[session]):
                 self.forget(session)
                 actions += [self._left(leaver), *self._admission.end(leaver, message.reason, now_s)]
         return actions + (self._end() if is_over and not self._leaving else [])
+
+    def _is_durable(self, actions: list[SyncerAction]) -> bool:
+        """Whether the model as it is now is on the disk; if not, it is asked for."""
+        versions = tuple(c.version for c in self._job.currents)
+        if self._leaving and self._durable != versions and self._asked != versions:
+            self._asked = versions
+            actions.append(MakeDurable())
+        return self._durable == versions
+
+    def durable(self, event: Durable, now_s: float) -> list[SyncerAction]:
+        """`MakeDurable` was performed."""
+        self._durable = self._asked
+        return []
 
     def _others(self) -> list[Member]:
         return [m for m in self._job.members.present() if m.session not in self._leaving]

@@ -17,6 +17,7 @@ Invariants: the epoch grows; the version chosen is the highest that anybody show
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,6 +89,7 @@ class Recovery:
         self._asked: dict[int, tuple[str, Version, float]] = {}
         self._useless: set[tuple[str, int]] = set()
         self._recalled: list[int] = []
+        self._finish: Callable[[float], list[SyncerAction]] | None = None
         self._in_snapshot = list(resumption.currents)
         self._restore(resumption)
 
@@ -207,7 +209,7 @@ class Recovery:
     def progress(self, now_s: float) -> list[SyncerAction]:
         """Go on as far as it goes."""
         actions: list[SyncerAction] = []
-        if self._job.finish_status is not None and self.missing:
+        if self._finish is not None and self.missing:
             # Nobody will come who could show them: there is no model to end with.
             self._job.is_ended = True
             return [Ended(status="failed", versions=())]
@@ -219,6 +221,11 @@ class Recovery:
                 self.stage = "writing"
                 return [*actions, *self._begin_epoch()]
         return actions
+
+    def finish_later(self, finish: Callable[[float], list[SyncerAction]]) -> list[SyncerAction]:
+        """The job shall end: when its newest model has been found, with all that learners hold of it."""
+        self._finish = finish
+        return []
 
     def next_deadline_s(self) -> float | None:
         """When `progress` has something to do."""
@@ -317,7 +324,8 @@ class Recovery:
             member = job.members.of(session)
             if member is not None:
                 actions += self._admission.resume(member, hello, now_s)
-        return actions + self._admission.let_in(now_s)
+        actions += self._admission.let_in(now_s)
+        return actions + (self._finish(now_s) if self._finish is not None else [])
 
     def _close_accounts(self, versions: tuple[Version, ...], through: tuple[dict[int, MergedThrough], ...]) -> list[SyncerAction]:
         """What ended lives had handed over and what is in no version any more is lost; what they had not handed over died with them."""

@@ -98,13 +98,13 @@ class SyncerMachine:
             PayloadFailed: self._payload_failed,
             FoundingArrived: self._admission.founded,
             HeldArrived: lambda event, now_s: self.recovery.arrived(event, now_s) if self.recovery is not None else [],
-            Durable: lambda event, now_s: self.recovery.durable(event, now_s) if self.recovery is not None else [],
+            Durable: self._durable,
             Merged: self.rounds.merged,
             PublicationDelivered: self._delivered,
             PublicationFailed: self._delivery_failed,
             LearnerLost: self._departures.lost,
             CountersRead: self._counters,
-            Finish: self._departures.finish,
+            Finish: self._finish,
             Tick: lambda event, now_s: [],
         }
         self._messages: dict[type, Callable[..., list[SyncerAction]]] = {
@@ -352,6 +352,16 @@ class SyncerMachine:
             learner_id=event.learner_id, incarnation=event.incarnation, inner_steps=event.inner_steps, tokens=event.tokens
         )
         return [Tape(record=record)]
+
+    def _durable(self, event: Durable, now_s: float) -> list[SyncerAction]:
+        if self.recovery is not None and self.recovery.is_running:
+            return self.recovery.durable(event, now_s)
+        return self._departures.durable(event, now_s)
+
+    def _finish(self, event: Finish, now_s: float) -> list[SyncerAction]:
+        if self.recovery is not None and self.recovery.is_running:
+            return self.recovery.finish_later(lambda at_s: self._departures.finish(event, at_s))
+        return self._departures.finish(event, now_s)
 
     # ---- payloads -----------------------------------------------------------------------------------------------------------
 

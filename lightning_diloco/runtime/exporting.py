@@ -60,7 +60,7 @@ def export_model(run_dir: Path, out: Path) -> Exported:
         raise ConfigurationError(f"{run_dir}: {error}") from error
     if identity is None or founding is None:
         raise ConfigurationError(f"{run_dir}: holds no snapshot of a job that was founded. Give the run directory of a syncer.")
-    found = [f for f in snapshots.read(len(founding.layout.fragments)) if f is not None]
+    found = [f for f in snapshots.read(founding.layout.fragment_sizes) if f is not None]
     if len(found) != len(founding.layout.fragments):
         raise ConfigurationError(f"{run_dir}: no snapshot in it is whole. global.safetensors, if it is there, is the model of the end.")
     _write(state_dict(founding, found), out)

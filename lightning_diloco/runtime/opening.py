@@ -97,7 +97,7 @@ def _go_on(run_dir: Path, snapshots: SnapshotStore) -> Opening:
 def _read_history(
     lines: list[TapeLine], founding: Founding | None, snapshots: SnapshotStore
 ) -> tuple[History, tuple[FragmentSnapshot | None, ...]]:
-    fragments = tuple(snapshots.read(len(founding.layout.fragments))) if founding is not None else ()
+    fragments = tuple(snapshots.read(founding.layout.fragment_sizes)) if founding is not None else ()
     history = History(tuple(None if f is None else f.version for f in fragments))
     for line in lines:
         history.feed(line.record)

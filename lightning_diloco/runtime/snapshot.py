@@ -21,11 +21,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -118,9 +119,9 @@ class SnapshotStore:
         """
         value = _read_json(self.folder / _IDENTITY)
         try:
-            return None if value is None else Identity(**{name: value[name] for name in Identity.__slots__})
-        except (KeyError, TypeError) as error:
-            raise SnapshotError(f"{self.folder / _IDENTITY}: {error} is missing. The file is damaged; use --rebuild.") from error
+            return None if value is None else msgspec.convert({name: value.get(name) for name in Identity.__slots__}, Identity)
+        except msgspec.ValidationError as error:
+            raise SnapshotError(f"{self.folder / _IDENTITY}: {error}. The file is damaged, and the job cannot be gone on with.") from error
 
     def write_founding(self, founding: Founding) -> None:
         """Keep what a founding said, durably; once.
@@ -130,7 +131,9 @@ class SnapshotStore:
         """
         self.folder.mkdir(exist_ok=True)
         static = {"static_bytes": founding.static.numel(), "static_crc": crc32(founding.static)}
-        _write_file(self.folder / _STATIC, [buffer_of(founding.static)] if founding.static.numel() else [])
+        temporary = self.folder / f".{_STATIC}"
+        _write_file(temporary, [buffer_of(founding.static)] if founding.static.numel() else [])
+        temporary.replace(self.folder / _STATIC)
         layout = base64.b64encode(founding.layout.to_bytes()).decode()
         told = {"config": founding.config.as_dict(), "fingerprint": founding.fingerprint, "layout": layout}
         _write_json(self.folder / _FOUNDING, {"schema": _SCHEMA, **told, **static})
@@ -148,7 +151,7 @@ class SnapshotStore:
         try:
             data = path.read_bytes()
             if len(data) != value["static_bytes"] or crc32(data) != value["static_crc"]:
-                raise SnapshotError(f"{path}: does not have its length or checksum. The file is damaged; use --rebuild.")
+                raise SnapshotError(f"{path}: does not have its length or checksum. The file is damaged.")
             return Founding(
                 config=SyncConfig.from_options(value["config"]),
                 fingerprint=value["fingerprint"],
@@ -156,7 +159,7 @@ class SnapshotStore:
                 static=torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8),
             )
         except (OSError, KeyError, TypeError, ValueError, ConfigurationError, RemoteProtocolError) as error:
-            raise SnapshotError(f"{self.folder / _FOUNDING}: {error}. The file is damaged; use --rebuild.") from error
+            raise SnapshotError(f"{self.folder / _FOUNDING}: {error}. The file is damaged, and the job cannot be gone on with.") from error
 
     # ---- snapshots ----------------------------------------------------------------------------------------------------------
 
@@ -211,36 +214,44 @@ class SnapshotStore:
             return None
         return entry
 
-    def read(self, num_fragments: int) -> list[FragmentSnapshot | None]:
+    def read(self, sizes: Sequence[int]) -> list[FragmentSnapshot | None]:
         """The newest snapshot that is whole; None for every fragment if there is none.
 
         A damaged one is logged, and the one before is used.
+
+        Args:
+            sizes: elements of each fragment.
         """
         for path in reversed(self._folders()):
             try:
-                return list(_read_snapshot(path, num_fragments))
+                return list(_read_snapshot(path, sizes))
             except SnapshotError as error:
                 _log.error("%s The snapshot before it is used.", error)
-        return [None] * num_fragments
+        return [None] * len(sizes)
 
     def _folders(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("[0-9]*") if p.name.isdigit())
 
 
-def _read_snapshot(folder: Path, num_fragments: int) -> Iterable[FragmentSnapshot]:
+def _read_snapshot(folder: Path, sizes: Sequence[int]) -> Iterable[FragmentSnapshot]:
     manifest = _read_json(folder / _MANIFEST)
     entries = manifest.get("fragments") if isinstance(manifest, dict) else None
-    if not isinstance(entries, list) or len(entries) != num_fragments:
-        raise SnapshotError(f"{folder}: the manifest does not name the job's {num_fragments} fragments.")
-    return [_read_fragment(folder / f"fragment_{i:04d}.safetensors", entry) for i, entry in enumerate(entries)]
+    if not isinstance(entries, list) or len(entries) != len(sizes):
+        raise SnapshotError(f"{folder}: the manifest does not name the job's {len(sizes)} fragments.")
+    return [
+        _read_fragment(folder / f"fragment_{i:04d}.safetensors", entry, size)
+        for i, (entry, size) in enumerate(zip(entries, sizes, strict=True))
+    ]
 
 
-def _read_fragment(path: Path, entry: dict[str, Any]) -> FragmentSnapshot:
+def _read_fragment(path: Path, entry: dict[str, Any], size: int) -> FragmentSnapshot:
     try:
         data = path.read_bytes()
         if len(data) != entry["bytes"] or crc32(data) != entry["crc32"]:
             raise SnapshotError(f"{path}: does not have the size or checksum that the manifest names.")
         tensors = load(data)
+        if any(tensors[name].shape != (size,) for name in _PARTS) or crc32(tensors["shadow"]) != entry["crc"]:
+            raise SnapshotError(f"{path}: does not have the job's {size} elements, or other values than were published.")
         return FragmentSnapshot(
             state=FragmentState(
                 **{name: tensors[name] for name in _PARTS}, ahead=float(entry["ahead"]), merge_index=int(entry["merge_index"])

@@ -18,12 +18,13 @@ from lightning_diloco.protocol.actions import (
     DropPayload,
     Ended,
     Fold,
+    MakeDurable,
     Reply,
     SyncerAction,
     Tape,
     Transmit,
 )
-from lightning_diloco.protocol.events import ControlReceived, LearnerEvent, Merged, PublicationArrived, SyncerEvent, Tick
+from lightning_diloco.protocol.events import ControlReceived, Durable, LearnerEvent, Merged, PublicationArrived, SyncerEvent, Tick
 from lightning_diloco.protocol.job import JobOptions
 from lightning_diloco.protocol.messages import Envelope, Publication
 from lightning_diloco.protocol.records import EndRecord, Record, TapeLine, encode_line
@@ -92,6 +93,7 @@ class SyncerProcess:
             CloseSession: lambda action: self._sessions.pop(action.session, None),
             BeginFounding: lambda action: None,
             DropPayload: lambda action: None,
+            MakeDurable: lambda action: self._engine.schedule(partial(self.receive, Durable())),
         }
 
     def connect(self, name: str, session: Session) -> None:

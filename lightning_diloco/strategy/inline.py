@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["InlineLauncher"]
 
-_SYNCER_END_S = 30.0
+_SYNCER_END_S = 300.0
+"""The last snapshot is written in this time as well."""
 _NO_RESTARTS = {"learners": 0, "syncer": 0}
 
 

@@ -23,8 +23,10 @@ _log = logging.getLogger(__name__)
 
 _START_S = 60.0
 """A syncer that has not answered by then never will: importing torch takes seconds, on a loaded machine tens of them."""
-_END_S = 30.0
-"""The syncer writes the global model and its last record in this time, or it is killed."""
+_READ_S = 600.0
+"""So much more for one that starts again, which reads a snapshot first."""
+_END_S = 300.0
+"""The syncer writes the global model, a last snapshot and its last record in this time, or it is killed."""
 _TICK_S = 0.05
 
 
@@ -67,7 +69,7 @@ class SyncerChild:
         self.child.send_line(self._hello | more)
         for command in self._lost:
             self.child.send_line(command)
-        self._is_ready, self._deadline_s = False, time.monotonic() + _START_S
+        self._is_ready, self._deadline_s = False, time.monotonic() + _START_S + (_READ_S if option == "--resume" else 0.0)
 
     def look_after(self) -> None:
         """Start it again if a signal has ended it.
@@ -81,7 +83,7 @@ class SyncerChild:
         elif not self._is_ready:
             self._is_ready = self._said().get("pid") == (None if self.child is None else self.child.pid)
             if not self._is_ready and time.monotonic() > self._deadline_s:
-                raise SyncerUnavailableError(f"The syncer process was not ready within {_START_S:g} s; see {self._log_path}.")
+                raise SyncerUnavailableError(f"The syncer process was not ready in time; see {self._log_path}.")
 
     def _start_again(self, status: ExitStatus) -> None:
         if status.signal_name is None or self.restarts >= self._max_restarts:

@@ -23,16 +23,17 @@ from lightning_diloco.protocol.identity import FragmentInfo, Version
 from lightning_diloco.protocol.job import JobOptions
 from lightning_diloco.protocol.learner import LearnerMachine, LearnerOptions
 from lightning_diloco.protocol.messages import Envelope, Found, Leave, Publication, SendState, StaticState
-from lightning_diloco.protocol.records import DiscardRecord, MergeRecord, Record
+from lightning_diloco.protocol.records import Record
 from lightning_diloco.protocol.syncer import SyncerMachine
 from lightning_diloco.protocol.wire import decode_from_learner, decode_from_syncer, decode_learner_header, decode_syncer_header, encode
 from tests.protocol.invariants import check_learner, check_syncer
+from tests.protocol.readings import Readings
 from tests.protocol.toy import TOKENS, Bag, Node, bag_crc, bag_sum, check_members
 
 __all__ = ["TOKENS", "Bag", "Node", "Pair"]
 
 
-class Pair:
+class Pair(Readings):
     """The whole job in one process.
 
     Args:
@@ -54,6 +55,7 @@ class Pair:
         self.manual_merge = False
         self.manual_encode = False
         self.static_bytes = 0
+        self.is_writing = False
         self.ended: act.Ended | None = None
         self.tokens_of: dict[int, tuple[int, int]] = {}
         self._atoms = itertools.count(1)
@@ -234,6 +236,7 @@ class Pair:
         self._waiting = None
         if not self.manual_merge:
             self.merge()
+        self.write()
         check_syncer(self)
 
     def advance(self, dt_s: float) -> None:
@@ -251,8 +254,16 @@ class Pair:
             self.history[i][close.version] = merged
             self.take(ev.Merged(fragment_id=i, crc=bag_crc(merged), merge_s=0.01))
 
+    def write(self) -> None:
+        """The disk is quick."""
+        if self.is_writing:
+            self.is_writing = False
+            self.take(ev.Durable())
+
     def _perform_syncer(self, action: act.SyncerAction) -> None:
-        if isinstance(action, act.Tape):
+        if isinstance(action, act.MakeDurable):
+            self.is_writing = True
+        elif isinstance(action, act.Tape):
             self.tape.append(check_members(action.record))
         elif isinstance(action, act.Reply):
             node = self.by_session(action.session)
@@ -374,27 +385,3 @@ class Pair:
                     while queue:
                         deliver(node)
                         is_busy = True
-
-    def shadow(self, fragment_id: int) -> Bag:
-        """The published values of a fragment."""
-        return self.history[fragment_id][self.syncer.job.currents[fragment_id].version]
-
-    def version(self, fragment_id: int) -> int:
-        """n of the published version."""
-        return self.syncer.job.currents[fragment_id].version.n
-
-    def of(self, *kinds: type) -> list[Any]:
-        """Records of the tape of these types, in order."""
-        return [r for r in self.tape if isinstance(r, kinds)]
-
-    def merges(self, fragment_id: int | None = None) -> list[MergeRecord]:
-        """Merges, of one fragment or of all."""
-        return [r for r in self.of(MergeRecord) if fragment_id in (None, r.fragment_id)]
-
-    def discarded(self, learner_id: int, fragment_id: int) -> dict[str, int]:
-        """Tokens by reason, from the tape."""
-        found: Counter[str] = Counter()
-        for record in self.of(DiscardRecord):
-            if (record.learner_id, record.fragment_id) == (learner_id, fragment_id):
-                found[record.reason] += record.tokens
-        return dict(found)

@@ -31,7 +31,6 @@ class RestartingPair(Pair):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.slow_disk = False
-        self.is_writing = False
         self.snapshot: list[tuple[Current, Bag]] = []
         self.values: list[Bag] = []
         self.leaves: dict[str, Leave] = {}
@@ -94,16 +93,15 @@ class RestartingPair(Pair):
         """As in `Pair`; a syncer that recovers merges nothing."""
         super().merge()
 
-    def take(self, event: Any) -> None:
-        """As in `Pair`, with a disk."""
-        super().take(event)
+    def write(self) -> None:
+        """As in `Pair`, unless a test plays the disk."""
         if self.is_writing and not self.slow_disk:
             self.make_durable()
 
     def _perform_syncer(self, action: act.SyncerAction) -> None:
         if isinstance(action, act.MakeDurable):
             self.is_writing = True
-            for i, current in enumerate(self.syncer.job.currents):
+            for i, current in enumerate(self.syncer.job.currents if self.syncer.job.is_recovering else ()):
                 self.history[i] = {v: bag for v, bag in self.history[i].items() if v.epoch < current.version.epoch}
                 self.history[i][current.version] = self.values[i]
         else:

@@ -20,6 +20,8 @@ from lightning_diloco.runtime import snapshot
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.snapshot import Founding, FragmentSnapshot, Identity, SnapshotError, SnapshotStore
 
+ONE, TWO = (1000,), (1000, 1000)
+
 
 def fragment(n: int, size: int = 1000, epoch: int = 0) -> FragmentSnapshot:
     values = torch.randn(3, size, generator=torch.Generator().manual_seed(n))
@@ -40,7 +42,7 @@ def same(a: FragmentSnapshot | None, b: FragmentSnapshot) -> bool:
 
 def test_what_was_written_is_read_bit_for_bit_and_is_a_safetensors_file(tmp_path):
     path = SnapshotStore(tmp_path).write(asks(4, 7))
-    first, second = SnapshotStore(tmp_path).read(2)
+    first, second = SnapshotStore(tmp_path).read(TWO)
     assert same(first, fragment(4)) and same(second, fragment(7))
     tensors = load_file(path / "fragment_0001.safetensors")
     assert torch.equal(tensors["momentum"], fragment(7).state.momentum)
@@ -52,14 +54,14 @@ def test_the_last_two_are_kept_and_what_did_not_change_is_not_written_again(tmp_
     assert [path.exists() for path in paths] == [False, True, True]
     unchanged, changed = (paths[2] / f"fragment_{i:04d}.safetensors" for i in (1, 0))
     assert unchanged.stat().st_nlink == 2 and changed.stat().st_nlink == 1
-    assert same(SnapshotStore(tmp_path).read(2)[1], fragment(1))
+    assert same(SnapshotStore(tmp_path).read(TWO)[1], fragment(1))
 
 
 def test_a_fragment_of_the_same_number_and_another_epoch_is_written(tmp_path):
     store = SnapshotStore(tmp_path)
     store.write([lambda: fragment(5)])
     store.write([lambda: fragment(5, epoch=1)])
-    (found,) = SnapshotStore(tmp_path).read(1)
+    (found,) = SnapshotStore(tmp_path).read(ONE)
     assert found is not None and found.version == Version(1, 5)
 
 
@@ -75,13 +77,19 @@ def test_a_damaged_snapshot_is_found_and_the_one_before_used(tmp_path, where, ca
     file.write_bytes(data[: len(data) // 2] if where in ("half", "manifest") else data)
     if where == "gone":
         file.unlink()
-    (found,) = SnapshotStore(tmp_path).read(1)
+    (found,) = SnapshotStore(tmp_path).read(ONE)
     assert same(found, fragment(1))
     assert str(path) in caplog.text and "The snapshot before it is used." in caplog.text
 
 
+def test_a_snapshot_of_another_layout_is_not_used(tmp_path, caplog):
+    store = SnapshotStore(tmp_path)
+    store.write(asks(1))
+    assert store.read((999,)) == [None] and "999 elements" in caplog.text
+
+
 def test_without_any_snapshot_nothing_is_known(tmp_path):
-    assert SnapshotStore(tmp_path).read(2) == [None, None]
+    assert SnapshotStore(tmp_path).read(TWO) == [None, None]
     assert SnapshotStore(tmp_path).read_identity() is None and SnapshotStore(tmp_path).read_founding() is None
 
 
@@ -101,9 +109,9 @@ def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
         store.write(asks(2, 2))
     monkeypatch.undo()
     assert sorted(p.name for p in store.folder.iterdir()) == ["00000001"]
-    assert same(SnapshotStore(tmp_path).read(2)[0], fragment(1))
+    assert same(SnapshotStore(tmp_path).read(TWO)[0], fragment(1))
     store.write(asks(3, 1))
-    assert same(SnapshotStore(tmp_path).read(2)[0], fragment(3)), "the disk has room again"
+    assert same(SnapshotStore(tmp_path).read(TWO)[0], fragment(3)), "the disk has room again"
 
 
 def test_a_snapshot_that_was_cut_off_by_a_crash_is_not_there(tmp_path):
@@ -111,9 +119,9 @@ def test_a_snapshot_that_was_cut_off_by_a_crash_is_not_there(tmp_path):
     store.write(asks(1))
     (store.folder / ".00000002").mkdir()
     (store.folder / ".00000002" / "fragment_0000.safetensors").write_bytes(b"half")
-    assert same(SnapshotStore(tmp_path).read(1)[0], fragment(1))
+    assert same(SnapshotStore(tmp_path).read(ONE)[0], fragment(1))
     SnapshotStore(tmp_path).write(asks(2))
-    assert same(SnapshotStore(tmp_path).read(1)[0], fragment(2))
+    assert same(SnapshotStore(tmp_path).read(ONE)[0], fragment(2))
 
 
 def test_identity_and_founding_come_back(tmp_path):
