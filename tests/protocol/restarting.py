@@ -68,6 +68,13 @@ class RestartingPair(Pair):
             node.bulk_up.clear()
             node.bulk_up.extend(kept)
 
+    def crash_before_the_founding(self) -> None:
+        """There is nothing to go on with but the epoch."""
+        self.syncer = SyncerMachine(replace(self.syncer.job.options, epoch=self.syncer.job.epoch + 1))
+        for node in self.nodes:
+            node.control_down.clear()
+            node.bulk_up.clear()
+
     def make_durable(self) -> None:
         """The snapshot of the new epoch is written."""
         self.is_writing = False

@@ -1,0 +1,224 @@
+"""A syncer that starts again, at its edges: silence, lies, ends, and words that were lost with the one before it."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_diloco.protocol import events as ev
+from lightning_diloco.protocol.identity import MergedThrough, Version
+from lightning_diloco.protocol.messages import HeldFragment, NotHeld, Recall
+from lightning_diloco.protocol.records import JoinRecord, RestartRecord
+from tests.protocol.invariants import check_tape
+from tests.protocol.moves import contribute, control, down
+from tests.protocol.restarting import RestartingPair
+from tests.protocol.toy import Node
+
+
+@pytest.fixture
+def pair() -> RestartingPair:
+    return RestartingPair(num_fragments=2)
+
+
+def say_hello(pair: RestartingPair, *nodes: Node) -> None:
+    """These members report, are asked who they are, and say so; nothing goes over bulk."""
+    for node in nodes:
+        pair.heartbeat(node)
+        control(pair, node)
+
+
+def test_the_time_before_the_crash_is_no_step_time(pair):
+    nodes = pair.found(2)
+    pair.take_snapshot()
+    pair.steps(nodes, 6)
+    for node in nodes:
+        pair.heartbeat(node)
+    pair.settle()
+    pair.restart()
+    pair.steps(nodes, 8)
+    assert all(m.step_time.value < 3.0 for m in pair.syncer.job.members.joined())
+    before = len(pair.merges())
+    for _ in range(60):
+        pair.step(nodes[0])
+        pair.advance(1.0)
+        pair.settle()
+    assert len(pair.merges()) > before + 10, "a learner that hangs holds nothing up"
+
+
+def test_a_holder_that_falls_silent_is_not_waited_for(pair):
+    a, b = pair.found(2)
+    pair.take_snapshot()
+    pair.steps([a, b], 10)
+    pair.crash()
+    say_hello(pair, a, b)
+    assert a.bulk_up and b.bulk_up, "one fragment is asked for of each"
+    a.bulk_up.clear()
+    pair.kill(a)
+    for _ in range(30):
+        pair.advance(1.0)
+        say_hello(pair, b)
+        while b.bulk_up:
+            pair.deliver_bulk_up(b)
+    assert not pair.syncer.job.is_recovering and pair.of(RestartRecord)
+    assert all(v.epoch == 1 for v in (c.version for c in pair.syncer.job.currents))
+
+
+def test_a_learner_that_cannot_give_what_it_showed_says_so(pair):
+    (a,) = pair.found(1)
+    pair.take_snapshot()
+    pair.steps([a], 10)
+    pair.crash()
+    pair.heartbeat(a)
+    while not any(isinstance(m, Recall) for m in down(a)):
+        (pair.deliver_control_up if a.control_up else pair.deliver_control_down)(a)
+    a.control_down.clear()
+    for fragment_id in (0, 1):
+        pair._send(a, NotHeld(fragment_id=fragment_id))
+    pair.settle()
+    assert [v.n for v in pair.of(RestartRecord)[0].versions] == [0, 0], "the snapshot is all there is"
+
+
+@pytest.mark.parametrize("through", [{5_000: MergedThrough(1, 1)}, {0: MergedThrough(1, 2**60)}])
+def test_a_version_that_says_what_cannot_be_is_not_taken(pair, through):
+    (a,) = pair.found(1)
+    pair.take_snapshot()
+    pair.steps([a], 10)
+    pair.crash()
+    say_hello(pair, a)
+    recovery = pair.syncer.recovery
+    held = a.machine.state.fragments[0].held
+    assert recovery.expects(a.nonce, 0, held)
+    header = HeldFragment(fragment_id=0, version=held, crc=1, merged_through=through)
+    pair.take(ev.HeldArrived(session=a.nonce, header=header, crc_ok=True))
+    assert not recovery.expects(a.nonce, 0, held) and pair.syncer.job.currents[0].version.n == 0
+
+
+def test_a_copy_of_a_version_and_one_that_was_not_asked_for_change_nothing(pair):
+    (a,) = pair.found(1)
+    pair.take_snapshot()
+    pair.steps([a], 10)
+    pair.crash()
+    say_hello(pair, a)
+    header = HeldFragment(fragment_id=0, version=Version(0, 99), crc=1, merged_through={})
+    pair.take(ev.HeldArrived(session=a.nonce, header=header, crc_ok=True))
+    held = a.machine.state.fragments[0].held
+    assert pair.syncer.recovery.expects(a.nonce, 0, held), "it is still waited for"
+    pair.settle()
+    before = pair.syncer.job.currents[0].version
+    pair.take(ev.HeldArrived(session=a.nonce, header=header, crc_ok=True))
+    assert pair.syncer.job.currents[0].version == before == Version(1, held.n)
+
+
+@pytest.mark.parametrize("when", ["during", "after"])
+def test_a_join_that_did_not_reach_the_disk_is_written_when_its_learner_comes(pair, when):
+    a, b = pair.found(2)
+    pair.take_snapshot()
+    pair.tape = [r for r in pair.tape if getattr(r, "session", None) != b.nonce]
+    pair.steps([a, b], 6)
+    pair.tape = [r for r in pair.tape if getattr(r, "learner_id", 0) == 0]
+    pair.crash()
+    say_hello(pair, *((b, a) if when == "during" else (a,)))
+    pair.settle_all()
+    pair.settle_all()
+    assert [r.incarnation for r in pair.of(JoinRecord) if r.learner_id == 1] == [0] and b.is_joined
+    pair.steps([a, b], 12)
+    pair.restart()
+    pair.steps([a, b], 12)
+    assert b.is_joined and 1 in pair.syncer.job.ledger.learners()
+    check_tape(pair)
+
+
+def test_a_life_that_had_ended_stays_out_with_its_old_work(pair):
+    a, b = pair.found(2)
+    pair.take_snapshot()
+    pair.steps([a, b], 6)
+    pair.take(ev.LearnerLost(learner_id=1))
+    pair.restart()
+    pair.hello(b)
+    pair.settle()
+    assert b.stage == "fenced" and pair.syncer.job.members.by_id(1) is None
+
+
+def test_a_finish_while_nobody_has_the_model_ends_the_job_as_failed(pair):
+    (a,) = pair.found(1)
+    pair.kill(a)
+    pair.snapshot = []
+    pair.crash()
+    pair.take(ev.LearnerLost(learner_id=0))
+    pair.advance(30.0)
+    assert pair.ended is None, "somebody may still come"
+    pair.take(ev.Finish(status="stopped"))
+    assert pair.ended is not None and pair.ended.status == "failed"
+
+
+def test_a_finish_during_the_recovery_waits_for_what_learners_hold(pair):
+    a, b = pair.found(2)
+    pair.take_snapshot()
+    pair.steps([a, b], 10)
+    pair.crash()
+    say_hello(pair, a)
+    pair.take(ev.Finish(status="stopped"))
+    assert pair.ended is None
+    pair.settle_all()
+    assert pair.ended is not None and min(pair.ended.versions) > 0
+
+
+def test_the_last_leave_is_complete_when_its_result_is_on_the_disk(pair):
+    (a,) = pair.found(1)
+    pair.take_snapshot()
+    pair.steps([a], 10)
+    pair.slow_disk = True
+    pair.leave(a)
+    pair.settle()
+    assert not a.has_left and pair.is_writing, "nobody else would have the model"
+    pair.make_durable()
+    pair.settle()
+    assert a.has_left
+    versions = [c.version.n for c in pair.syncer.job.currents]
+    pair.slow_disk, pair.ended = False, None  # it was killed before it could write that the job is over
+    pair.crash()
+    pair.advance(6.0)
+    assert pair.ended is not None and [v.n for v in pair.of(RestartRecord)[0].versions] == versions
+
+
+def test_a_job_that_was_ending_ends_after_the_restart():
+    pair = RestartingPair(num_fragments=1)
+    a, b = pair.found(2)
+    pair.steps([a, b], 6)
+    pair.leave(a)
+    pair.settle()
+    assert a.has_left
+    pair.take_snapshot()
+    pair.restart()
+    pair.leave(b, "signal")
+    pair.settle()
+    assert b.has_left and pair.ended is not None
+
+
+def test_a_stop_that_the_others_were_not_told_of_is_told_by_the_next_syncer(pair):
+    a, b = pair.found(2)
+    pair.take_snapshot()
+    pair.steps([a, b], 3)
+    pair.feed(a, ev.StopRequested(reason="early_stopping"))
+    while a.control_up:
+        pair.deliver_control_up(a)
+    while a.control_down:
+        pair.deliver_control_down(a)
+    assert a.stop_reason and not b.stop_reason
+    pair.restart()
+    pair.settle_all()
+    assert b.stop_reason == "early_stopping"
+
+
+def test_a_founder_whose_state_was_on_its_way_sends_it_to_the_next_syncer():
+    pair = RestartingPair(num_fragments=2)
+    a = pair.add(0, joins=False)
+    pair.hello(a)
+    while not a.bulk_up:
+        (pair.deliver_control_up if a.control_up else pair.deliver_control_down)(a)
+    pair.crash_before_the_founding()
+    pair.settle()
+    pair.hello(a)
+    pair.settle()
+    assert a.is_joined and pair.syncer.job.is_founded and pair.syncer.job.epoch == 1
+    pair.steps([a], 6)
+    contribute(pair, a)
