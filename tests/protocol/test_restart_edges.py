@@ -50,6 +50,7 @@ def test_a_holder_that_falls_silent_is_not_waited_for(pair):
     pair.steps([a, b], 10)
     pair.crash()
     say_hello(pair, a, b)
+    control(pair, a)
     assert a.bulk_up and b.bulk_up, "one fragment is asked for of each"
     a.bulk_up.clear()
     pair.kill(a)
