@@ -163,6 +163,7 @@ def test_a_job_whose_processes_have_all_ended_is_continued_by_others(tmp_path):
         assert summary["tokens"] == 16 * (first.steps + second.steps)
 
 
+@pytest.mark.slow
 def test_a_syncer_that_is_killed_before_the_founding_can_be_founded_after_it(tmp_path):
     with syncer(tmp_path / "run") as job:
         job.kill()
@@ -174,6 +175,7 @@ def test_a_syncer_that_is_killed_before_the_founding_can_be_founded_after_it(tmp
         assert job.tape("job")[0]["epoch"] == 1 and check_run(job.run_dir)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_syncer_whose_snapshots_are_gone_takes_all_from_its_learners(tmp_path):
     with syncer(tmp_path / "run") as job:
         learner = Trainer(job.client(0))

@@ -60,6 +60,7 @@ def test_a_syncer_that_is_killed_is_started_again_and_the_fit_goes_on(tmp_path, 
     assert equal(parameters_of(model), global_parameters(run_dir))
 
 
+@pytest.mark.slow
 def test_a_syncer_that_is_killed_too_often_ends_the_job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     strategy = DecoupledDiLoCoStrategy(**FAST, max_restarts=0)
