@@ -270,16 +270,8 @@ class Admission:
             return []
         found, self._found = announced[1], None
         numbers = found.versions or (0,) * len(found.fragments)
-        job.config = self._founding_config
         currents = [
-            Current(
-                version=Version(job.epoch, n),
-                parent=None,
-                crc=crc,
-                merged_through={},
-                difference_bytes=job.difference_bytes(f.num_params, is_parameters=f.kind == "parameters"),
-                full_bytes=4 * f.num_params,
-            )
+            Current.alone(f, self._founding_config.wire_dtype, Version(job.epoch, n), crc, {})
             for f, n, crc in zip(found.fragments, numbers, event.crcs, strict=True)
         ]
         hello = self._hellos[event.session]

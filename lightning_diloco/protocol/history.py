@@ -2,7 +2,7 @@
 
 `History.feed` takes the records of the tape in their order. The tape is written before what it tells takes effect (a merge is on it before
 its version leaves the syncer), so it knows at least as much as any learner. Tensors are not on it: they come from a snapshot and from
-learners, at versions that may be older than the newest on the tape. `History.undo` takes the merges above these versions back.
+learners, at versions that may be older than the newest on the tape. `History.restart` takes the merges above these versions back.
 
 Accounts are those of `Ledger`; a running incarnation's tokens stay its own, so that its reports go on from where they were.
 """

@@ -151,10 +151,6 @@ class Job:
         through = self.currents[fragment_id].merged_through.get(learner_id)
         return through.seq if through is not None else 0
 
-    def difference_bytes(self, num_params: int, *, is_parameters: bool) -> int:
-        """Payload bytes of a difference; running statistics go as values."""
-        return {"fp32": 4, "bf16": 2}[self.config.wire_dtype if is_parameters else "fp32"] * num_params
-
     def next_seq(self, learner_id: int) -> tuple[int, ...]:
         """The next seq per fragment for a new life of this learner."""
         return tuple(self.last_seq.get((learner_id, f.fragment_id), 0) + 1 for f in self.fragments)

@@ -7,10 +7,11 @@ never builds a queue, a lost publication is followed by a full one, and a joiner
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_diloco.protocol.actions import SyncerAction, Tape, Transmit
-from lightning_diloco.protocol.identity import MergedThrough, Version
+from lightning_diloco.protocol.identity import FragmentInfo, MergedThrough, Version
 from lightning_diloco.protocol.members import Member
 from lightning_diloco.protocol.records import PublishRecord
 
@@ -27,6 +28,13 @@ class Current:
     merged_through: dict[int, MergedThrough]
     difference_bytes: int
     full_bytes: int
+
+    @classmethod
+    def alone(cls, info: FragmentInfo, wire_dtype: str, version: Version, crc: int, merged_through: Mapping[int, MergedThrough]) -> Current:
+        """A version that is no difference to another one: of a founding, a snapshot, or a learner. Running statistics go as values."""
+        per_element = {"fp32": 4, "bf16": 2}[wire_dtype] if info.kind == "parameters" else 4
+        sizes = per_element * info.num_params, 4 * info.num_params
+        return cls(version, None, crc, dict(merged_through), *sizes)
 
 
 class Publisher:

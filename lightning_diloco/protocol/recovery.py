@@ -291,15 +291,8 @@ class Recovery:
         if not event.crc_ok or not self._is_sound(header):
             self._useless.add((event.session, header.fragment_id))
             return []
-        info, is_parameters = job.fragments[header.fragment_id], job.fragments[header.fragment_id].kind == "parameters"
-        job.currents[header.fragment_id] = Current(
-            version=header.version,
-            parent=None,
-            crc=header.crc,
-            merged_through=dict(header.merged_through),
-            difference_bytes=job.difference_bytes(info.num_params, is_parameters=is_parameters),
-            full_bytes=4 * info.num_params,
-        )
+        info, wire_dtype = job.fragments[header.fragment_id], job.config.wire_dtype
+        job.currents[header.fragment_id] = Current.alone(info, wire_dtype, header.version, header.crc, header.merged_through)
         self._open.discard(header.fragment_id)
         self._recalled.append(header.fragment_id)
         return []

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from lightning_diloco.errors import ConfigurationError, LocalProtocolError
 from lightning_diloco.protocol.history import History
-from lightning_diloco.protocol.identity import FragmentInfo
 from lightning_diloco.protocol.publisher import Current
 from lightning_diloco.protocol.records import TapeLine
 from lightning_diloco.protocol.recovery import Resumption
@@ -89,7 +88,10 @@ def _go_on(run_dir: Path, snapshots: SnapshotStore) -> Opening:
         fingerprint=founding.fingerprint,
         static_crc=crc32(founding.static),
         static_bytes=founding.static.numel(),
-        currents=tuple(_current(f, i, founding) for f, i in zip(history[1], history[0].fragments, strict=True)),
+        currents=tuple(
+            None if f is None else Current.alone(info, founding.config.wire_dtype, f.version, f.crc, f.merged_through)
+            for f, info in zip(history[1], history[0].fragments, strict=True)
+        ),
     )
     return Opening(identity=identity, elapsed_s=elapsed_s, founding=founding, fragments=history[1], resumption=resumption)
 
@@ -102,17 +104,3 @@ def _read_history(
     for line in lines:
         history.feed(line.record)
     return history, fragments
-
-
-def _current(found: FragmentSnapshot | None, info: FragmentInfo, founding: Founding) -> Current | None:
-    if found is None:
-        return None
-    per_element = {"fp32": 4, "bf16": 2}[founding.config.wire_dtype] if info.kind == "parameters" else 4
-    return Current(
-        version=found.version,
-        parent=None,
-        crc=found.crc,
-        merged_through=dict(found.merged_through),
-        difference_bytes=per_element * info.num_params,
-        full_bytes=4 * info.num_params,
-    )

@@ -42,6 +42,12 @@ def bulk_up(pair: Pair, node: Node) -> None:
         pair.deliver_bulk_up(node)
 
 
+def bulk_down(pair: Pair, node: Node) -> None:
+    """What was sent to the learner on bulk arrives."""
+    while node.bulk_down:
+        pair.deliver_bulk_down(node)
+
+
 def contribute(pair: Pair, node: Node) -> None:
     """Step until a contribution of this learner is in flight."""
     for _ in range(3 * pair.config.sync_interval_steps):

@@ -207,10 +207,10 @@ def test_delays_and_reordering_alone(adopt, schedule, quorum):
 @given(schedule=SCHEDULE, quorum=st.integers(1, 3), adopt=st.sampled_from(["rebase", "overwrite"]))
 @PROFILE
 def test_one_kind_of_fault(fault, schedule, quorum, adopt):
-    run(schedule, adopt=adopt, quorum=quorum, faults=frozenset([fault]))
+    assert run(schedule, adopt=adopt, quorum=quorum, faults=frozenset([fault])).ended is not None
 
 
 @given(schedule=SCHEDULE, quorum=st.integers(1, 3), adopt=st.sampled_from(["rebase", "overwrite"]))
 @PROFILE
 def test_all_kinds_of_faults(schedule, quorum, adopt):
-    run(schedule, adopt=adopt, quorum=quorum, faults=frozenset(["drop", "copy", "die", "bad"]))
+    assert run(schedule, adopt=adopt, quorum=quorum, faults=frozenset(["drop", "copy", "die", "bad"])).ended is not None

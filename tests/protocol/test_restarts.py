@@ -9,7 +9,7 @@ from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.messages import Envelope, Stop
 from lightning_diloco.protocol.records import DiscardRecord, RestartRecord
 from tests.protocol.invariants import check_end, check_tape
-from tests.protocol.moves import atoms, bulk_up, contribute, control, payloads
+from tests.protocol.moves import atoms, bulk_down, bulk_up, contribute, control, payloads
 from tests.protocol.restarting import RestartingPair
 
 
@@ -67,8 +67,7 @@ def test_a_crash_after_one_of_two_learners_got_the_publication_keeps_what_the_ot
     pair.take_snapshot()
     contribute(pair, a)
     bulk_up(pair, a)
-    while b.bulk_down:
-        pair.deliver_bulk_down(b)
+    bulk_down(pair, b)
     assert b.machine.state.fragments[0].held == Version(0, 1) and a.machine.state.fragments[0].held == Version(0, 0)
     pair.restart()
     assert pair.of(RestartRecord)[0].versions[0] == Version(1, 1)
@@ -112,14 +111,12 @@ def test_a_learner_that_was_away_adopts_the_older_version_and_says_what_it_lost(
     pair.take_snapshot()
     contribute(pair, a)
     bulk_up(pair, a)
-    while a.bulk_down:
-        pair.deliver_bulk_down(a)
+    bulk_down(pair, a)
     pair.step(a)
     assert a.machine.state.fragments[0].base == Version(0, 1)
     pair.crash()
     pair.heartbeat(b)
-    while b.control_up or b.control_down:
-        pair.deliver_control_up(b) if b.control_up else pair.deliver_control_down(b)
+    control(pair, b)
     pair.advance(6.0)
     assert not pair.syncer.job.is_recovering and pair.version(0) == 0, "the only one that holds version 1 was not heard"
     for _ in range(3):
@@ -261,8 +258,7 @@ def test_a_copy_of_a_contribution_that_the_old_syncer_merged_is_no_refusal(pair)
     contribute(pair, a)
     pair.deliver_bulk_up(a, keep=True)
     assert len(pair.merges(0)) == 1
-    while b.bulk_down:
-        pair.deliver_bulk_down(b)
+    bulk_down(pair, b)
     copy = a.bulk_up.popleft()
     pair.restart()
     assert pair.version(0) == 1 and a.machine.state.fragments[0].unresolved is not None
@@ -324,14 +320,12 @@ def test_a_version_that_was_received_and_not_adopted_is_dropped_with_the_syncer_
     pair.take_snapshot()
     contribute(pair, a)
     bulk_up(pair, a)
-    while a.bulk_down:
-        pair.deliver_bulk_down(a)
+    bulk_down(pair, a)
     fragment = a.machine.state.fragments[0]
     assert fragment.held == Version(0, 1) and fragment.base == Version(0, 0)
     pair.crash()
     pair.heartbeat(b)
-    while b.control_up or b.control_down:
-        pair.deliver_control_up(b) if b.control_up else pair.deliver_control_down(b)
+    control(pair, b)
     pair.advance(6.0)
     assert pair.version(0) == 0 and not pair.syncer.job.is_recovering
     pair.heartbeat(a)
@@ -354,8 +348,7 @@ def test_a_learner_that_has_said_good_bye_hands_its_last_work_over_again(pair):
     pair.take_snapshot()
     contribute(pair, a)
     bulk_up(pair, a)
-    while b.bulk_down:
-        pair.deliver_bulk_down(b)
+    bulk_down(pair, b)
     a.bulk_down.clear()
     pair.step(a)
     pair.leave(a)
