@@ -78,6 +78,8 @@ def _go_on(run_dir: Path, snapshots: SnapshotStore) -> Opening:
     job = history[0].job
     if job is not None and (founding is None or len(job.fragments) != len(founding.layout.fragments)):
         raise SnapshotError(f"{tape} tells of a founding that {snapshots.folder} does not hold. Start a new job in a new directory.")
+    if job is None and any(f is not None for f in history[1]):
+        raise SnapshotError(f"{snapshots.folder} holds a job, but {tape}, which tells its accounts, is gone or empty. Put the tape back.")
     epoch = 1 + max(identity.epoch, history[0].epoch)
     identity = replace(identity, epoch=epoch)
     if founding is None or job is None:

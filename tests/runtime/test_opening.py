@@ -1,0 +1,60 @@
+"""What a run directory must hold for a job to be gone on with: damage is a sentence, and nothing is founded twice."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lightning_diloco.cli.main import main
+from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.runtime.opening import open_job
+from lightning_diloco.runtime.snapshot import SnapshotStore
+from tests.runtime.job_helpers import running_job, whole_life
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> Path:
+    """The run directory of a job that has ended."""
+    run_dir = tmp_path_factory.mktemp("run")
+    with running_job(run_dir) as job:
+        whole_life(job.client(0), 12)
+        job.finish()
+    return run_dir
+
+
+def copy_of(run_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_dir, tmp_path / "copy"))
+
+
+def test_every_start_raises_the_epoch(ended, tmp_path):
+    run_dir = copy_of(ended, tmp_path)
+    openings = [open_job(run_dir, SnapshotStore(run_dir), resume=True) for _ in range(2)]
+    assert [o.identity.epoch for o in openings] == [1, 2] and all(o.resumption is not None for o in openings)
+    assert all(f is not None for f in openings[1].fragments)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tape.jsonl", "is gone or empty. Put the tape back"),
+        ("snapshots/founding.json", "tells of a founding that"),
+        ("snapshots/static.bin", "cannot be gone on with"),
+        ("snapshots/identity.json", "holds no job"),
+    ],
+)
+def test_a_job_that_lacks_a_file_is_not_founded_again(ended, tmp_path, name, words, capsys):
+    run_dir = copy_of(ended, tmp_path)
+    (run_dir / name).unlink()
+    with pytest.raises(ConfigurationError, match=words):
+        open_job(run_dir, SnapshotStore(run_dir), resume=True)
+    assert main(["syncer", "--resume", str(run_dir)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_directory_of_a_job_is_not_taken_for_a_new_one(ended, tmp_path):
+    run_dir = copy_of(ended, tmp_path)
+    (run_dir / "tape.jsonl").unlink()
+    with pytest.raises(ConfigurationError, match="holds an earlier job"):
+        open_job(run_dir, SnapshotStore(run_dir), resume=False)
