@@ -75,7 +75,7 @@ class SyncConfig:
     snapshot_interval_s: float = 30.0
     """Seconds between two snapshots of the syncer."""
     rejoin_every_steps: int = 50
-    """Inner steps between two local rejoin checkpoints of a learner."""
+    """Inner steps in which a learner saves its whole inner optimizer state once, a fragment at a time, for a life after this one."""
     max_offline_steps: int | None = None
     """A learner without a syncer ends after so many inner steps (None: it goes on to its own limit)."""
     lr_clock: Literal["job", "local"] = "job"
@@ -156,7 +156,7 @@ class SyncConfig:
     def _refuse_what_is_not_there_yet(self) -> None:
         if self.wire_dtype == "int4":
             raise not_there_yet("wire_dtype='int4'", "Use 'bf16' or 'fp32'.")
-        later = {"tape_payloads": False, "max_offline_steps": None, "rejoin_every_steps": 50}
+        later = {"tape_payloads": False, "max_offline_steps": None}
         for name, default in later.items():
             if getattr(self, name) != default:
                 raise not_there_yet(f"{name}={getattr(self, name)!r}", f"Leave it at {default}.")

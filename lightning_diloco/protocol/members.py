@@ -224,8 +224,8 @@ class Membership:
         return [m for m in self._ordered if m.is_active(now_s)]
 
     def job_step(self, now_s: float) -> int:
-        """The job's inner step: the median of the active learners', or the last known one while there is none."""
-        steps = [m.joined_at_step + m.inner_step for m in self.active(now_s)]
+        """The job's inner step: the median of the active learners', or of all members while none is, or the last known one without any."""
+        steps = [m.joined_at_step + m.inner_step for m in self.active(now_s) or self.joined()]
         if steps:
             self._job_step = median_low(steps)
         return self._job_step

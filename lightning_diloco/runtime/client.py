@@ -77,6 +77,8 @@ class LearnerClient:
         )
         self.on_heal: Callable[[list[nn.Parameter]], None] | None = None
         """Called on the training thread with the parameters of what was healed: reset their non-finite inner moments."""
+        self.on_boundary: Callable[[], None] | None = None
+        """Called on the training thread at the end of every boundary, inside of what counts as stall."""
         self._module = module
         self._options = options
         self._nonce = secrets.token_bytes(16)
@@ -154,7 +156,13 @@ class LearnerClient:
         if self._counters is not None:
             self._counters.set_incarnation(joined.incarnation)
         self._times.start()
-        return JoinInfo(learner_id=joined.learner_id, incarnation=joined.incarnation, role=joined.role, job_step=joined.job_step)
+        return JoinInfo(
+            learner_id=joined.learner_id,
+            incarnation=joined.incarnation,
+            role=joined.role,
+            job_step=joined.job_step,
+            lineage=self._machine.state.envelope.lineage,
+        )
 
     @property
     def _patience_s(self) -> float:
@@ -186,6 +194,8 @@ class LearnerClient:
         if self._counters is not None:
             self._counters.update(self._inner_steps, self._tokens)
         self._exchange()
+        if self.on_boundary is not None:
+            self.on_boundary()
         self._times.step(time.monotonic() - start_s)
 
     def _exchange(self) -> None:
@@ -305,6 +315,10 @@ class LearnerClient:
     def stop_reason(self) -> str | None:
         """Why the job ends for all, or None."""
         return self._loop.stop_reason
+
+    def version(self, fragment_id: int) -> int:
+        """Number of the newest version of a fragment that has been received."""
+        return self._store.version(fragment_id)
 
     @property
     def fenced(self) -> FencedError | None:

@@ -51,9 +51,10 @@ class ClientOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinInfo:
-    """What the syncer said at the join. `job_step`: the job's inner step (0 at its beginning)."""
+    """What the syncer said at the join. `job_step`: the job's inner step (0 at its beginning); `lineage`: the job's history."""
 
     learner_id: int
     incarnation: int
     role: str
     job_step: int
+    lineage: str

@@ -113,6 +113,10 @@ class LearnerStore:
         published = self._published[fragment_id]
         return self.base(fragment_id) if published is None else published
 
+    def version(self, fragment_id: int) -> int:
+        """Number of the newest version received."""
+        return self._versions[fragment_id]
+
     def _dtype(self, fragment_id: int) -> str:
         return self.layout.fragments[fragment_id].wire_dtype(self._wire_dtype)
 

@@ -9,9 +9,6 @@ Fragments are independent, so a set of files, each of which is one fragment at o
 snapshot is written into a folder beside, made durable, and renamed: it is there whole or not at all. A fragment that has not changed since
 the last snapshot is a hard link to its file. The last two are kept. The manifest has size and CRC-32 of every file; what does not fit them
 is damaged, and the snapshot before is used. When a job has ended the last one is enough.
-
-Files are written from the tensors' own memory, without a copy and without the interpreter's lock: the library's writer holds it for as
-long as it copies, and the thread that publishes would wait. Readers use the library.
 """
 
 from __future__ import annotations
@@ -38,6 +35,7 @@ from lightning_diloco.outer import FragmentState, Layout, buffer_of
 from lightning_diloco.protocol.identity import MergedThrough, Version
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES
+from lightning_diloco.runtime.tensor_file import write_file, write_tensors
 
 __all__ = ["Founding", "FragmentSnapshot", "Identity", "SnapshotError", "SnapshotStore"]
 
@@ -47,7 +45,6 @@ FOLDER: Final = "snapshots"
 _IDENTITY, _FOUNDING, _STATIC, _MANIFEST = "identity.json", "founding.json", "static.bin", "manifest.json"
 _SCHEMA = 1
 _KEPT = 2
-_BLOCK_BYTES: Final = 4 << 20
 _PARTS: Final = ("theta", "momentum", "shadow")
 
 
@@ -132,7 +129,7 @@ class SnapshotStore:
         self.folder.mkdir(exist_ok=True)
         static = {"static_bytes": founding.static.numel(), "static_crc": crc32(founding.static)}
         temporary = self.folder / f".{_STATIC}"
-        _write_file(temporary, [buffer_of(founding.static)] if founding.static.numel() else [])
+        write_file(temporary, [buffer_of(founding.static)] if founding.static.numel() else [], is_durable=True)
         temporary.replace(self.folder / _STATIC)
         layout = base64.b64encode(founding.layout.to_bytes()).decode()
         told = {"config": founding.config.as_dict(), "fingerprint": founding.fingerprint, "layout": layout}
@@ -265,16 +262,7 @@ def _read_fragment(path: Path, entry: dict[str, Any], size: int) -> FragmentSnap
 
 
 def _write_fragment(path: Path, found: FragmentSnapshot) -> dict[str, Any]:
-    tensors = [(name, getattr(found.state, name)) for name in _PARTS]
-    header, at = {}, 0
-    for name, tensor in tensors:
-        num_bytes = 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [at, at + num_bytes]}
-        at += num_bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format: 8 bytes of length, JSON, then the tensors at multiples of 8
-    parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text, *(buffer_of(tensor) for _, tensor in tensors)]
-    size, crc = _write_file(path, parts)
+    size, crc = write_tensors(path, {name: getattr(found.state, name) for name in _PARTS}, {}, is_durable=True)
     return {
         "bytes": size,
         "crc32": crc,
@@ -286,28 +274,9 @@ def _write_fragment(path: Path, found: FragmentSnapshot) -> dict[str, Any]:
     }
 
 
-def _write_file(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, int]:
-    """Write and make durable; returns size and CRC-32."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    size = crc = 0
-    try:
-        for part in parts:
-            view = memoryview(part).cast("B")
-            for start in range(0, len(view), _BLOCK_BYTES):
-                block = view[start : start + _BLOCK_BYTES]
-                crc = crc32(block, crc)
-                size += len(block)
-                while block:
-                    block = block[os.write(fd, block) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    return size, crc
-
-
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
-    _write_file(temporary, [json.dumps(value).encode()])
+    write_file(temporary, [json.dumps(value).encode()], is_durable=True)
     temporary.replace(path)
     _sync_folder(path.parent)
 

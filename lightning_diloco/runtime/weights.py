@@ -91,6 +91,10 @@ class Weights:
     def _tensors(self, fragment_id: int) -> list[Tensor]:
         return tensors_of(self._module, self._store.views[fragment_id])
 
+    def parameters_of(self, fragment_id: int) -> list[tuple[str, Tensor]]:
+        """Names and live tensors of one fragment."""
+        return [(part.name, t) for part, t in zip(self._store.views[fragment_id].fragment.slices, self._tensors(fragment_id), strict=True)]
+
     def unmerged_parameters(self) -> list[str]:
         """Names of parameters that are trainable now and in no fragment: frozen, or not there, when the layout was planned."""
         merged = {id(p) for view in self._store.views for p in tensors_of(self._module, view)}

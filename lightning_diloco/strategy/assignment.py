@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_diloco.runtime.rejoin import FOLDER
 from lightning_diloco.strategy.options import ProcessOptions, Role
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Assignment:
     takeover_token: str = ""
     """Lets this process take over the id of a dead predecessor."""
     run_dir: Path | None = None
-    """Where counters go; None: nowhere."""
+    """Where counters and rejoin checkpoints go; None: nowhere."""
     launch_dir: Path | None = None
     """Where learner 0 leaves its final training state; None: nowhere."""
     context: zmq.Context[Any] | None = None
@@ -67,3 +68,7 @@ class Assignment:
     def counters_path(self) -> Path | None:
         """The folder for this process's running totals, which survive its death."""
         return None if self.run_dir is None else self.run_dir / "counters"
+
+    def rejoin_path(self) -> Path | None:
+        """The folder of rejoin checkpoints; None where no later life of this learner could find it, or would look."""
+        return None if self.run_dir is None or self.role == "inline" else self.run_dir / FOLDER

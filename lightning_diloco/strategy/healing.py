@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = ["reset_nonfinite_moments"]
 
 
-def reset_nonfinite_moments(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+def reset_nonfinite_moments(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> None:
     """Zero every state tensor of these parameters that holds a value that is not finite.
 
     Args:

@@ -24,6 +24,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SIGNUM
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_diloco.runtime.rejoin import FOLDER as REJOIN_FOLDER
 from lightning_diloco.runtime.rundir import make_run_dir
 from lightning_diloco.strategy.advice import advise, advise_before
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP
@@ -104,6 +105,8 @@ class SupervisorLauncher(_Launcher):
         finally:
             self._supervisor = None
             shutil.rmtree(launch_dir, ignore_errors=True)
+            # Of no use to another job: that one begins from a checkpoint.
+            shutil.rmtree(run_dir / REJOIN_FOLDER, ignore_errors=True)
             restarts = {"learners": 0, "syncer": 0} if supervisor is None else supervisor.restarts
             strategy.summary = recorder.finish(status, time.monotonic(), restarts, val)
         for sentence in advise(strategy.summary):

@@ -43,6 +43,7 @@ from lightning_diloco.strategy.counting import count_tokens
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 from lightning_diloco.strategy.job_clock import JobClock
 from lightning_diloco.strategy.own_weights import OWN_WEIGHTS, all_close, checksums
+from lightning_diloco.strategy.rejoin import InnerStateSaver, restore_inner_state
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY, Resumed, outer_state, read_resumed
 from lightning_diloco.strategy.seeding import reseed_learner
 from lightning_diloco.strategy.showing import Showing
@@ -75,6 +76,7 @@ class OuterSync(Callback):
         self._has_asked = False
         self._is_validating = False
         self._showing: Showing | None = None
+        self._saver: InnerStateSaver | None = None
         self._resumed = Resumed()
         self._saved: GlobalState | None = None
         self._left_sums: tuple[int, ...] = ()
@@ -155,6 +157,11 @@ class OuterSync(Callback):
         if info.role == "member":
             client.weights.set_local(self._resumed.local)
         self._resumed = Resumed()
+        if (folder := assignment.rejoin_path()) is not None:
+            if info.role == "joiner":
+                restore_inner_state(client, trainer.optimizers, folder, info)
+            self._saver = InnerStateSaver(client, trainer.optimizers, folder, info, every_steps=self._strategy.sync.rejoin_every_steps)
+            client.on_boundary = self._saver.boundary
         self._strategy.on_joined(info.learner_id)
         self._showing = Showing(trainer, is_logged=not self.is_identity)
         self._clock = JobClock(trainer)
@@ -296,6 +303,9 @@ class OuterSync(Callback):
         if self._showing is not None:
             self._showing.close()
             self._showing = None
+        if self._saver is not None:
+            self._saver.close(is_done=False)
+            self._saver = None
         if self._client is not None:
             self.figures = self._client.figures
             self._client.close()
@@ -352,6 +362,10 @@ class OuterSync(Callback):
         self._client.leave(reason)
         self.figures = self._client.figures
         self._has_left = True
+        if self._saver is not None:
+            # Who was sent away comes back; who has reached the end does not.
+            self._saver.close(is_done=reason != "signal")
+            self._saver = None
 
     def _obey(self, trainer: pl.Trainer) -> None:
         assert self._client is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import threading
@@ -189,7 +190,7 @@ class Killed(TinyModel):
     """Learner 1 is killed in its first life once it has trained a while, and in every life if it is told so."""
 
     def __init__(self, always: bool = False) -> None:
-        super().__init__(step_s=0.02)
+        super().__init__(step_s=0.02, optimizer="adamw")
         self.always = always
 
     def training_step(self, batch, batch_idx):
@@ -200,17 +201,22 @@ class Killed(TinyModel):
         return super().training_step(batch, batch_idx)
 
     def _meet(self, place, batch_idx) -> None:
-        """Learner 0 has not trained all its steps before the other one is back, however long a process needs to start."""
-        second = place.run_dir / "second_life"
-        if place.life == 1:
-            second.touch()
+        """Neither is killed before the job has a step, nor through before the other is back, however long a process needs to start."""
+        ahead, second = place.run_dir / "ahead", place.run_dir / "second_life"
         end_s = time.monotonic() + 60
+        if place.learner_id == 0 and batch_idx == 30:
+            ahead.touch()
+        while place.learner_id == 1 and place.life == 0 and batch_idx == 11 and not ahead.exists() and time.monotonic() < end_s:
+            time.sleep(0.05)
+        if place.life == 1 and not second.exists():
+            (optimizer,) = self.trainer.optimizers
+            second.write_text(json.dumps([int(optimizer.state[p]["step"]) if p in optimizer.state else 0 for p in self.parameters()]))
         while place.learner_id == 0 and batch_idx == 400 and not (self.always or second.exists()) and time.monotonic() < end_s:
             time.sleep(0.05)
 
 
 def test_a_killed_learner_is_restarted_and_goes_on_at_the_jobs_step(tmp_path, caplog):
-    strategy = DecoupledDiLoCoStrategy(**FAST)
+    strategy = DecoupledDiLoCoStrategy(**FAST, rejoin_every_steps=4)
     trainer = Trainer(**quiet(devices=2, max_steps=500, strategy=strategy))
     model = Killed()
     trainer.fit(model, loader(8192))
@@ -221,6 +227,11 @@ def test_a_killed_learner_is_restarted_and_goes_on_at_the_jobs_step(tmp_path, ca
     assert summary["learners"][0]["inner_steps"] == 500
     # Its second life began at the job's step, not at its own zero, and ended at the job's limit.
     assert 12 < summary["learners"][1]["inner_steps"] < 500
+    # It has the moments of its first life, saved at the 8th step or later, or newer ones of the other learner.
+    steps = json.loads((latest(tmp_path) / "second_life").read_text())
+    assert len(steps) == 4 and min(steps) >= 8
+    assert "learner 1 goes on with the inner optimizer state of 2 fragments" in (latest(tmp_path) / "logs" / "learner_1.log").read_text()
+    assert not (latest(tmp_path) / "rejoin").exists()
     assert summary["status"] == "finished"
     assert equal(parameters_of(model), global_parameters(latest(tmp_path)))
 

@@ -1,0 +1,220 @@
+"""Rejoin checkpoints: the inner optimizer state of a learner, on disk, so that a life that follows does not begin without any.
+
+    RUN_DIR/rejoin/learner_1/fragment_0007.safetensors
+
+One file holds the state of one fragment's parameters (of AdamW: both moments and the step count) as it was at one boundary. The
+fragments are written in turn, one at a boundary, spread evenly over `rejoin_every_steps`: to copy all moments at once would cost a step a
+copy of twice the model. Moments belong to their parameter alone, so fragments of different boundaries fit together.
+
+**The training thread** copies one fragment's state aside into memory that is used again, and goes on; the rest is done on a thread of its
+own. It never waits for the disk: while a file is being written no other one is begun, so on a slow disk the checkpoints are older.
+
+**Which one is taken** (PROTOCOL.md section 9): of each fragment the one of the newest version, this learner's own where two are equally
+new. Files of other learners count as well where they are in the same folder, which is how a learner takes moments from a healthy
+peer; while it was down, theirs went on. Only files of this job's lineage, of the same optimizers, and whole ones count.
+
+The files outlast the process, not the machine: they are renamed into place when they are whole, and not forced to the disk. Their checksum
+finds what a machine's crash has left, and a file that is damaged counts as none.
+
+References:
+    Decoupled DiLoCo, arXiv 2604.21428, "Recovery". Taking the state by fragment, from files, is our choice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightning_diloco.runtime.checksum import crc32
+from lightning_diloco.runtime.tensor_file import write_tensors
+from lightning_diloco.runtime.threads import never_interrupt_others
+
+__all__ = ["FOLDER", "InnerState", "RejoinFiles", "read_freshest"]
+
+_log = logging.getLogger(__name__)
+
+FOLDER: Final = "rejoin"
+_ENTRY: Final = "rejoin"
+Numbers = dict[str, int | float | bool | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InnerState:
+    """The inner optimizer state of one fragment's parameters."""
+
+    lineage: str
+    """Of the job."""
+    optimizers: tuple[str, ...]
+    """Class names: a state fits an optimizer of its own kind."""
+    fragment_id: int
+    n: int
+    """The fragment's version at that boundary."""
+    inner_step: int
+    """The learner's, of this life."""
+    numbers: Numbers = field(default_factory=dict)
+    """State entries that are no tensors."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """State entries that are, in host memory; a name is OPTIMIZER/PARAMETER/ENTRY, which `numbers` have as well."""
+
+
+class _Header(msgspec.Struct, frozen=True, kw_only=True):
+    lineage: str
+    optimizers: tuple[str, ...]
+    fragment_id: int
+    n: int
+    inner_step: int
+    numbers: Numbers
+    crc: int
+
+
+class RejoinFiles:
+    """Writes the rejoin checkpoint of one learner, a fragment at a time, on a thread of its own.
+
+    Args:
+        folder: the run directory's folder of rejoin checkpoints; made if need be.
+        learner_id: whose.
+    """
+
+    def __init__(self, folder: Path, learner_id: int) -> None:
+        self._folder = folder / f"learner_{learner_id}"
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="diloco-rejoin", initializer=never_interrupt_others)
+        self.is_busy = False
+        """Whether the tensors given last are still being read; while they are, they must not change."""
+        self.num_written = 0
+        """Fragments that are on the disk, each time that one was written."""
+        self._has_failed = False
+
+    def write(self, state: InnerState) -> None:
+        """Begin to write one fragment; returns at once. Only while it is not busy."""
+        self.is_busy = True
+        self._thread.submit(self._write, state)
+
+    def close(self, *, removes: bool) -> None:
+        """End the thread; `removes`: this learner is done, and will not come back."""
+        self._thread.shutdown(wait=True)
+        if removes:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _write(self, state: InnerState) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"fragment_{state.fragment_id:04d}.safetensors"
+            temporary = path.with_suffix(".tmp")
+            header = {name: getattr(state, name) for name in InnerState.__slots__ if name != "tensors"}
+            text = json.dumps({**header, "crc": _checksum(state.tensors)})
+            write_tensors(temporary, state.tensors, {_ENTRY: text}, is_durable=False)
+            temporary.replace(path)
+            self.num_written += 1
+            self._has_failed = False
+        except Exception as error:  # whatever it is, it must not end the training
+            if not self._has_failed:
+                _log.error(
+                    "The rejoin checkpoint could not be written to %s: %s. Training goes on; if this learner is killed, it comes back with "
+                    "an older inner optimizer state, or none.",
+                    self._folder,
+                    error,
+                )
+            self._has_failed = True
+        finally:
+            self.is_busy = False
+
+
+def read_freshest(
+    folder: Path, learner_id: int, *, lineage: str, optimizers: tuple[str, ...], num_fragments: int
+) -> list[tuple[int, InnerState]]:
+    """Read of each fragment the newest inner state that any learner has left.
+
+    Args:
+        folder: as for `RejoinFiles`.
+        learner_id: who asks; of equally new ones its own is taken.
+        lineage: of the job.
+        optimizers: class names of the learner's optimizers.
+        num_fragments: P.
+
+    Returns:
+        Learner and state, by fragment; fragments of which there is none are left out.
+    """
+    found = []
+    for fragment_id in range(num_fragments):
+        paths = folder.glob(f"learner_*/fragment_{fragment_id:04d}.safetensors")
+        headers = [(path, owner, header) for path in paths if (owner := _owner(path)) is not None and (header := _read_header(path))]
+        fits = [x for x in headers if (x[2].lineage, x[2].optimizers, x[2].fragment_id) == (lineage, optimizers, fragment_id)]
+        for path, owner, _ in sorted(fits, key=lambda x: (x[2].n, x[1] == learner_id, -x[1]), reverse=True):
+            state = _read(path)
+            if state is not None:
+                found.append((owner, state))
+                break
+    return found
+
+
+def _owner(path: Path) -> int | None:
+    _, _, number = path.parent.name.partition("_")
+    return int(number) if number.isdecimal() else None
+
+
+def _read_header(path: Path) -> _Header | None:
+    try:
+        with safe_open(path, "pt") as file:
+            return msgspec.json.decode((file.metadata() or {}).get(_ENTRY, ""), type=_Header)
+    except (OSError, SafetensorError, msgspec.DecodeError) as error:
+        _log.warning("%s is not used: %s", path, error)
+        return None
+
+
+def _read(path: Path) -> InnerState | None:
+    """One whole file; a learner that lives may replace it between two looks, so header and tensors are read together."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = msgspec.json.decode((file.metadata() or {}).get(_ENTRY, ""), type=_Header)
+            names = file.keys()  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, msgspec.DecodeError) as error:
+        _log.warning("%s is not used: %s", path, error)
+        return None
+    if _checksum(tensors) != header.crc:
+        _log.warning("%s is not used: it does not have its checksum", path)
+        return None
+    fields: dict[str, Any] = {name: getattr(header, name) for name in InnerState.__slots__ if name != "tensors"}
+    return InnerState(**fields, tensors=tensors)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    crc = 0
+    for name in sorted(tensors):
+        crc = crc32(name.encode(), crc)
+        crc = crc32(tensors[name].contiguous(), crc)
+    return crc
+
+
+def staging(tensors: list[Tensor], memory: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Places for copies of these tensors in one block of host memory, which is made anew only if it is too small.
+
+    Args:
+        tensors: what will be copied, on any device.
+        memory: uint8, what was returned last time.
+
+    Returns:
+        Contiguous host tensors of the same shapes and dtypes, and the block.
+    """
+    ends, at = list[int](), 0
+    for tensor in tensors:
+        at += -(-tensor.numel() * tensor.element_size() // 8) * 8
+        ends.append(at)
+    if memory.numel() < at:
+        memory = torch.empty(at, dtype=torch.uint8, device="cpu")
+    starts = [0, *ends[:-1]]
+    places = [
+        memory[start : start + t.numel() * t.element_size()].view(t.dtype).view(t.shape) for start, t in zip(starts, tensors, strict=True)
+    ]
+    return places, memory

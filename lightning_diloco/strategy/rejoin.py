@@ -1,0 +1,152 @@
+"""The inner optimizer state of a learner: copied aside while it trains, put back when a later life of it joins.
+
+An optimizer's state is found by parameter, as torch keeps it: tensors (moments, step counts, factors of any shape) and plain numbers. An
+optimizer that keeps anything else (LBFGS keeps lists) cannot be saved in parts; its learner comes back with a fresh one, and a log line
+says so at the beginning.
+
+What comes back is the state, and not the learner's own parameters: those are the published ones (docs/protocol.md, "A learner's return").
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_diloco.runtime.rejoin import InnerState, Numbers, RejoinFiles, read_freshest, staging
+from lightning_diloco.strategy.healing import reset_nonfinite_moments
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lightning_diloco.runtime.client import JoinInfo, LearnerClient
+
+__all__ = ["InnerStateSaver", "restore_inner_state"]
+
+_log = logging.getLogger(__name__)
+
+
+class InnerStateSaver:
+    """Saves one fragment's inner state at a boundary, in turn; `boundary` belongs to the training thread and never waits.
+
+    Args:
+        client: of this learner, joined.
+        optimizers: as the Trainer has them.
+        folder: the run directory's folder of rejoin checkpoints.
+        info: what the syncer said at the join.
+        every_steps: inner steps in which each fragment is saved once (with more fragments than steps: one in each step).
+    """
+
+    def __init__(self, client: LearnerClient, optimizers: Sequence[Optimizer], folder: Path, info: JoinInfo, *, every_steps: int) -> None:
+        self._client, self._optimizers, self._lineage = client, list(optimizers), info.lineage
+        self._kinds = kinds(optimizers)
+        self._files = RejoinFiles(folder, info.learner_id)
+        self._ids = [f.fragment_id for f in client.layout.fragments if not f.holds_values]
+        self._period = max(every_steps, len(self._ids))
+        self._due = {i * self._period // len(self._ids) for i in range(len(self._ids))}
+        self._steps = self._turn = 0
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._is_off = False
+
+    def boundary(self) -> None:
+        """An inner step has ended: if a fragment is due, copy its state aside."""
+        self._steps += 1
+        if self._is_off or self._files.is_busy or self._steps % self._period not in self._due:
+            return
+        fragment_id = self._ids[self._turn % len(self._ids)]
+        tensors, numbers = dict[str, Tensor](), Numbers()
+        for name, value in self._entries(fragment_id):
+            if isinstance(value, Tensor):
+                tensors[name] = value
+            elif value is None or isinstance(value, (bool, int, float)):
+                numbers[name] = value
+            else:
+                self._is_off = True
+                _log.warning(
+                    "%s is of type %s, which rejoin checkpoints do not hold: if this learner is killed, it comes back with a fresh inner "
+                    "optimizer.",
+                    name,
+                    type(value).__name__,
+                )
+                return
+        self._turn += 1
+        if not tensors and not numbers:
+            return
+        places, self._memory = staging(list(tensors.values()), self._memory)
+        with torch.no_grad():
+            for place, value in zip(places, tensors.values(), strict=True):
+                place.copy_(value)
+        self._files.write(
+            InnerState(
+                lineage=self._lineage,
+                optimizers=self._kinds,
+                fragment_id=fragment_id,
+                n=self._client.version(fragment_id),
+                inner_step=self._steps,
+                numbers=numbers,
+                tensors=dict(zip(tensors, places, strict=True)),
+            )
+        )
+
+    def close(self, *, is_done: bool) -> None:
+        """Stop; `is_done`: this learner has left for good, and its files go."""
+        self._files.close(removes=is_done)
+
+    def _entries(self, fragment_id: int) -> Iterator[tuple[str, Any]]:
+        for name, parameter in self._client.weights.parameters_of(fragment_id):
+            for i, optimizer in enumerate(self._optimizers):
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    yield f"{i}/{name}/{key}", value
+
+
+def restore_inner_state(client: LearnerClient, optimizers: Sequence[Optimizer], folder: Path, info: JoinInfo) -> int:
+    """Put the freshest inner state that the run directory has into the optimizers.
+
+    Args:
+        client: of this learner, joined.
+        optimizers: as the Trainer has them.
+        folder: the run directory's folder of rejoin checkpoints.
+        info: what the syncer said at the join.
+
+    Returns:
+        Fragments whose state was restored.
+    """
+    learner_id, num_fragments = info.learner_id, len(client.layout.fragments)
+    found = read_freshest(folder, learner_id, lineage=info.lineage, optimizers=kinds(optimizers), num_fragments=num_fragments)
+    groups = [{id(p): group for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
+    for _, state in found:
+        parameters = dict(client.weights.parameters_of(state.fragment_id))
+        for name, value in [*state.numbers.items(), *state.tensors.items()]:
+            number, _, rest = name.partition("/")
+            parameter_name, _, key = rest.rpartition("/")
+            parameter = parameters.get(parameter_name)
+            if parameter is not None and (group := groups[int(number)].get(id(parameter))) is not None:
+                optimizers[int(number)].state[parameter][key] = _placed(value, parameter, group)
+        # What was saved between a NaN and its heal must not come back.
+        reset_nonfinite_moments(optimizers, parameters.values())
+    if found:
+        own = sum(owner == learner_id for owner, _ in found)
+        _log.info(
+            "learner %d goes on with the inner optimizer state of %d fragments: %d from its own rejoin checkpoint, %d from other learners'",
+            learner_id,
+            len(found),
+            own,
+            len(found) - own,
+        )
+    return len(found)
+
+
+def kinds(optimizers: Sequence[Optimizer]) -> tuple[str, ...]:
+    """Class names of optimizers, in order."""
+    return tuple(type(optimizer).__qualname__ for optimizer in optimizers)
+
+
+def _placed(value: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
+    """A state entry where its optimizer looks for it: step counts stay in host memory unless the optimizer's kernels read them."""
+    if not isinstance(value, Tensor) or (value.ndim == 0 and not (group.get("capturable") or group.get("fused"))):
+        return value
+    return value.to(parameter.device)

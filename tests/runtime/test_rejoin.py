@@ -1,0 +1,115 @@
+"""Rejoin checkpoints as files: what is written is read again, the freshest is taken, and nothing that is damaged or another job's."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from safetensors import safe_open
+
+from lightning_diloco.runtime.rejoin import InnerState, RejoinFiles, read_freshest, staging
+from lightning_diloco.runtime.tensor_file import DTYPES
+
+ADAMW = ("AdamW",)
+
+
+def state(n: int, value: float = 1.0, fragment_id: int = 0, lineage: str = "ours", optimizers: tuple[str, ...] = ADAMW) -> InnerState:
+    tensors = {"0/layer.weight/exp_avg": torch.full((3, 2), value), "0/layer.weight/step": torch.tensor(float(n))}
+    return InnerState(
+        lineage=lineage,
+        optimizers=optimizers,
+        fragment_id=fragment_id,
+        n=n,
+        inner_step=7,
+        numbers={"0/layer.weight/initial": 0.5, "0/layer.weight/none": None},
+        tensors=tensors,
+    )
+
+
+def write(folder, learner_id: int, *states: InnerState) -> RejoinFiles:
+    files = RejoinFiles(folder, learner_id)
+    for item in states:
+        files.write(item)
+    files.close(removes=False)
+    return files
+
+
+def read(folder, learner_id: int = 1, num_fragments: int = 2) -> list[tuple[int, InnerState]]:
+    return read_freshest(folder, learner_id, lineage="ours", optimizers=ADAMW, num_fragments=num_fragments)
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    assert write(tmp_path, 1, state(4)).num_written == 1
+    ((owner, found),) = read(tmp_path)
+    assert owner == 1 and found.n == 4 and found.inner_step == 7
+    assert found.numbers == {"0/layer.weight/initial": 0.5, "0/layer.weight/none": None}
+    assert {name: value.tolist() for name, value in found.tensors.items()} == {n: v.tolist() for n, v in state(4).tensors.items()}
+
+
+def test_every_dtype_and_shape_can_be_saved_from_one_block(tmp_path):
+    sizes = [(), (1,), (5,), (3, 2), (0,)]
+    tensors = [torch.arange(max(1, torch.Size(s).numel()))[: torch.Size(s).numel()].reshape(s).to(d) for d in DTYPES for s in sizes]
+    places, memory = staging(tensors, torch.empty(0, dtype=torch.uint8))
+    for place, tensor in zip(places, tensors, strict=True):
+        place.copy_(tensor)
+    assert staging(tensors, memory)[1] is memory, "the block is used again"
+    names = [f"0/w/{i}" for i in range(len(tensors))]
+    item = InnerState(lineage="ours", optimizers=ADAMW, fragment_id=0, n=1, inner_step=1, tensors=dict(zip(names, places, strict=True)))
+    write(tmp_path, 1, item)
+    ((_, found),) = read(tmp_path)
+    for name, tensor in zip(names, tensors, strict=True):
+        assert found.tensors[name].dtype == tensor.dtype and found.tensors[name].shape == tensor.shape
+        assert torch.equal(found.tensors[name], tensor)
+
+
+def test_the_newest_version_is_taken_and_ones_own_of_two_equal_ones(tmp_path):
+    write(tmp_path, 0, state(5, value=10.0), state(3, value=11.0, fragment_id=1))
+    write(tmp_path, 1, state(5, value=20.0), state(2, value=21.0, fragment_id=1))
+    write(tmp_path, 2, state(4, value=30.0))
+    assert [(owner, found.fragment_id, found.n) for owner, found in read(tmp_path)] == [(1, 0, 5), (0, 1, 3)]
+    assert [owner for owner, _ in read(tmp_path, learner_id=7)] == [0, 0], "a newcomer has the moments of those who are there"
+
+
+def test_files_of_another_job_or_optimizer_are_left_alone(tmp_path):
+    write(tmp_path, 0, state(9, lineage="another"))
+    write(tmp_path, 2, state(9, optimizers=("SGD",)))
+    write(tmp_path, 1, state(2))
+    assert [(owner, found.n) for owner, found in read(tmp_path)] == [(1, 2)]
+
+
+def test_a_damaged_file_counts_as_none_and_an_older_whole_one_is_taken(tmp_path, caplog):
+    write(tmp_path, 0, state(9))
+    write(tmp_path, 2, state(8))
+    write(tmp_path, 1, state(2))
+    path = tmp_path / "learner_0" / "fragment_0000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    cut = tmp_path / "learner_2" / "fragment_0000.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    assert [(owner, found.n) for owner, found in read(tmp_path)] == [(1, 2)]
+    assert "learner_0/fragment_0000.safetensors is not used: it does not have its checksum" in caplog.text
+    assert "learner_2/fragment_0000.safetensors is not used" in caplog.text
+
+
+def test_a_disk_that_fails_is_told_once_and_ends_nothing(tmp_path, caplog):
+    folder = tmp_path / "file"
+    folder.write_text("in the way")
+    with caplog.at_level(logging.ERROR):
+        files = write(folder, 1, state(1), state(2))
+    assert files.num_written == 0 and not files.is_busy
+    assert len(caplog.records) == 1 and "could not be written" in caplog.text and "older inner optimizer state" in caplog.text
+
+
+def test_a_learner_that_is_done_takes_its_files_along(tmp_path):
+    write(tmp_path, 0, state(1))
+    files = RejoinFiles(tmp_path, 1)
+    files.write(state(1))
+    files.close(removes=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["learner_0"]
+
+
+def test_a_file_can_be_read_without_this_package(tmp_path):
+    write(tmp_path, 1, state(4))
+    with safe_open(tmp_path / "learner_1" / "fragment_0000.safetensors", "pt") as file:
+        assert file.get_tensor("0/layer.weight/exp_avg").tolist() == [[1.0, 1.0]] * 3
