@@ -47,6 +47,7 @@ class Life:
     tokens_per_step: int = 0
     inner_steps: int = 0
     tokens: int = 0
+    num_gaps: int = 0
 
 
 class History:
@@ -85,7 +86,10 @@ class History:
                 self._found(record)
             case JoinRecord():
                 self._join(record)
-            case ProgressRecord() | CountersRecord():
+            case ProgressRecord():
+                num_gaps = record.first_gap + len(record.step_gaps_s)
+                self._report(record.learner_id, record.incarnation, record.inner_steps, record.tokens, num_gaps)
+            case CountersRecord():
                 self._report(record.learner_id, record.incarnation, record.inner_steps, record.tokens)
             case RoundOpenRecord():
                 self.round_ids[record.fragment_id] = record.round_id
@@ -161,10 +165,11 @@ class History:
             tokens_per_step=record.tokens_per_step,
         )
 
-    def _report(self, learner_id: int, incarnation: int, inner_steps: int, tokens: int) -> None:
+    def _report(self, learner_id: int, incarnation: int, inner_steps: int, tokens: int, num_gaps: int = 0) -> None:
         life = self.lives.get(learner_id)
         if life is not None and life.incarnation == incarnation:
             life.inner_steps, life.tokens = max(life.inner_steps, inner_steps), max(life.tokens, tokens)
+            life.num_gaps = max(life.num_gaps, num_gaps)
             self.ledger.trained(learner_id, life.tokens)
             self._farthest_step = max(self._farthest_step, life.joined_at_step + life.inner_steps)
 

@@ -137,6 +137,7 @@ class LearnerMachine:
     def report(
         self,
         *,
+        first_gap: int = 0,
         step_gaps_s: tuple[float, ...] = (),
         paused_s: tuple[float, ...] = (),
         stalls_s: tuple[float, ...] = (),
@@ -154,6 +155,7 @@ class LearnerMachine:
             ),
             unresolved=tuple(Unresolved(i, p.header.seq) for i, p in pending),
             discarded=tuple(Discarded(f.fragment_id, r, n) for f in self.state.fragments for r, n in sorted(f.discarded.items())),
+            first_gap=first_gap,
             step_gaps_s=step_gaps_s,
             paused_s=paused_s,
             stalls_s=stalls_s,

@@ -120,7 +120,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
         versions: n of the newest version held, per fragment.
         unresolved: contributions whose fate is not known here.
         discarded: running totals of this incarnation.
-        step_gaps_s: times between two ends of steps since the last report, oldest first.
+        first_gap: number of the first of the gaps, from 0 at the join: what is on the tape already is told again until it is confirmed.
+        step_gaps_s: times between two ends of steps, oldest first.
         paused_s: of each gap, the part spent paused (validation, checkpoints).
         stalls_s: of each gap, the time spent inside outer-sync code at the boundary.
         last_step_age_s: from the end of the last step to the sending of this report.
@@ -133,6 +134,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     versions: PerFragment = ()
     unresolved: tuple[Unresolved, ...] = ()
     discarded: tuple[Discarded, ...] = ()
+    first_gap: Count = 0
     step_gaps_s: StepTimes = ()
     paused_s: StepTimes = ()
     stalls_s: StepTimes = ()

@@ -65,6 +65,7 @@ class Member:
     is_founder: bool = False
     is_ready: bool = False
     taped_tokens: int = 0
+    num_gaps: int = 0
     clock_offset_s: float | None = None
     step_time: MovingAverage = field(default_factory=MovingAverage)
     snapshot_step: dict[int, int] = field(default_factory=dict)

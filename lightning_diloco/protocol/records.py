@@ -78,12 +78,13 @@ class JoinRecord(_Base, frozen=True, kw_only=True, tag="join"):
 
 
 class ProgressRecord(_Base, frozen=True, kw_only=True, tag="progress"):
-    """One report of an incarnation: totals since its start, and each step since the previous report."""
+    """One report of an incarnation: totals since its start, and each step since the previous report, numbered from 0 at the join."""
 
     learner_id: int
     incarnation: int
     inner_steps: int
     tokens: int
+    first_gap: int = 0
     step_gaps_s: tuple[float, ...] = ()
     paused_s: tuple[float, ...] = ()
     stalls_s: tuple[float, ...] = ()

@@ -138,6 +138,7 @@ class Recovery:
             member = Member(life.learner_id, life.incarnation, life.session, "joined", life.device, life.batch_size, life.tokens_per_step)
             member.life, member.joined_at_step = life.life, life.joined_at_step
             member.inner_step, member.tokens, member.taped_tokens = life.inner_steps, life.tokens, life.tokens
+            member.num_gaps = life.num_gaps
             # Not asked for anything before it has stepped and spoken again.
             member.fall_silent()
             job.members.restore(member, life.incarnation + 1)

@@ -164,9 +164,10 @@ class SyncerMachine:
             return self.recovery.hello(event, message, now_s)
         if isinstance(message, Hello):
             return self._admission.hello(session, event.envelope, message, now_s)
-        if isinstance(message, Ping):
-            return [Reply(session=session, message=Pong(number=message.number))]
         member = self.job.members.of(session)
+        if isinstance(message, Ping):
+            num_gaps = member.num_gaps if member is not None and member.incarnation == event.envelope.incarnation else 0
+            return [Reply(session=session, message=Pong(number=message.number, num_gaps=num_gaps))]
         if member is None or event.envelope.incarnation != member.incarnation:
             # A leave that was completed is told so again: the answer may have been lost.
             return [self._admission.farewell(session) or Reply(session=session, message=WhoAreYou())]
@@ -270,14 +271,19 @@ class SyncerMachine:
         # Tokens that came without a step are nobody's; the tape and the ledger must tell the same.
         tokens = min(message.tokens, member.tokens)
         member.taped_tokens = max(member.taped_tokens, tokens)
+        # A report tells again what its learner does not know to be on the tape.
+        untold = slice(max(0, member.num_gaps - message.first_gap), None)
+        first_gap = max(member.num_gaps, message.first_gap)
+        member.num_gaps = max(member.num_gaps, message.first_gap + len(message.step_gaps_s))
         record = ProgressRecord(
             learner_id=member.learner_id,
             incarnation=member.incarnation,
             inner_steps=message.inner_step,
             tokens=tokens,
-            step_gaps_s=message.step_gaps_s,
-            paused_s=message.paused_s,
-            stalls_s=message.stalls_s,
+            first_gap=first_gap,
+            step_gaps_s=message.step_gaps_s[untold],
+            paused_s=message.paused_s[untold],
+            stalls_s=message.stalls_s[untold],
             last_step_age_s=message.last_step_age_s + member.delay_s(message.clock_s, now_s),
             is_paused=message.is_paused,
             batch_size=member.batch_size,

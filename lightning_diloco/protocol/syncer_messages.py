@@ -125,9 +125,10 @@ class Left(Message, frozen=True, kw_only=True):
 
 
 class Pong(Message, frozen=True, kw_only=True):
-    """Answer to `Ping`."""
+    """Answer to `Ping`; with the number of gaps between steps of this incarnation that are on the tape (0: it is no member)."""
 
     number: Count
+    num_gaps: Count = 0
 
 
 class LeaseGrant(Message, frozen=True, kw_only=True):

@@ -55,6 +55,7 @@ from lightning_diloco.protocol.messages import (
     Leave,
     Message,
     NotHeld,
+    Pong,
     Progress,
     Publication,
     Recall,
@@ -269,6 +270,8 @@ class ClientLoop:
                 self._transport.connect_bulk(message.shards[0].bulk_endpoint)
             if isinstance(message, SendState):
                 self._joining.send_state()
+            if isinstance(message, Pong):
+                self.reports.answered(message)
             self._feed(ControlReceived(envelope=envelope, message=message))
         elif isinstance(event, PayloadReceived):
             self.reports.heard_s = time.monotonic()

@@ -1,7 +1,8 @@
 """What a learner measures about itself: gaps between ends of steps, pauses, and the time spent in outer-sync code.
 
-The training thread appends, the background thread takes everything that has come since the last report. Appending to and popping from a
-deque are atomic, so no lock is needed.
+The training thread appends, the background thread takes. Appending to and popping from a deque are atomic, so no lock is needed. What was
+taken stays until the syncer says that it is on the tape: a report may be lost with a connection, or with a syncer that is killed, and each
+one tells all steps again of which that is not known. They are numbered, so the syncer knows which ones it has.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-__all__ = ["Figures", "StepTimes"]
+__all__ = ["Figures", "StepTimes", "TakenSteps"]
 
 MAX_STEPS_PER_REPORT = 4096
 MAX_WAITING = 16 * MAX_STEPS_PER_REPORT
-"""Steps that wait for a report; above that (the background thread has died) the oldest are forgotten."""
+"""Steps that wait to be confirmed; above that (there is no syncer for long) the oldest are forgotten."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +37,25 @@ class Figures:
     bytes_down: int
 
 
+@dataclass(frozen=True, slots=True)
+class TakenSteps:
+    """The oldest steps that are not confirmed: the number of the first (from 0 at the join), gaps, paused parts, stalls; seconds."""
+
+    first: int
+    gaps_s: tuple[float, ...]
+    paused_s: tuple[float, ...]
+    stalls_s: tuple[float, ...]
+    age_s: float
+    """Since the end of the last of them; of the last one ever taken if there are none."""
+
+
 class StepTimes:
-    """Times of the inner steps since the last report."""
+    """Times of the inner steps that the syncer does not have on its tape."""
 
     def __init__(self) -> None:
         self._steps: deque[tuple[float, float, float, float]] = deque(maxlen=MAX_WAITING)
-        self._taken: list[tuple[float, float, float, float]] = []
+        self._unconfirmed: list[tuple[float, float, float, float]] = []
+        self._first = 0
         self._reported_end_s: float | None = None
         self._last_end_s: float | None = None
         self._paused_s = 0.0
@@ -74,22 +88,30 @@ class StepTimes:
         """Whether a report should be sent before its time."""
         return len(self._steps) >= MAX_STEPS_PER_REPORT
 
-    def take(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], float]:
-        """Gaps, paused parts, stalls since the last call (seconds, to the microsecond), and the age of the end of the last of them."""
-        taken: list[tuple[float, float, float, float]] = []
-        while self._steps and len(taken) < MAX_STEPS_PER_REPORT:
-            taken.append(self._steps.popleft())
+    def take(self, *, is_heard: bool = True) -> TakenSteps:
+        """What a report tells; to the microsecond.
+
+        Args:
+            is_heard: whether the syncer answers; if not there are none, and they wait.
+        """
+        waiting = self._unconfirmed
+        while self._steps:
+            waiting.append(self._steps.popleft())
+        if len(waiting) > MAX_WAITING:
+            self._drop(len(waiting) - MAX_WAITING)
+        taken = waiting[:MAX_STEPS_PER_REPORT] if is_heard else []
         if taken:
             # Of the last step in this report: one that has ended meanwhile belongs to the next report's walk back in time.
             self._reported_end_s = taken[-1][3]
         age_s = 0.0 if self._reported_end_s is None else max(0.0, time.monotonic() - self._reported_end_s)
-        self._taken = taken
         columns = [tuple(round(step[i], 6) for step in taken) for i in range(3)]
-        return columns[0], columns[1], columns[2], age_s
+        return TakenSteps(self._first, columns[0], columns[1], columns[2], age_s)
 
-    def give_back(self) -> None:
-        """The report of the last `take` was not sent: its steps belong to the next one, the newest of them if there is no room for all."""
-        # A full deque would push out steps at its other end, the newest ones, and what is left would not be in one piece.
-        room = MAX_WAITING - len(self._steps)
-        self._steps.extendleft(reversed(self._taken[-room:] if room > 0 else []))
-        self._taken = []
+    def confirm(self, num_steps: int) -> None:
+        """So many steps since the join are on the tape."""
+        self._drop(min(num_steps - self._first, len(self._unconfirmed)))
+
+    def _drop(self, count: int) -> None:
+        if count > 0:
+            del self._unconfirmed[:count]
+            self._first += count

@@ -39,6 +39,7 @@ from lightning_diloco.protocol.messages import (
     JoinRefused,
     LearnerHeader,
     Message,
+    Pong,
     Publication,
     ShardAddress,
     StaticState,
@@ -174,7 +175,9 @@ class Performer:
         records = [action.record for action in actions if isinstance(action, Tape)]
         for record in records:
             self._record(record)
-        if any(not isinstance(record, ProgressRecord) for record in records):
+        # A `Pong` says how much of a learner's reports is on the tape.
+        confirms = any(isinstance(action, Reply) and isinstance(action.message, Pong) and action.message.num_gaps for action in actions)
+        if confirms or any(not isinstance(record, ProgressRecord) for record in records):
             self._tape.flush()
 
     # ---- a job that goes on ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.protocol.learner import LearnerMachine
-from lightning_diloco.protocol.messages import Heartbeat, Leave, Message, Ping, StopRequest
+from lightning_diloco.protocol.messages import Heartbeat, Leave, Message, Ping, Pong, StopRequest
 from lightning_diloco.runtime.figures import StepTimes
 
 __all__ = ["Reports"]
@@ -27,7 +27,7 @@ class Reports:
     Args:
         machine: whose state they tell.
         lock: held while the machine is asked.
-        times: of the steps since the last report.
+        times: of the steps.
         config: of the job.
         send: sends a control message; whether the socket took it.
     """
@@ -56,17 +56,26 @@ class Reports:
         return now_s - self.heard_s < 3 * self._config.heartbeat_s
 
     def make(self) -> Heartbeat:
-        """A full report of this moment; the step times in it are given away."""
-        gaps, paused, stalls, age_s = self._times.take()
+        """A full report of this moment, with all step times of which it is not known that they are on the tape."""
+        steps = self._times.take(is_heard=self.is_heard(time.monotonic()))
         with self._lock:
-            return self._machine.report(step_gaps_s=gaps, paused_s=paused, stalls_s=stalls, last_step_age_s=age_s, clock_s=time.monotonic())
+            return self._machine.report(
+                first_gap=steps.first,
+                step_gaps_s=steps.gaps_s,
+                paused_s=steps.paused_s,
+                stalls_s=steps.stalls_s,
+                last_step_age_s=steps.age_s,
+                clock_s=time.monotonic(),
+            )
+
+    def answered(self, pong: Pong) -> None:
+        """The syncer has said how many steps it has on its tape."""
+        self._times.confirm(pong.num_gaps)
 
     def _report(self, now_s: float) -> None:
         self._due_s = now_s + self._config.heartbeat_s
         self._pings += 1
         self._is_taken = self._send(self.make() if self.leave is None else self.leave)
-        if not self._is_taken and self.leave is None:
-            self._times.give_back()
         self._send(Ping(number=self._pings))
         state = self._machine.state
         if state.wants_stop is not None and not state.is_stopped:

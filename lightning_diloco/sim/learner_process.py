@@ -102,6 +102,7 @@ class LearnerProcess:
         self._steps_left: int | None = None
         self._stop_reason: str | None = None
         self._last_end_s = 0.0
+        self._num_told = 0
         self._gaps: tuple[list[float], list[float], list[float]] = ([], [], [])
         self._gap_paused_s = 0.0
         self._gap_stall_s = 0.0
@@ -289,8 +290,9 @@ class LearnerProcess:
         gaps_s, paused_s, stalls_s = (tuple(values) for values in self._gaps)
         for values in self._gaps:
             values.clear()
-        age_s = self._engine.now_s - self._last_end_s
-        return self.machine.report(step_gaps_s=gaps_s, paused_s=paused_s, stalls_s=stalls_s, last_step_age_s=age_s)
+        age_s, first_gap = self._engine.now_s - self._last_end_s, self._num_told
+        self._num_told += len(gaps_s)
+        return self.machine.report(first_gap=first_gap, step_gaps_s=gaps_s, paused_s=paused_s, stalls_s=stalls_s, last_step_age_s=age_s)
 
     def _is_frozen(self, again: Callback) -> bool:
         """Whether the process stands still; `again` is then called when it thaws."""

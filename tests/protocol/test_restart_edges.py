@@ -6,8 +6,8 @@ import pytest
 
 from lightning_diloco.protocol import events as ev
 from lightning_diloco.protocol.identity import MergedThrough, Version
-from lightning_diloco.protocol.messages import HeldFragment, NotHeld, Recall
-from lightning_diloco.protocol.records import JoinRecord, RestartRecord
+from lightning_diloco.protocol.messages import HeldFragment, NotHeld, Ping, Pong, Recall
+from lightning_diloco.protocol.records import JoinRecord, ProgressRecord, RestartRecord
 from tests.protocol.invariants import check_tape
 from tests.protocol.moves import contribute, control, down
 from tests.protocol.restarting import RestartingPair
@@ -42,6 +42,36 @@ def test_the_time_before_the_crash_is_no_step_time(pair):
         pair.advance(1.0)
         pair.settle()
     assert len(pair.merges()) > before + 10, "a learner that hangs holds nothing up"
+
+
+def told(pair: RestartingPair) -> list[tuple[int, tuple[float, ...]]]:
+    return [(record.first_gap, record.step_gaps_s) for record in pair.of(ProgressRecord) if record.step_gaps_s]
+
+
+def test_step_times_that_are_told_twice_are_on_the_tape_once_and_none_is_lost_with_a_syncer(pair):
+    (a,) = pair.found(1)
+    pair.take_snapshot()
+    pair.step(a)
+
+    def report(first: int, gaps: tuple[float, ...]) -> None:
+        pair._send(a, a.machine.report(first_gap=first, step_gaps_s=gaps, paused_s=gaps, stalls_s=gaps))
+
+    report(0, (1.0, 2.0))
+    report(0, (1.0, 2.0, 3.0))
+    control(pair, a)
+    assert told(pair) == [(0, (1.0, 2.0)), (2, (3.0,))]
+    pair._send(a, Ping(number=7))
+    pair.deliver_control_up(a)
+    assert next(m for m in down(a) if isinstance(m, Pong)) == Pong(number=7, num_gaps=3)
+    report(1, (2.0, 3.0, 4.0))
+    a.control_up.clear()  # lost with the syncer
+    pair.restart()
+    report(1, (2.0, 3.0, 4.0, 5.0))
+    report(9, (9.0,))
+    pair.settle()
+    assert told(pair)[2:] == [(3, (4.0, 5.0)), (9, (9.0,))]
+    last = [r for r in pair.of(ProgressRecord) if r.step_gaps_s][-1]
+    assert last.paused_s == last.stalls_s == (9.0,)
 
 
 def test_a_holder_that_falls_silent_is_not_waited_for(pair):

@@ -30,26 +30,29 @@ def stepped(times: StepTimes, *stalls_s: float) -> None:
         times.step(stall_s)
 
 
-def test_steps_of_a_report_that_was_not_sent_come_first_in_the_next_one_in_their_order():
+def test_what_is_not_confirmed_is_told_again_before_what_came_later():
     times = StepTimes()
     times.start()
     stepped(times, 1.0, 2.0, 3.0)
-    assert times.take()[2] == (1.0, 2.0, 3.0)
+    assert (times.take().first, times.take().stalls_s) == (0, (1.0, 2.0, 3.0))
     stepped(times, 4.0)
-    times.give_back()
+    times.confirm(2)
     stepped(times, 5.0)
-    assert times.take()[2] == (1.0, 2.0, 3.0, 4.0, 5.0)
-    assert times.take()[2] == ()
+    taken = times.take()
+    assert (taken.first, taken.stalls_s) == (2, (3.0, 4.0, 5.0))
+    times.confirm(5)
+    times.confirm(2)
+    assert (times.take().first, times.take().stalls_s) == (5, ())
 
 
-def test_what_was_sent_is_not_given_back_twice():
+def test_what_was_not_told_cannot_be_confirmed():
     times = StepTimes()
     times.start()
-    stepped(times, 1.0)
+    stepped(times, 1.0, 2.0)
     times.take()
-    times.give_back()
-    times.give_back()
-    assert times.take()[2] == (1.0,)
+    stepped(times, 3.0)
+    times.confirm(99)
+    assert (times.take().first, times.take().stalls_s) == (2, (3.0,))
 
 
 def test_the_walk_back_in_time_from_a_later_report_reaches_the_join():
@@ -59,13 +62,24 @@ def test_the_walk_back_in_time_from_a_later_report_reaches_the_join():
     joined_s = time.monotonic()
     stepped(times, 1.0, 2.0)
     times.take()
-    times.give_back()
     stepped(times, 3.0)
     last_end_s = time.monotonic()
     time.sleep(0.05)
-    gaps, _, stalls, age_s = times.take()
-    assert stalls == (1.0, 2.0, 3.0) and age_s >= 0.05
-    assert abs(last_end_s - joined_s - sum(gaps)) < 0.002
+    taken = times.take()
+    assert taken.stalls_s == (1.0, 2.0, 3.0) and taken.age_s >= 0.05
+    assert abs(last_end_s - joined_s - sum(taken.gaps_s)) < 0.002
+
+
+def test_steps_wait_while_nobody_hears_and_the_age_is_that_of_what_was_told():
+    times = StepTimes()
+    times.start()
+    stepped(times, 1.0)
+    told_s = time.monotonic()
+    assert times.take().stalls_s == (1.0,)
+    stepped(times, *[2.0] * 10)
+    silent = times.take(is_heard=False)
+    assert silent.stalls_s == () and abs(silent.age_s - (time.monotonic() - told_s)) < 0.01
+    assert len(times.take().stalls_s) == 11
 
 
 def test_where_there_is_no_room_for_all_steps_the_oldest_are_forgotten(monkeypatch):
@@ -75,13 +89,8 @@ def test_where_there_is_no_room_for_all_steps_the_oldest_are_forgotten(monkeypat
     stepped(times, 1.0, 2.0, 3.0)
     times.take()
     stepped(times, 4.0, 5.0)
-    times.give_back()
-    assert times.take()[2] == (2.0, 3.0, 4.0, 5.0)
-    stepped(times, 6.0)
-    times.take()
-    stepped(times, 7.0, 8.0, 9.0, 10.0)
-    times.give_back()
-    assert times.take()[2] == (7.0, 8.0, 9.0, 10.0)
+    taken = times.take()
+    assert (taken.first, taken.stalls_s) == (1, (2.0, 3.0, 4.0, 5.0))
 
 
 class FullSocket:

@@ -110,6 +110,12 @@ def versions(syncer: Syncer, fragment_id: int = 0) -> list[tuple[int, int]]:
     return [tuple(e["version"]) for e in syncer.tape("merge") if e["fragment_id"] == fragment_id]
 
 
+def told_steps(syncer: Syncer, learner_id: int) -> list[int]:
+    """Numbers of the steps whose times are on the tape."""
+    reports = [e for e in syncer.tape("progress") if e["learner_id"] == learner_id]
+    return [e["first_gap"] + i for e in reports for i in range(len(e["step_gaps_s"]))]
+
+
 def kill_between_steps(job: Syncer, learners: list[Trainer], *, after_merges: int) -> None:
     """Kill the syncer, and see the learners step on."""
     until(lambda: bool(job.tape("merge")) and versions(job)[-1][1] >= after_merges)
@@ -139,6 +145,10 @@ def test_learners_go_on_while_the_syncer_is_killed_and_starts_again(tmp_path):
         summary = check_run(job.run_dir)
         assert summary["status"] == "finished" and summary["tokens"] == 16 * sum(learner.steps for learner in learners)
         assert summary["tokens_pending"] <= 1 and summary["discarded_by_reason"]["died"] == 0
+        for learner_id, learner in enumerate(learners):
+            assert told_steps(job, learner_id) == list(range(learner.steps)), (
+                "each step is on the tape, once, also those told to a dead one"
+            )
         final = load_file(job.run_dir / "global.safetensors")
         held_by_the_last = dict(learners[-1].client._module.named_parameters())
         assert all(torch.equal(final[name], value) for name, value in held_by_the_last.items())

@@ -230,7 +230,6 @@ def test_a_killed_learner_is_restarted_and_goes_on_at_the_jobs_step(tmp_path, ca
     # It has the moments of its first life, saved at the 8th step or later, or newer ones of the other learner.
     steps = json.loads((latest(tmp_path) / "second_life").read_text())
     assert len(steps) == 4 and min(steps) >= 8
-    assert "learner 1 goes on with the inner optimizer state of 2 fragments" in (latest(tmp_path) / "logs" / "learner_1.log").read_text()
     assert not (latest(tmp_path) / "rejoin").exists()
     assert summary["status"] == "finished"
     assert equal(parameters_of(model), global_parameters(latest(tmp_path)))
