@@ -1,8 +1,9 @@
 """Merges, their members, and the share of merges that each learner took part in.
 
 Only fragments of kind "parameters" count; merges of buffers are ignored. A merge that a restart of the syncer rolled back (its
-version is above the one that the restart goes on from) is taken out again, so every figure speaks of the versions that exist:
-`num_merges` equals versions minus founded versions.
+version is above the one that the restart goes on from) is taken out again, so every figure speaks of the versions that exist. A merge that
+a full disk kept off the tape is in no figure of members and shares; its tokens count as merged from the next restart on, whose record says
+what is in the versions.
 
 A learner is *eligible* for a merge if it was joined, not paused and had work when it closed. A member is always eligible: its work is in
 the merge, even if it was carried there after the learner had left. So participation = rounds merged / rounds eligible is in [0, 1].
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lightning_diloco.protocol.identity import FragmentInfo
+from lightning_diloco.protocol.identity import FragmentInfo, MergedThrough
 from lightning_diloco.protocol.records import MergeRecord
 
 __all__ = ["MergeLog"]
@@ -62,12 +63,20 @@ class MergeLog:
         self._merges.setdefault(record.fragment_id, []).append(merge)
         self._count(record.fragment_id, merge, 1)
 
-    def restart(self, versions: Mapping[int, int]) -> None:
-        """Take out what the restart rolled back: merges above these versions (n by fragment id)."""
+    def restart(self, versions: Mapping[int, int], through: Mapping[int, Mapping[int, MergedThrough]] | None = None) -> None:
+        """Take out what the restart rolled back, and count what the versions hold though their merges are on no tape.
+
+        Args:
+            versions: n of the version gone on from, by fragment id.
+            through: what is merged in it of each learner, by fragment id; None: the record does not say.
+        """
         for fragment_id, n in versions.items():
             merges = self._merges.get(fragment_id, [])
             while merges and merges[-1].n > n:
                 self._count(fragment_id, merges.pop(), -1)
+        for fragment_id, learners in (through or {}).items():
+            for learner_id, merged in learners.items() if fragment_id in self._fragments else ():
+                self._merged[learner_id, fragment_id] = merged.tokens
 
     def merged_tokens(self, learner_id: int, fragment_id: int) -> int:
         """Tokens of this learner that are in the present version of this fragment."""

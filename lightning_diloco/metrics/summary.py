@@ -116,7 +116,7 @@ class SummaryFold:
             "versions": dict(job.versions) if job else {},
             "startup_s": self._run.startup_s if self._run else t0_s,
             "wall_s": end_s - t0_s if t0_s is not None else None,
-            "merges": self._merges.num_merges,
+            "merges": self._num_merges(),
             "mean_members": self._merges.mean_members(),
             **self._tokens(ids),
             "bytes_up": self._bytes_up,
@@ -139,9 +139,17 @@ class SummaryFold:
         self._versions = {f.fragment_id: n for f, n in zip(record.fragments, record.founded_n, strict=True)}
         self._bytes_up += record.founding_bytes
 
+    def _num_merges(self) -> int:
+        """By the versions: a full disk keeps merges off the tape."""
+        if self._job is None:
+            return 0
+        founded = zip(self._job.fragments, self._job.founded_n, strict=True)
+        return sum(self._versions[f.fragment_id] - n for f, n in founded if f.kind == "parameters")
+
     def _restart(self, record: RestartRecord) -> None:
         self._versions = {p: version.n for p, version in zip(self._versions, record.versions, strict=True)}
-        self._merges.restart(self._versions)
+        through = dict(zip(self._versions, record.merged_through, strict=True)) if record.merged_through else None
+        self._merges.restart(self._versions, through)
         self._end = self._run = None
 
     def _status(self) -> str:

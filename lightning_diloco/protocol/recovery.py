@@ -313,6 +313,11 @@ class Recovery:
         job.is_recovering = False
         versions, through = tuple(c.version for c in job.currents), tuple(dict(c.merged_through) for c in job.currents)
         record = RestartRecord(epoch=job.epoch, versions=versions, merged_through=through, recalled=tuple(sorted(self._recalled)))
+        for fragment_id, merged in enumerate(through):
+            for learner_id, item in merged.items():
+                # A full disk may have kept it off the tape; a later life must not use the number again.
+                key = (learner_id, fragment_id)
+                job.last_seq[key] = max(item.seq, job.last_seq.get(key, 0))
         actions: list[SyncerAction] = [Tape(record=record), *self._close_accounts(versions, through)]
         for session, hello in self._returned.items():
             member = job.members.of(session)

@@ -74,6 +74,31 @@ def test_step_times_that_are_told_twice_are_on_the_tape_once_and_none_is_lost_wi
     assert last.paused_s == last.stalls_s == (9.0,)
 
 
+def test_a_hole_in_the_tape_lets_no_seq_be_used_again_and_the_accounts_are_those_of_the_versions(pair):
+    """A full disk took no line for a while; the version that a learner holds says what is in it."""
+    a, b = pair.found(2)
+    pair.take_snapshot()
+    pair.steps([a, b], 6)
+    pair.settle()
+    before = len(pair.tape)
+    pair.steps([a, b], 10)
+    pair.settle()
+    used = max(seq for c in pair.syncer.job.currents if (seq := c.merged_through[b.learner_id].seq))
+    del pair.tape[before:]
+    pair.restart()
+    (restart,) = pair.of(RestartRecord)
+    assert max(m[b.learner_id].seq for m in restart.merged_through) == used
+    pair.kill(b)
+    pair.take(ev.LearnerLost(learner_id=b.learner_id))
+    again = pair.add(b.learner_id)
+    pair.settle_all()
+    assert max(f.next_seq for f in again.machine.state.fragments) == used + 1
+    ledger = pair.syncer.job.ledger
+    for fragment_id, merged in enumerate(restart.merged_through):
+        for learner_id, item in merged.items():
+            assert ledger.merged(learner_id, fragment_id) == item.tokens and ledger.pending(learner_id, fragment_id) >= 0
+
+
 def test_a_holder_that_falls_silent_is_not_waited_for(pair):
     a, b = pair.found(2)
     pair.take_snapshot()
