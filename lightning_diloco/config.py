@@ -66,7 +66,7 @@ class SyncConfig:
     norm_gate: float | None = 10.0
     """Refuse a contribution whose norm per step exceeds this many times the running median (None: off)."""
     tape_payloads: bool = False
-    """Also record the contributions themselves; `replay` needs them."""
+    """Also keep the founding and every contribution on the disk, as they came over the wire; `lightning-diloco replay` needs them."""
     drain_timeout_s: float = 10.0
     """Seconds that a leaving learner waits for its last contributions to be accepted; then they are discarded(`drain`)."""
     heartbeat_s: float = 1.0
@@ -156,10 +156,8 @@ class SyncConfig:
     def _refuse_what_is_not_there_yet(self) -> None:
         if self.wire_dtype == "int4":
             raise not_there_yet("wire_dtype='int4'", "Use 'bf16' or 'fp32'.")
-        later = {"tape_payloads": False, "max_offline_steps": None}
-        for name, default in later.items():
-            if getattr(self, name) != default:
-                raise not_there_yet(f"{name}={getattr(self, name)!r}", f"Leave it at {default}.")
+        if self.max_offline_steps is not None:
+            raise not_there_yet(f"max_offline_steps={self.max_offline_steps!r}", "Leave it at None.")
 
 
 def need_int(name: str, value: Any, at_least: int) -> None:

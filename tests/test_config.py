@@ -37,7 +37,6 @@ WRONG = [
 ]
 NOT_THERE_YET = [
     {"wire_dtype": "int4"},
-    {"tape_payloads": True},
     {"max_offline_steps": 100},
     {"rejoin_every_steps": 10},
 ]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lightning_diloco import __version__
-from lightning_diloco.cli import export, simulate, syncer
+from lightning_diloco.cli import export, replay, simulate, syncer
 from lightning_diloco.errors import DiLoCoError
 
 __all__ = ["main"]
@@ -19,7 +19,6 @@ __all__ = ["main"]
 _LATER = {
     "status": ("a live table of a running job", "Read summary.json in the run directory; it is written every 5 s."),
     "keygen": ("keys for encrypted links", "Jobs stay on one machine, where no keys are needed."),
-    "replay": ("re-execution of a tape", "Read tape.jsonl in the run directory."),
     "plan": ("a forecast of bandwidth and memory", "Read bytes_up and bytes_down in summary.json of a short run."),
     "report": ("a page of plots from a run directory", "Read summary.json."),
 }
@@ -72,6 +71,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     syncer.add_parser(commands)
     export.add_parser(commands)
+    replay.add_parser(commands)
     simulate.add_parser(commands)
     for name, (what, remedy) in _LATER.items():
         commands.add_parser(name, help=f"(not there yet) {what}", description=f"{name} ({what}) is not there yet. {remedy}")

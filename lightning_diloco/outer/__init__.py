@@ -24,6 +24,7 @@ from lightning_diloco.outer.memory import BLOCK_ELEMENTS, flat
 from lightning_diloco.outer.merge import FoldRecord, MergeAccumulator, MergeRecord
 from lightning_diloco.outer.optimizer import FragmentState, last_step, momentum_at, outer_step, recovered_momentum
 from lightning_diloco.outer.pseudo_gradient import contribution_norm, pseudo_gradient
+from lightning_diloco.outer.publishing import OuterStep, Published, is_finite, take_step
 from lightning_diloco.outer.spec import Fragment, Layout, TensorSlice, TensorSpec
 from lightning_diloco.outer.static import load_static, pack_static, static_bytes
 from lightning_diloco.outer.views import FragmentView
@@ -37,6 +38,8 @@ __all__ = [
     "Layout",
     "MergeAccumulator",
     "MergeRecord",
+    "OuterStep",
+    "Published",
     "TensorSlice",
     "TensorSpec",
     "balanced_fragments",
@@ -50,6 +53,7 @@ __all__ = [
     "encode_in_place",
     "encode_publication",
     "flat",
+    "is_finite",
     "load_static",
     "last_step",
     "momentum_at",
@@ -64,4 +68,5 @@ __all__ = [
     "reference",
     "sha256_of",
     "static_bytes",
+    "take_step",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_ELEMENTS", "flat"]
+__all__ = ["BLOCK_ELEMENTS", "flat", "raw"]
 
 BLOCK_ELEMENTS = 1 << 18
 """What is done with 1 MiB of float32 finds it in the cache, and Python's share is small; smaller blocks were slower."""
@@ -24,3 +24,8 @@ def flat(num_elements: int) -> Tensor:
         float32 [N] in host memory.
     """
     return torch.empty(num_elements, dtype=torch.float32, device="cpu")
+
+
+def raw(num_bytes: int) -> Tensor:
+    """Bytes of their own, not set: uint8 [num_bytes] in host memory, aligned for every dtype."""
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")

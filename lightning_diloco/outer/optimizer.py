@@ -70,6 +70,18 @@ class FragmentState:
         """
         return cls(theta=theta, momentum=torch.zeros_like(theta), shadow=theta)
 
+    @classmethod
+    def recalled(cls, values: Tensor, before: FragmentState | None, merge_index: int) -> FragmentState:
+        """The state of a version whose published values are all that is left of it.
+
+        Args:
+            values: the shadow, flat float32 [N]; must not be changed afterwards.
+            before: an earlier state of the fragment, whose momentum goes on; None: it begins at zero.
+            merge_index: merges in the values.
+        """
+        state = replace(cls.founded(values), merge_index=merge_index)
+        return state if before is None else replace(state, momentum=before.momentum, ahead=before.ahead)
+
 
 def momentum_at(merge_index_from_1: int, outer_momentum: float, warmup: int) -> float:
     """The momentum of a fragment's v-th merge: min(outer_momentum, v / (v + warmup)).

@@ -306,6 +306,7 @@ class Admission:
             founding_bytes=event.payload_bytes,
             num_slots=job.options.num_slots,
             versions=job.options.versions,
+            payload_at=event.payload_at,
         )
 
     def ready(self, session: str, now_s: float) -> list[SyncerAction]:

@@ -174,5 +174,6 @@ class Contributions:
             outcome=outcome,
             reason=reason,
             is_final=header.is_final,
+            payload_at=event.payload_at,
         )
         return Tape(record=record)

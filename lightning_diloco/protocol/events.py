@@ -60,7 +60,7 @@ class MessageReceived(_Event, frozen=True, kw_only=True):
 class ContributionArrived(_Event, frozen=True, kw_only=True):
     """A contribution is complete, decoded and measured. `norm` is the float64 norm; `is_finite` is False for NaN or infinity in it.
 
-    `crc_ok` is False if the decoded bytes do not have the header's crc.
+    `crc_ok` is False if the decoded bytes do not have the header's crc. `payload_at`: where the payload was recorded (None: nowhere).
     """
 
     session: str
@@ -70,6 +70,7 @@ class ContributionArrived(_Event, frozen=True, kw_only=True):
     is_finite: bool
     payload_bytes: int
     crc_ok: bool = True
+    payload_at: int | None = None
 
 
 class PayloadFailed(_Event, frozen=True, kw_only=True):
@@ -82,11 +83,15 @@ class PayloadFailed(_Event, frozen=True, kw_only=True):
 
 
 class FoundingArrived(_Event, frozen=True, kw_only=True):
-    """All founding payloads of the appointed founder are in and stored; crc of each fragment, payload bytes in all."""
+    """All founding payloads of the appointed founder are in and stored; crc of each fragment, payload bytes in all.
+
+    `payload_at`: where they were recorded (None: nowhere).
+    """
 
     session: str
     crcs: tuple[int, ...]
     payload_bytes: int
+    payload_at: int | None = None
 
 
 class HeldArrived(_Event, frozen=True, kw_only=True):

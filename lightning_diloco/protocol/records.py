@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from lightning_diloco.protocol.identity import DiscardReason, FragmentInfo, LeaveReason, MergedThrough, Refusal, Version
+from lightning_diloco.protocol.identity import Count, DiscardReason, FragmentInfo, LeaveReason, MergedThrough, Refusal, Version
 
 __all__ = [
     "ContributionRecord",
@@ -45,7 +45,10 @@ class _Base(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
 
 
 class JobRecord(_Base, frozen=True, kw_only=True, tag="job"):
-    """The job is founded. `founded_n`: version numbers that it starts from. `num_slots`: configured learners (None: open)."""
+    """The job is founded. `founded_n`: version numbers that it starts from. `num_slots`: configured learners (None: open).
+
+    `payload_at`: where its tensors begin in the file of recorded payloads (None: they are not there).
+    """
 
     job_id: str
     lineage: str
@@ -58,6 +61,7 @@ class JobRecord(_Base, frozen=True, kw_only=True, tag="job"):
     founding_bytes: int
     num_slots: int | None = None
     versions: dict[str, str] = {}
+    payload_at: Count | None = None
 
 
 class JoinRecord(_Base, frozen=True, kw_only=True, tag="join"):
@@ -131,7 +135,10 @@ class RoundCancelRecord(_Base, frozen=True, kw_only=True, tag="round_cancel"):
 
 
 class ContributionRecord(_Base, frozen=True, kw_only=True, tag="contribution", rename={"seq": "contribution_seq"}):
-    """A contribution was decided on arrival. Its seq stands on the tape as `contribution_seq`: `seq` is the line's number there."""
+    """A contribution was decided on arrival. Its seq stands on the tape as `contribution_seq`: `seq` is the line's number there.
+
+    `payload_at`: where it lies in the file of recorded payloads (None: it is not there).
+    """
 
     learner_id: int
     incarnation: int
@@ -146,6 +153,7 @@ class ContributionRecord(_Base, frozen=True, kw_only=True, tag="contribution", r
     outcome: Outcome
     reason: Refusal | None = None
     is_final: bool = False
+    payload_at: Count | None = None
 
 
 class DiscardRecord(_Base, frozen=True, kw_only=True, tag="discard"):
@@ -212,12 +220,16 @@ class RestartRecord(_Base, frozen=True, kw_only=True, tag="restart"):
     """A syncer goes on with the job after a restart, from these versions; merges above them are undone.
 
     `merged_through`: what is in them, per fragment. `recalled`: fragments whose values came from a learner, not from the snapshot.
+    `origins`: the version, of an earlier epoch, that each of them was. `momenta`: the version whose outer momentum goes on (None: it begins
+    at zero): for what came from a learner that of the snapshot, which may be older than the values, or of a branch that was given up.
     """
 
     epoch: int
     versions: tuple[Version, ...]
     merged_through: tuple[dict[int, MergedThrough], ...] = ()
     recalled: tuple[int, ...] = ()
+    origins: tuple[Version, ...] = ()
+    momenta: tuple[Version | None, ...] = ()
 
 
 class EndRecord(_Base, frozen=True, kw_only=True, tag="end"):

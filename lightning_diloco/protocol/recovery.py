@@ -91,6 +91,8 @@ class Recovery:
         self._recalled: list[int] = []
         self._finish: Callable[[float], list[SyncerAction]] | None = None
         self._in_snapshot = list(resumption.currents)
+        self._momenta = tuple(None if c is None else c.version for c in resumption.currents)
+        self._origins: tuple[Version, ...] = ()
         self._restore(resumption)
 
     @property
@@ -301,6 +303,7 @@ class Recovery:
     # ---- serving ------------------------------------------------------------------------------------------------------------
 
     def _begin_epoch(self) -> list[SyncerAction]:
+        self._origins = tuple(current.version for current in self._job.currents)
         for current in self._job.currents:
             current.version, current.parent = Version(self._job.epoch, current.version.n), None
         return [MakeDurable()]
@@ -312,7 +315,14 @@ class Recovery:
         job, self.stage = self._job, "done"
         job.is_recovering = False
         versions, through = tuple(c.version for c in job.currents), tuple(dict(c.merged_through) for c in job.currents)
-        record = RestartRecord(epoch=job.epoch, versions=versions, merged_through=through, recalled=tuple(sorted(self._recalled)))
+        record = RestartRecord(
+            epoch=job.epoch,
+            versions=versions,
+            merged_through=through,
+            recalled=tuple(sorted(self._recalled)),
+            origins=self._origins,
+            momenta=self._momenta,
+        )
         for fragment_id, merged in enumerate(through):
             for learner_id, item in merged.items():
                 # A full disk may have kept it off the tape; a later life must not use the number again.

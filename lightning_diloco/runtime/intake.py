@@ -1,12 +1,13 @@
 """Payloads that reach the syncer: who may send one, and what becomes of it.
 
 Memory is for members alone, and only for what a learner can have on its way. A payload is decoded and measured on the numerics thread; the
-rules hear of it as facts (a norm, a checksum), on the loop thread.
+rules hear of it as facts (a norm, a checksum, where it was written down), on the loop thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,9 @@ from lightning_diloco.protocol.messages import Contribution, Envelope, HeldFragm
 from lightning_diloco.protocol.syncer import SyncerMachine
 from lightning_diloco.protocol.wire import decode_learner_header
 from lightning_diloco.runtime.healing import is_sound
+from lightning_diloco.runtime.payloads import PayloadKey
 from lightning_diloco.runtime.performer import Performer
+from lightning_diloco.runtime.store import Founded
 
 __all__ = ["MIN_DECODING", "Intake"]
 
@@ -64,16 +67,21 @@ class Intake:
         elif isinstance(header, HeldFragment):
             self._held(session, header, payload)
         else:
-            self._performer.take_founding(session, header, payload, lambda crcs, size: self._founded(session, crcs, size))
+            self._performer.take_founding(session, header, payload, lambda founded: self._founded(session, founded))
 
     def _contribution(self, session: str, envelope: Envelope, header: Contribution, payload: memoryview) -> None:
         store = self._performer.store
         if store is None:
             return
 
+        written = self._record(session, envelope, header, payload)
+
         def then(result: tuple[Tensor, float, bool]) -> None:
+            """On the loop thread: wait for the disk, if payloads are kept."""
+            self._performer.payloads.when_written(written, lambda payload_at: decided(*result, payload_at))
+
+        def decided(decoded: Tensor, norm: float, crc_ok: bool, payload_at: int | None) -> None:
             """On the loop thread: tell the machine what has arrived."""
-            decoded, norm, crc_ok = result
             self._decoding[session] -= 1
             if not self._decoding[session]:
                 del self._decoding[session]
@@ -85,11 +93,26 @@ class Intake:
                 is_finite=is_sound(norm),
                 payload_bytes=len(payload),
                 crc_ok=crc_ok,
+                payload_at=payload_at,
             )
             self._handle(event, decoded)
 
         self._decoding[session] = self._decoding.get(session, 0) + 1
         self._submit(lambda: store.decode_contribution(header.fragment_id, payload, header.crc), then)
+
+    def _record(self, session: str, envelope: Envelope, header: Contribution, payload: memoryview) -> Future[int | None] | None:
+        """Have the payload written down, if payloads are kept; of a stranger nothing is."""
+        member = self._machine.job.members.of(session)
+        if member is None:
+            return None
+        key = PayloadKey(
+            kind="contribution",
+            fragment_id=header.fragment_id,
+            learner_id=member.learner_id,
+            incarnation=envelope.incarnation,
+            seq=header.seq,
+        )
+        return self._performer.payloads.put(key, payload)
 
     def _held(self, session: str, header: HeldFragment, payload: memoryview) -> None:
         store, recovery = self._performer.store, self._machine.recovery
@@ -110,7 +133,8 @@ class Intake:
         self._decoding[session] = self._decoding.get(session, 0) + 1
         self._submit(lambda: store.recalled(header.fragment_id, payload, header.crc, header.version.n), then)
 
-    def _founded(self, session: str, crcs: tuple[int, ...], founding_bytes: int) -> bool:
+    def _founded(self, session: str, founded: Founded) -> bool:
         """Whether the rules take this for the founding: its founder may have died a moment ago."""
-        self._handle(FoundingArrived(session=session, crcs=crcs, payload_bytes=founding_bytes), None)
+        event = FoundingArrived(session=session, crcs=founded.crcs, payload_bytes=founded.num_bytes, payload_at=founded.payload_at)
+        self._handle(event, None)
         return self._machine.job.is_founded

@@ -51,8 +51,9 @@ from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.durability import SnapshotKeeper
 from lightning_diloco.runtime.global_state import OUTER_NAME
 from lightning_diloco.runtime.opening import Opening
+from lightning_diloco.runtime.payloads import PayloadKeeper, founding_entries
 from lightning_diloco.runtime.snapshot import Founding, FragmentSnapshot, SnapshotStore
-from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES, Closed, SyncerStore
+from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES, Closed, Founded, SyncerStore
 from lightning_diloco.runtime.tape import TapeWriter
 from lightning_diloco.runtime.telling import package_versions, sentence
 from lightning_diloco.runtime.transport import SyncerTransport
@@ -122,6 +123,7 @@ class Performer:
         self._kept: dict[int, FragmentSnapshot] = {}
         self._snapshots = SnapshotStore(options.run_dir)
         self.keeper = SnapshotKeeper(self._snapshots, ask=self._kept.__getitem__, on_loop=on_loop)
+        self.payloads = PayloadKeeper(options.run_dir, on_loop=on_loop)
         self.store: SyncerStore | None = None
         if opening.founding is not None:
             self._restore(opening.founding, opening.fragments)
@@ -184,6 +186,7 @@ class Performer:
 
     def _restore(self, founding: Founding, fragments: tuple[FragmentSnapshot | None, ...]) -> None:
         self.store = SyncerStore(founding.layout, founding.config)
+        self.payloads.begin(founding.config.tape_payloads)
         self.store.restore(founding.static, [None if f is None else f.state for f in fragments])
         self._is_founded = True
         for fragment_id, found in enumerate(fragments):
@@ -237,20 +240,21 @@ class Performer:
         if static_bytes(layout) != message.static_bytes:
             return f"static_bytes={message.static_bytes}: the layout has {static_bytes(layout)}."
         self.store = SyncerStore(layout, config, has_momentum=message.has_momentum)
+        self.payloads.begin(config.tape_payloads)
         return None
 
-    def take_founding(self, session: str, header: LearnerHeader, payload: memoryview, done: Callable[[tuple[int, ...], int], bool]) -> None:
+    def take_founding(self, session: str, header: LearnerHeader, payload: memoryview, done: Callable[[Founded], bool]) -> None:
         """Store one founding payload on the numerics thread.
 
-        A payload that is not what its header says costs its sender the session; `done(crc of every fragment, payload bytes)` is called on
-        the loop thread after the last one and tells whether the job is founded now.
+        A payload that is not what its header says costs its sender the session; `done` is called on the loop thread after the last one
+        and tells whether the job is founded now.
         """
         store = self.store
         if store is None or self._is_founded or not self._is_founder(session):
             return
 
-        def work() -> tuple[int, ...] | RemoteProtocolError | None:
-            """Store the part; the checksums of all fragments after the last one."""
+        def work() -> Founded | RemoteProtocolError | None:
+            """Store the part; what was founded after the last one."""
             try:
                 if isinstance(header, FoundingFragment):
                     store.found_fragment(header.fragment_id, header.part, payload, header.crc)
@@ -260,7 +264,7 @@ class Performer:
                 return error
             return self._keep_founding(store) if store.is_complete else None
 
-        def then(result: tuple[int, ...] | RemoteProtocolError | None) -> None:
+        def then(result: Founded | RemoteProtocolError | None) -> None:
             """On the loop thread: refuse the founder, or go on."""
             # Meanwhile another founder, or the same one again, may have begun anew.
             if result is None or store is not self.store or self._is_founded or not self._is_founder(session):
@@ -268,20 +272,20 @@ class Performer:
             if isinstance(result, RemoteProtocolError):
                 self.refuse(session, result.reason, result.detail)
                 return
-            for i in range(len(result)):
+            for i in range(len(result.crcs)):
                 self.put_recalled(i, store.state(i))
-            self._is_founded = done(result, store.founding_bytes)
+            self._is_founded = done(result)
 
         self._submit(work, then)
 
-    def _keep_founding(self, store: SyncerStore) -> tuple[int, ...]:
+    def _keep_founding(self, store: SyncerStore) -> Founded:
         """On the numerics thread: what the founding said is on the disk before anybody is told that there is a job."""
         founding = Founding(config=store.config, fingerprint=store.layout.fingerprint(), layout=store.layout, static=store.static)
         try:
             self._snapshots.write_founding(founding)
         except OSError as error:
             _log.error("The founding could not be written to %s: %s. The run cannot be resumed.", self._options.run_dir, error)
-        return store.crcs()
+        return Founded(store.crcs(), store.founding_bytes, self.payloads.put_founding(founding_entries(store)))
 
     def accepts(self, session: str, data: bytes, total_bytes: int) -> bool | str:
         """Whether memory may be given to a payload of this header and size."""

@@ -218,6 +218,7 @@ class SyncerService:
         finally:
             self._numerics.shutdown(wait=True, cancel_futures=True)
             self._performer.keeper.close(writes=self._performer.ended is not None)
+            self._performer.payloads.close()
             self._tape.close()
             if self._tape.error is not None:
                 _log.error("The tape could not be written: %s", self._tape.error)

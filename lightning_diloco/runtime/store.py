@@ -29,23 +29,23 @@ from lightning_diloco.outer import (
     FragmentState,
     Layout,
     MergeAccumulator,
+    OuterStep,
     contribution_norm,
     decode,
     decode_full,
-    encode_publication,
-    last_step,
+    is_finite,
     momentum_at,
-    outer_step,
     payload_bytes,
     sha256_of,
     static_bytes,
+    take_step,
 )
 from lightning_diloco.outer.static import unpack_static
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import by_name
 from lightning_diloco.runtime.memory import Pool
 
-__all__ = ["Closed", "SyncerStore"]
+__all__ = ["Closed", "Founded", "SyncerStore"]
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +66,18 @@ class Closed:
     scales: tuple[float, ...]
     state: FragmentState
     """All of the fragment after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Founded:
+    """What a founding put into the store."""
+
+    crcs: tuple[int, ...]
+    """Of every fragment's values."""
+    num_bytes: int
+    """Payload bytes in all."""
+    payload_at: int | None
+    """Where its payloads were recorded; None: nowhere."""
 
 
 class SyncerStore:
@@ -123,17 +135,15 @@ class SyncerStore:
             None if the values are not what they should be.
         """
         values, before = decode_full(payload, self.layout.fragments[fragment_id].num_params), self._states[fragment_id]
-        if crc32(values) != crc or not _is_finite(values):
+        if crc32(values) != crc or not is_finite(values):
             return None
-        state = FragmentState.founded(values)
         if before is None:
             _log.warning(
                 "Fragment %d is taken from a learner at version %d; its outer momentum is lost and begins at zero.", fragment_id, n
             )
         else:
-            state = replace(state, momentum=before.momentum, ahead=before.ahead)
             _log.info("Fragment %d is taken from a learner at version %d; its outer momentum is the snapshot's.", fragment_id, n)
-        return replace(state, merge_index=n)
+        return FragmentState.recalled(values, before, n)
 
     def put_recalled(self, fragment_id: int, state: FragmentState) -> None:
         """The rules have taken what `recalled` made."""
@@ -195,38 +205,29 @@ class SyncerStore:
         start_s = time.monotonic()
         config, before, fragment = self.config, self.state(fragment_id), self.layout.fragments[fragment_id]
         merged, record = self._accumulators[fragment_id].result()
-        momentum = momentum_at(merge_index, config.outer_momentum, config.outer_momentum_warmup)
-        if fragment.holds_values:
-            momentum, stepped = 0.0, FragmentState.founded(merged)
-        elif last_share is not None:
-            momentum, stepped = 0.0, last_step(before, merged, lr=config.outer_lr, share=last_share, allocate=self._memory.flat)
-        else:
-            stepped = outer_step(before, merged, lr=config.outer_lr, momentum=momentum, allocate=self._memory.flat)
-        difference, shadow = self._publication(fragment, stepped.theta, before.shadow)
-        if not _is_finite(shadow):
-            # Finite contributions can still overflow, with a huge outer learning rate for one. NaN in the global model is for good.
+        step = OuterStep(
+            lr=config.outer_lr,
+            momentum=momentum_at(merge_index, config.outer_momentum, config.outer_momentum_warmup),
+            last_share=last_share,
+            wire_dtype=config.wire_dtype,
+        )
+        published = take_step(fragment, before, merged, step, merge_index, flat=self._memory.flat, raw=self._memory.raw)
+        if not published.is_finite:
             _log.error("The outer step of fragment %d is not finite; the fragment stays as it was, without momentum.", fragment_id)
-            stepped = FragmentState.founded(before.theta)
-            difference, shadow = self._publication(fragment, before.theta, before.shadow)
-        state = self._states[fragment_id] = replace(stepped, shadow=shadow, merge_index=merge_index)
+        state = self._states[fragment_id] = published.state
         norms, self._norms[fragment_id] = tuple(self._norms[fragment_id]), []
         self._accumulators[fragment_id] = MergeAccumulator(fragment, allocate=self._memory.flat)
         return Closed(
             fragment_id=fragment_id,
-            difference=difference,
-            shadow=shadow,
-            crc=crc32(shadow),
+            difference=published.difference,
+            shadow=state.shadow,
+            crc=crc32(state.shadow),
             merge_s=time.monotonic() - start_s,
-            outer_momentum=momentum,
+            outer_momentum=published.momentum,
             norms=norms,
             scales=record.scales,
             state=state,
         )
-
-    def _publication(self, fragment: Fragment, theta: Tensor, shadow: Tensor) -> tuple[Tensor, Tensor]:
-        size, wire_dtype = fragment.num_params, self._dtype(fragment)
-        payload = self._memory.raw(payload_bytes(size, wire_dtype))
-        return encode_publication(theta, shadow, wire_dtype, out=(payload, None if wire_dtype == "fp32" else self._memory.flat(size)))
 
     def global_sha256(self) -> str:
         """SHA-256 of all published fragments in layout order, float32 little endian."""
@@ -255,11 +256,6 @@ class SyncerStore:
         momenta = tuple(self.state(f.fragment_id).momentum for f in self.layout.fragments)
         tensors = by_name(self.layout, momenta) if self.config.outer_momentum > 0 else {}
         _write(tensors, path, {"versions": json.dumps(numbers)})
-
-
-def _is_finite(values: Tensor) -> bool:
-    low, high = torch.aminmax(values)
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +28,17 @@ import msgspec
 from lightning_diloco.errors import DiLoCoError
 from lightning_diloco.protocol.records import Record, RunRecord, TapeLine, decode_line, encode_line
 
-__all__ = ["FLUSH_PERIOD_S", "MAX_PENDING_BYTES", "TAPE_NAME", "TapeError", "TapeTail", "TapeWriter", "append_run_record", "read_tape"]
+__all__ = [
+    "FLUSH_PERIOD_S",
+    "MAX_PENDING_BYTES",
+    "TAPE_NAME",
+    "TapeError",
+    "TapeTail",
+    "TapeWriter",
+    "append_run_record",
+    "read_tape",
+    "walk_tape",
+]
 
 TAPE_NAME: Final = "tape.jsonl"
 """Name of the tape inside a run directory."""
@@ -190,6 +200,30 @@ def read_tape(path: Path) -> list[TapeLine]:
     lines = tail.read_new()
     tail.read_new()  # raises if it stopped at a damaged line
     return lines
+
+
+def walk_tape(path: Path) -> Iterator[TapeLine]:
+    """The complete lines of a tape one after the other, in little memory, from a copy too in which lines were left out.
+
+    Raises:
+        TapeError: the file is missing or cannot be read; a line is no record or not in order.
+    """
+    last = -1
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if not raw.endswith(b"\n"):
+                    return  # half-written
+                try:
+                    line = decode_line(raw)
+                except ValueError as error:
+                    raise TapeError(f"{path}, line {number}: not a record ({error}). Was the file edited or the disk full?") from error
+                if line.seq <= last:
+                    raise TapeError(f"{path}, line {number}: seq is {line.seq}, after {last}. Lines were moved.")
+                last = line.seq
+                yield line
+    except OSError as error:
+        raise TapeError(f"{path}: cannot be read ({error.strerror}). Give a run directory with its {TAPE_NAME}.") from error
 
 
 def append_run_record(path: Path, record: RunRecord) -> TapeLine:

@@ -46,7 +46,7 @@ def test_help_is_0(command, capsys):
     assert end.value.code == 0 and "usage:" in out and err == ""
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("syncer", "simulate", "export")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("syncer", "simulate", "export", "replay")])
 def test_a_command_that_is_not_there_yet_says_so_whatever_follows_it(command, capsys):
     says = re.compile(rf"lightning-diloco: {command} \([a-z -]+\) is not there yet\. [A-Z].+\.\n")
     assert says.fullmatch(refuse(capsys, command))
@@ -96,6 +96,9 @@ def test_version_is_that_of_the_package(capsys):
         (["syncer", "--run-dir", "x", "--resume", "y"], "--run-dir x is another one"),
         (["syncer", "--run-dir", "x", "--rebuild"], "--rebuild is not there yet"),
         (["syncer", "--run-dir", "x", "--insecure"], "--insecure is not there yet"),
+        (["replay"], "required: RUN_DIR"),
+        (["replay", "x"], "x: there is no such folder"),
+        (["replay", "."], "holds no tape.jsonl"),
         (["simulate", "--learners", "0"], "--learners 0"),
         (["simulate", "--steps", "many"], "invalid int value: 'many'"),
         (["simulate", "--quorum", "0"], "min_quorum=0"),
