@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lightning_diloco.config import SyncConfig
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
 from tests.runtime.job_helpers import CONFIG as SMALL
 from tests.runtime.job_helpers import Background, make_module, step, until
@@ -32,8 +33,8 @@ CONFIG = replace(SMALL, outer_lr=0.5, outer_momentum=0.3)
 class Syncer:
     """A syncer by hand, which can be killed and started again at the same address."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, config: SyncConfig = CONFIG) -> None:
+        self.run_dir, self.config = run_dir, config
         self.process = self._start("--run-dir", "tcp://127.0.0.1:0")
         self.endpoint = json.loads((run_dir / "syncer.json").read_text())["endpoint"]
 
@@ -59,7 +60,7 @@ class Syncer:
 
     def client(self, learner_id: int) -> LearnerClient:
         options = ClientOptions(
-            endpoint=self.endpoint, config=CONFIG, counters_path=self.run_dir / "counters", learner_id=learner_id, join_timeout_s=60
+            endpoint=self.endpoint, config=self.config, counters_path=self.run_dir / "counters", learner_id=learner_id, join_timeout_s=60
         )
         return LearnerClient(make_module(learner_id), options)
 
@@ -68,8 +69,8 @@ class Syncer:
 
 
 @contextmanager
-def syncer(run_dir: Path) -> Iterator[Syncer]:
-    started = Syncer(run_dir)
+def syncer(run_dir: Path, config: SyncConfig = CONFIG) -> Iterator[Syncer]:
+    started = Syncer(run_dir, config)
     try:
         yield started
     finally:

@@ -12,12 +12,13 @@ from lightning.pytorch import Trainer
 
 from lightning_diloco import DecoupledDiLoCoStrategy
 from lightning_diloco.errors import SyncerUnavailableError
+from lightning_diloco.runtime.replay import replay_run
 from tests.strategy.kit import TinyModel, equal, global_parameters, latest, loader, parameters_of, quiet
 from tests.tape_checker import check_run, load_tape
 
 pytestmark = pytest.mark.process
 
-FAST = {"num_fragments": 2, "sync_interval_steps": 8, "heartbeat_s": 0.2, "outer_momentum": 0.3, "outer_lr": 0.5}
+FAST = {"num_fragments": 2, "sync_interval_steps": 8, "heartbeat_s": 0.2, "outer_momentum": 0.3, "outer_lr": 0.5, "tape_payloads": True}
 KILLED_AT, MEET_AT = 60, 600
 
 
@@ -57,6 +58,8 @@ def test_a_syncer_that_is_killed_is_started_again_and_the_fit_goes_on(tmp_path, 
     (restart,) = [e for e in load_tape(run_dir / "tape.jsonl") if e["event"] == "restart"]
     assert all(f["version"] > n for f, (_, n) in zip(summary["fragments"], restart["versions"], strict=True)), "it merged again after it"
     assert check_run(run_dir)["tokens"] == 2 * 900 * 4
+    replayed = replay_run(run_dir)
+    assert replayed.is_equal and replayed.restarts == 1 and replayed.global_sha256 == summary["global_sha256"]
     assert equal(parameters_of(model), global_parameters(run_dir))
 
 
