@@ -119,10 +119,10 @@ def told_steps(syncer: Syncer, learner_id: int) -> list[int]:
 
 def kill_between_steps(job: Syncer, learners: list[Trainer], *, after_merges: int) -> None:
     """Kill the syncer, and see the learners step on."""
-    until(lambda: bool(job.tape("merge")) and versions(job)[-1][1] >= after_merges)
+    until(lambda: bool(job.tape("merge")) and versions(job)[-1][1] >= after_merges, 60)
     job.kill()
     before = [learner.steps for learner in learners]
-    until(lambda: all(learner.steps > steps + 20 for learner, steps in zip(learners, before, strict=True)))
+    until(lambda: all(learner.steps > steps + 20 for learner, steps in zip(learners, before, strict=True)), 60)
 
 
 def test_learners_go_on_while_the_syncer_is_killed_and_starts_again(tmp_path):
