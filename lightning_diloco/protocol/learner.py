@@ -60,6 +60,7 @@ from lightning_diloco.protocol.messages import (
     Discarded,
     Envelope,
     Fenced,
+    FromSyncer,
     Heartbeat,
     HeldFragment,
     Hello,
@@ -195,9 +196,9 @@ class LearnerMachine:
 
     def _control(self, event: ControlReceived) -> list[LearnerAction]:
         state, message, actions = self.state, event.message, list[LearnerAction]()
+        if not self.heeds(event.envelope, message):
+            return []
         if state.stage in ("joined", "leaving"):
-            if not self._is_ours(event.envelope):
-                return []
             is_restart = event.envelope.epoch > state.envelope.epoch
             if is_restart and isinstance(message, Pull | Released | Resolved | Stop | Left):
                 return self._say_hello()  # the syncer has started again, and its welcome was lost
@@ -208,9 +209,19 @@ class LearnerMachine:
             state.envelope = event.envelope
         return actions + (handler(message) if handler is not None else [])
 
+    def heeds(self, envelope: Envelope, message: FromSyncer) -> bool:
+        """Whether a control message is this learner's syncer's. Before the join it knows no syncer yet, and listens to all."""
+        ours = self.state.envelope
+        if self.state.stage not in ("joined", "leaving"):
+            return True
+        if isinstance(message, Welcome) and envelope.epoch == ours.epoch and envelope.incarnation != ours.incarnation:
+            return False  # one syncer has one number for this life
+        return self._is_ours(envelope)
+
     def _is_ours(self, envelope: Envelope) -> bool:
-        """A learner refuses a lower epoch or another lineage (both are silent: an old syncer woke beside its successor)."""
-        return envelope.lineage == self.state.envelope.lineage and envelope.epoch >= self.state.envelope.epoch
+        """A learner refuses a lower epoch, another lineage or job (all are silent: an old syncer woke beside its successor)."""
+        ours = self.state.envelope
+        return envelope.job_id == ours.job_id and envelope.lineage == ours.lineage and envelope.epoch >= ours.epoch
 
     def _welcomed(self, message: Welcome) -> list[LearnerAction]:
         self._welcome = message

@@ -21,7 +21,7 @@ import zmq
 from torch import Tensor, nn
 
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.errors import DiLoCoError, FencedError, JoinRefusedError, RemoteProtocolError
+from lightning_diloco.errors import ConfigurationError, DiLoCoError, FencedError, JoinRefusedError, RemoteProtocolError
 from lightning_diloco.outer import buffer_of, payload_bytes, static_bytes
 from lightning_diloco.protocol.actions import (
     Decode,
@@ -66,6 +66,7 @@ from lightning_diloco.protocol.messages import (
 from lightning_diloco.protocol.wire import decode_from_syncer, decode_syncer_header, encode
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.client_joining import Joining
+from lightning_diloco.runtime.complaints import Complaints
 from lightning_diloco.runtime.figures import StepTimes
 from lightning_diloco.runtime.global_state import FoundingState
 from lightning_diloco.runtime.learner_store import LearnerStore, Receive
@@ -133,6 +134,7 @@ class ClientLoop:
         )
         self.reports = Reports(machine, self.lock, times, config, self._send)
         self.leave_again: Literal["limit", "signal", "stopped"] | None = None
+        self._complaints = Complaints(_log)
         self._is_over = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="diloco-client", daemon=True)
@@ -249,7 +251,11 @@ class ClientLoop:
             self._do(action)
 
     def _accept(self, peer: bytes, data: bytes, total_bytes: int) -> bool | str:
-        _, header = decode_syncer_header(data)
+        try:
+            _, header = decode_syncer_header(data)
+        except RemoteProtocolError as error:
+            self._complaints.add("A payload of the syncer", error)
+            return "refused"
         if isinstance(header, StaticState):
             return total_bytes == static_bytes(self._store.layout)
         if isinstance(header, Publication) and header.fragment_id < len(self._store.views):
@@ -263,11 +269,11 @@ class ClientLoop:
             try:
                 envelope, message = decode_from_syncer(event.data)
             except RemoteProtocolError as error:
-                _log.warning("A message of the syncer was dropped: %s", error)
+                self._complaints.add("A message of the syncer", error)
                 return
             self.reports.heard_s = time.monotonic()
-            if isinstance(message, Welcome | Recall) and message.shards:
-                self._transport.connect_bulk(message.shards[0].bulk_endpoint)
+            if isinstance(message, Welcome | Recall) and message.shards and self._machine.heeds(envelope, message):
+                self._dial(message.shards[0].bulk_endpoint)
             if isinstance(message, SendState):
                 self._joining.send_state()
             if isinstance(message, Pong):
@@ -282,6 +288,13 @@ class ClientLoop:
                 self._waiting.pop(header.fragment_id, None)
             elif isinstance(header, StaticState) and self.joined is None:
                 self._joining.install_static(header, event.payload)
+
+    def _dial(self, endpoint: str) -> None:
+        """Go where payloads are served; an address that is none leaves everything as it is."""
+        try:
+            self._transport.connect_bulk(endpoint)
+        except ConfigurationError as error:
+            self._complaints.add("An address of the syncer", error)
 
     # ---- actions ------------------------------------------------------------------------------------------------------------
 

@@ -147,7 +147,7 @@ class LearnerStore:
             payload: its bytes.
 
         Returns:
-            None if the result does not have its checksum.
+            None if the result does not have its checksum, or is not finite: NaN in the parameters is for good.
 
         Raises:
             RemoteProtocolError: the payload has another length.
@@ -161,6 +161,7 @@ class LearnerStore:
         momenta = self.momentum.momenta(fragment_id, self._versions[fragment_id], job.n) if job.base is not None else []
         momentum = self._memory.flat(size) if momenta else None
         sent, crc, item = self._sent(fragment_id, job.with_contribution), 0, len(payload) // size
+        is_finite = True
         for start in range(0, size, BLOCK_ELEMENTS):
             part = slice(start, min(start + BLOCK_ELEMENTS, size))
             block, out = payload[item * part.start : item * part.stop], version[part]
@@ -169,11 +170,13 @@ class LearnerStore:
             else:
                 decode_publication(block, before[part], out.numel(), dtype, out=out)
             crc = crc32(out, crc)
+            # Half of float32's range is no value of a model: a sum that overflows may as well be refused.
+            is_finite = is_finite and math.isfinite(float(out.sum()))
             if delta is not None and job.base is not None:
                 self._prepare(fragment_id, out, job.base[part], None if sent is None else sent[part], delta[part])
             if momentum is not None:
                 self.momentum.follow(fragment_id, part, before[part], out, momenta, out=momentum[part])
-        if crc != job.crc:
+        if crc != job.crc or not is_finite:
             return None
         return Received(Adoption(version, None if delta is None else self.views[fragment_id].split(delta)), momentum)
 

@@ -47,6 +47,7 @@ from lightning_diloco.protocol.messages import Found, FromLearner, Heartbeat, He
 from lightning_diloco.protocol.records import TapeLine
 from lightning_diloco.protocol.syncer import SyncerMachine
 from lightning_diloco.protocol.wire import decode_from_learner
+from lightning_diloco.runtime.complaints import COMPLAIN_S, Complaints
 from lightning_diloco.runtime.counters import CounterFileError, read_counters
 from lightning_diloco.runtime.intake import MIN_DECODING, Intake
 from lightning_diloco.runtime.opening import open_job
@@ -71,8 +72,6 @@ _log = logging.getLogger(__name__)
 
 MAX_FAILURES = 64
 """A learner that refuses so many publications in a row is told to end."""
-COMPLAIN_S = 10.0
-"""Seconds between two log lines about dropped messages."""
 IDLE_S = 0.25
 """Longest sleep of the loop; deadlines of the machine are met earlier."""
 
@@ -125,6 +124,7 @@ class SyncerService:
         self._results: deque[Callable[[], None]] = deque()
         self._failures: dict[str, int] = {}
         self._complain_at_s = 0.0
+        self._complaints = Complaints(_log)
         self._commands: deque[SyncerEvent] = deque()
         self._numerics = ThreadPoolExecutor(max_workers=1, thread_name_prefix="diloco-numerics")
         self._thread: threading.Thread | None = None
@@ -338,10 +338,10 @@ class SyncerService:
         try:
             envelope, message = decode_from_learner(data)
         except RemoteProtocolError as error:
-            self._complain(session, str(error))
+            self._complaints.add(f"A message of session {session[:8]}", error)
             return
         if self._is_excessive(message):
-            self._complain(session, "its lists are longer than any that a learner has use for")
+            self._complaints.add(f"A message of session {session[:8]}", "its lists are longer than any that a learner has use for")
             return
         if isinstance(message, Found):
             refusal = self._performer.begin_founding(session, message)
@@ -349,13 +349,6 @@ class SyncerService:
                 self._performer.refuse(session, "wrong_layout", refusal)
                 return
         self._handle(MessageReceived(session=session, envelope=envelope, message=message))
-
-    def _complain(self, session: str, why: str) -> None:
-        """Log that a message was dropped, at most once in `COMPLAIN_S`: whoever sends garbage must not fill the disk with it."""
-        now_s = time.monotonic()
-        if now_s >= self._complain_at_s:
-            self._complain_at_s = now_s + COMPLAIN_S
-            _log.warning("A message of session %s was dropped: %s (further ones are not logged for %g s)", session[:8], why, COMPLAIN_S)
 
     def _is_excessive(self, message: FromLearner) -> bool:
         """Whether one message asks for more answers than a learner has use for."""

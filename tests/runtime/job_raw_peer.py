@@ -33,14 +33,21 @@ from lightning_diloco.runtime.transport import SYNCER, ControlReceived, LearnerT
 class RawPeer:
     """A process's worth of transport; what arrives is kept in `heard`, payload headers in `published`."""
 
-    def __init__(self, endpoint: str, module: nn.Module, config: SyncConfig, context: Any = None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        module: nn.Module,
+        config: SyncConfig,
+        context: Any = None,
+        transport: type[LearnerTransport] = LearnerTransport,
+    ) -> None:
         self.layout = plan_layout(
             module, num_fragments=config.num_fragments, merge=config.merge, mean_patterns=config.mean_patterns, include_frozen=False
         )
         self.config = config
         self.nonce = secrets.token_bytes(16)
         self.envelope = Envelope("", "", 0, 0)
-        self.transport = LearnerTransport(endpoint, nonce=self.nonce, accept=lambda *_: True, context=context)
+        self.transport = transport(endpoint, nonce=self.nonce, accept=lambda *_: True, context=context)
         self.transport.connect()
         self.heard: list[Message] = []
         self.published: list[Publication] = []

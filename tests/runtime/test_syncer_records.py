@@ -63,7 +63,7 @@ def test_a_peer_that_sends_garbage_does_not_fill_the_log(tmp_path, caplog, monke
         with caplog.at_level(logging.WARNING):
             send(1)
             assert logged() == 1
-            job.service._complain_at_s -= service.COMPLAIN_S
+            job.service._complaints._next_s -= service.COMPLAIN_S
             send(2)
             assert logged() == 2, "and after a while it is said again"
         train(job.clients[0], 5)

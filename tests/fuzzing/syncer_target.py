@@ -1,0 +1,382 @@
+"""A live syncer under fire: the real command, two real learners that train beside the attack, and peers that say anything.
+
+Half of the batches come from sessions that never joined, the other half from peers that were let in and speak as members until a rule ends
+them. No contribution of theirs is one that the rules may take: its values are not finite, or its header breaks a rule. So at the end the
+job must be the honest learners' alone.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_diloco.config import SyncConfig
+from lightning_diloco.errors import DiLoCoError
+from lightning_diloco.outer import plan_layout
+from lightning_diloco.protocol.identity import FragmentInfo, Version
+from lightning_diloco.protocol.messages import (
+    PROTOCOL_VERSION,
+    Contribution,
+    Envelope,
+    Fenced,
+    Hello,
+    JoinRefused,
+    Leave,
+    Left,
+    Ping,
+    Pong,
+)
+from lightning_diloco.protocol.messages import Heartbeat as Report
+from lightning_diloco.runtime.checksum import crc32
+from lightning_diloco.runtime.client import ClientOptions, LearnerClient
+from lightning_diloco.runtime.transport import LearnerTransport
+from lightning_diloco.runtime.transport.frames import Begin, Refused, decode_reply, encode_frame
+from lightning_diloco.runtime.transport.sockets import send_parts
+from tests.fuzzing.payloads import payload_of
+from tests.fuzzing.shots import LEARNER, SYNCER, Shot, Shots, World
+from tests.fuzzing.tally import Tally
+from tests.runtime.job_helpers import Background, step, until
+from tests.runtime.job_raw_peer import RawPeer
+from tests.tape_checker import check_run, load_tape
+
+CONFIG = SyncConfig(num_fragments=4, sync_interval_steps=8, heartbeat_s=0.2, drain_timeout_s=20.0, wire_dtype="fp32")
+BATCH = 100
+PATIENCE_S = 60.0
+TOKENS = 16
+LARGE_AFTER = 8
+"""Versions of a fragment between two contributions whose only fault is their size: more of them would move the gate's median."""
+
+
+def make_module(seed: int = 0) -> nn.Module:
+    """Its largest fragment has 1.25 MB: two chunks."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 560), nn.Tanh(), nn.Linear(560, 560), nn.BatchNorm1d(560), nn.Linear(560, 2))
+
+
+class Tapped(LearnerTransport):
+    """A transport that shows every word of the other side before it looks at it."""
+
+    tap: Any = None
+
+    def _on_control(self, peer: bytes, data: memoryview) -> None:
+        self.tap(data)
+        super()._on_control(peer, data)
+
+
+class Intruder(RawPeer):
+    """One session of an attacker."""
+
+    def __init__(self, endpoint: str, bulk: str, module: nn.Module, tally: Tally) -> None:
+        self.tally = tally
+        self.refused: set[int] = set()
+        super().__init__(endpoint, module, CONFIG, transport=Tapped)
+        self.transport.tap = self._heard
+        self.transport.connect_bulk(bulk)
+        self.is_over = False
+
+    def _heard(self, data: memoryview) -> None:
+        self.tally.heard(data, SYNCER)
+        frame = decode_reply(bytes(data[1:])) if bytes(data[:1]) == b"\x02" else None
+        if isinstance(frame, Refused):
+            self.refused.add(frame.transfer_id)
+
+    def poll(self, timeout_s: float = 0.05) -> None:
+        super().poll(timeout_s)
+        self.is_over = self.is_over or any(isinstance(m, JoinRefused | Fenced | Left) for m in self.heard)
+        del self.published[: -8 * len(self.layout.fragments)]
+
+    def fire(self, shot: Shot) -> None:
+        """Send it, however long the socket is full."""
+        if shot.control is not None:
+            self._send(self.transport._control, (shot.control,))
+        for parts in shot.bulk:
+            self._send(self.transport._bulk, parts)
+
+    def _send(self, sock: Any, parts: tuple[bytes, ...]) -> None:
+        end_s = time.monotonic() + PATIENCE_S
+        while not send_parts(sock, list(parts)):
+            assert time.monotonic() < end_s, "the syncer takes nothing any more"
+            self.poll(0.002)
+
+    def barrier(self, number: int) -> None:
+        """Everything before this was taken: both channels answer. Said again, should a connection have been cut."""
+        end_s, again_s, transfer_id = time.monotonic() + PATIENCE_S, 0.0, number << 32 | 7
+        self.refused.clear()
+        while not (transfer_id in self.refused and any(isinstance(m, Pong) and m.number == number for m in self.heard)):
+            now_s = time.monotonic()
+            assert now_s < end_s, "the syncer does not answer"
+            if now_s >= again_s:
+                again_s = now_s + 2.0
+                self.say(Ping(number=number))
+                self._send(self.transport._bulk, (encode_frame(Begin(transfer_id, 1, b"", 0, 0, 0)),))
+            self.poll(0.02)
+        self.heard.clear()
+
+
+class Attack:
+    """The attackers of one campaign."""
+
+    def __init__(self, said: dict[str, Any], tally: Tally, seed: int) -> None:
+        self.said, self.tally = said, tally
+        self.dice = random.Random(seed)
+        self.shots = Shots(LEARNER, seed)
+        self.module = make_module()
+        self.layout = plan_layout(
+            self.module, num_fragments=CONFIG.num_fragments, merge=CONFIG.merge, mean_patterns=CONFIG.mean_patterns, include_frozen=False
+        )
+        self.sizes = tuple(4 * f.num_params for f in self.layout.fragments)
+        self.stranger: Intruder | None = None
+        self.member: Intruder | None = None
+        self.job = Envelope("", "", 0, 0)
+        self.large_at: dict[int, int] = {}
+        self.number = 0
+
+    def session(self, is_member: bool) -> Intruder:
+        """A session of this kind that is not over."""
+        held = self.member if is_member else self.stranger
+        if held is not None and not held.is_over and (is_member or self.dice.random() > 0.1):
+            return held
+        if held is not None:
+            self.farewell(held)
+        fresh = Intruder(self.said["endpoint"], self.said["bulk"], self.module, self.tally)
+        self.tally.sessions["member" if is_member else "stranger"] += 1
+        if is_member:
+            fresh.join(None)
+            fresh.step(3, 3 * TOKENS)
+            self.member, self.job = fresh, fresh.envelope
+        else:
+            fresh.envelope, self.stranger = msgspec.structs.replace(self.job, incarnation=0), fresh
+        return fresh
+
+    def farewell(self, intruder: Intruder) -> None:
+        """Leave as a learner does: some are members although they were told to go, or without having waited for the answer."""
+        intruder.say(Leave(reason="signal", report=Report(inner_step=0, tokens=0)))
+        intruder.barrier(self._next())
+        intruder.transport.close()
+
+    def _next(self) -> int:
+        self.number += 1
+        return self.number
+
+    def batch(self, first: int, count: int) -> None:
+        """So many shots from one session, or fewer if it is ended, and its answer to a question after them."""
+        intruder = self.session(is_member=self.dice.random() < 0.5)
+        who = "a member" if intruder is self.member else "a stranger"
+        world, index = self.world(intruder), first
+        while index < first + count and not (intruder.is_over and index % 10 == 0 and index > first):
+            shot = self.shots.make(world, index)
+            if shot.cuts:
+                intruder.barrier(self._next())
+            self.tally.shot(shot, LEARNER, who)
+            intruder.fire(shot)
+            index += 1
+            if shot.cuts or index % 10 == 0:
+                intruder.poll(0.0)
+        intruder.barrier(self._next())
+        self.tally.settle()
+
+    def world(self, intruder: Intruder) -> World:
+        """What this session knows."""
+        layout, versions = intruder.layout, intruder.versions
+        infos = tuple(FragmentInfo(fragment_id=f.fragment_id, num_params=f.num_params, kind=f.kind) for f in layout.fragments)
+        current = [versions.get(i, Version(0, 0)) for i in range(len(infos))]
+        config = CONFIG.as_dict()
+        hints: dict[str, tuple[Any, ...]] = {
+            "fragment_id": tuple(range(len(infos))),
+            "version": (*current, *(Version(0, v.n + 1) for v in current), Version(1, 0)),
+            "base": (*current, *current, *(Version(0, max(0, v.n - 1)) for v in current), Version(0, 10**6), Version(1, 1)),
+            "versions": ((), tuple(v.n for v in current), (0,) * len(infos)),
+            "seq": (1, 2, 3, 4, 5),
+            "round_id": (1, 2, 50),
+            "base_merged_seq": (0, 0, 0, 1),
+            "steps": (1, 2, 3, 3, 4),
+            "tokens": (1, 16, 48, 48, 49),
+            "inner_step": (0, 1, 3, 4, 5),
+            "total_tokens": (0, 48, 64),
+            "after": (None, None, 1, 2),
+            "incarnation": (0, 1),
+            "Hello.learner_id": (None, None, 0, 1, 2, 3, 1999, 2000),
+            "learner_id": (0, 1, 2),
+            "nonce": (intruder.nonce.hex(), "0" * 32, ""),
+            "protocol_version": (PROTOCOL_VERSION, PROTOCOL_VERSION, PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1),
+            "config": (*2 * (json.dumps(config).encode(),), json.dumps(config | {"outer_lr": 0.1}).encode(), b"{}", b"[" * 60_000, b"\xff"),
+            "fingerprint": (layout.fingerprint(), layout.fingerprint(), "0" * 64),
+            "lineage": ("", "", self.job.lineage, "other"),
+            "unresolved": ((),),
+            "token": ("", "x"),
+            "layout": (layout.to_bytes(), layout.to_bytes()[:-9], b"{}"),
+            "fragments": (infos, infos[:-1]),
+            "static_bytes": (sum(s.num_bytes for s in layout.static), 2**60),
+            "step_gaps_s": ((), (0.01, 0.01)),
+            "batch_size": (16,),
+            "merged_through": ({}, {0: (1, 16)}),
+            "number": (0, 1),
+            "life": (0, 1),
+        }
+        is_member = intruder is self.member
+        return World(
+            envelope=intruder.envelope,
+            hints=hints | ({"discarded": ((),)} if is_member else {}),
+            wildness=0.03 if is_member else 0.3,
+            sizes=self.sizes,
+            flaw=lambda *args: self.flaw(current, *args),
+            rare=(Leave, Hello) if is_member else (),
+        )
+
+    def flaw(
+        self, current: list[Version], dice: random.Random, index: int, envelope: Envelope, header: Any, values: str
+    ) -> tuple[Envelope, Any, str]:
+        """What of this contribution the rules must refuse, whatever else is wrong with it."""
+        if not isinstance(header, Contribution):
+            return envelope, header, values
+        fragment_id = min(header.fragment_id, len(current) - 1)
+        base = current[fragment_id]
+        if dice.random() < 0.8:
+            changes = {"base": base, "base_merged_seq": 0, "after": None, "steps": 3, "tokens": 3 * TOKENS, "seq": index + 1}
+            header = msgspec.structs.replace(header, **changes)
+        is_gated = self.layout.fragments[fragment_id].kind == "parameters"
+        if values == "sound" and is_gated and base.n >= self.large_at.get(fragment_id, 2 * LARGE_AFTER):
+            self.large_at[fragment_id] = base.n + LARGE_AFTER
+            values = "large"
+        if dice.random() < 0.8:
+            header = msgspec.structs.replace(header, crc=crc32(payload_of(values, self.sizes[fragment_id])))
+        if values not in ("sound", "zeros", "noise"):
+            return envelope, header, values
+        match dice.randrange(6):
+            case 0:
+                envelope = msgspec.structs.replace(envelope, incarnation=envelope.incarnation + 1)
+            case 1:
+                envelope = msgspec.structs.replace(envelope, lineage="other")
+            case 2:
+                envelope = msgspec.structs.replace(envelope, epoch=envelope.epoch + 1)
+            case 3:
+                header = msgspec.structs.replace(header, base=Version(0, 10**6))
+            case 4:
+                header = msgspec.structs.replace(header, base_merged_seq=12345)
+            case _:
+                header = msgspec.structs.replace(header, crc=2**40)
+        return envelope, header, values
+
+    def close(self) -> None:
+        """The attackers go."""
+        for intruder in (self.member, self.stranger):
+            if intruder is not None:
+                self.farewell(intruder)
+
+
+class Honest:
+    """A real learner on a thread of this process: it trains until it is told to leave."""
+
+    def __init__(self, learner_id: int, endpoint: str, run_dir: Path) -> None:
+        self.module = make_module(learner_id)
+        options = ClientOptions(endpoint=endpoint, config=CONFIG, learner_id=learner_id, counters_path=run_dir / "counters")
+        self.client = LearnerClient(self.module, options)
+        self.inner_steps = 0
+        self.enough = threading.Event()
+        self.life = Background(self._live)
+
+    def _live(self) -> None:
+        try:
+            self.client.join()
+            optimizer = torch.optim.SGD(self.module.parameters(), lr=0.01)
+            while not self.enough.is_set():
+                step(self.module, optimizer, self.inner_steps)
+                self.inner_steps += 1
+                self.client.boundary(tokens=TOKENS)
+                self.enough.wait(0.005)
+            self.client.leave("limit")
+            self.client.weights.load_global()
+        finally:
+            self.client.close()
+
+
+@contextmanager
+def syncer_process(run_dir: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, Any]]]:
+    """The command as a user starts it, and what it says of itself."""
+    command = [sys.executable, "-m", "lightning_diloco", "syncer", "--bind", "tcp://127.0.0.1:0", "--run-dir", str(run_dir)]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file)
+    try:
+        until(lambda: (run_dir / "syncer.json").exists() or process.poll() is not None, PATIENCE_S)
+        yield process, json.loads((run_dir / "syncer.json").read_text())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def attack_syncer(num_messages: int, seed: int, work_dir: Path) -> Tally:
+    """Fire `num_messages` at a syncer, end its job, and look at what is left of it."""
+    run_dir, log = work_dir / "run", work_dir / "syncer.log"
+    tally = Tally("syncer", num_messages)
+    with syncer_process(run_dir, log) as (process, said):
+        honest = [Honest(i, said["endpoint"], run_dir) for i in range(2)]
+        try:
+            until(lambda: all(h.client.figures.merges >= 2 * CONFIG.num_fragments for h in honest), PATIENCE_S)
+            attack = Attack(said, tally, seed)
+            tally.num_fragments = len(attack.layout.fragments)
+            for goal in (num_messages // 10, num_messages):
+                while tally.num_fired < goal:
+                    attack.batch(tally.num_fired, min(BATCH, goal - tally.num_fired))
+                tally.weigh(process.pid)
+            attack.close()
+        except AssertionError as error:
+            tally.faults.append(f"{error} (exit code {process.poll()})")
+            tally.rss += [0, 0]
+        finally:
+            # One after the other: the last one holds the job's last version of everything.
+            for learner in honest:
+                learner.enough.set()
+                learner.life.result(PATIENCE_S)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(2 * PATIENCE_S)
+        tally.expect(process.returncode == 0, f"the syncer's exit code is {process.returncode}")
+    tally.end(log)
+    judge(tally, run_dir, honest)
+    return tally
+
+
+def judge(tally: Tally, run_dir: Path, honest: list[Honest]) -> None:
+    """The job is that of the honest learners, as if nobody else had been there."""
+    try:
+        summary = check_run(run_dir)
+    except (AssertionError, DiLoCoError, OSError, ValueError) as error:
+        tally.faults.append(f"the run does not pass the tape's checks: {error}"[:1000])
+        return
+    tape = load_tape(run_dir / "tape.jsonl")
+    lives = [(e["learner_id"], e["incarnation"], e["reason"]) for e in tape if e["event"] == "leave" and e["learner_id"] < 2]
+    tally.expect(sorted(lives) == [(0, 0, "limit"), (1, 0, "limit")], f"the honest learners' lives ended as {lives}")
+    merges = [e for e in tape if e["event"] == "merge"]
+    strangers = {m["learner_id"] for e in merges for m in e["members"]} - {0, 1}
+    tally.expect(not strangers, f"learners {strangers} are merged")
+    taken = [e for e in tape if e["event"] == "contribution" and e["learner_id"] > 1 and e["outcome"] in ("folded", "carried")]
+    tally.expect(not taken, f"{len(taken)} contributions of attackers were taken, the first is {taken[:1]}")
+    for event in tape:
+        if event["event"] == "contribution" and event["learner_id"] > 1:
+            tally.fates[f"contribution on the tape: {event['outcome']} {event['reason'] or ''}".strip()] += 1
+    versions = [sum(e["fragment_id"] == i for e in merges) for i in range(tally.num_fragments)]
+    said = [(f["fragment_id"], f["version"]) for f in summary["fragments"]]
+    tally.expect(said == [(i, versions[i]) for i, _ in said], "versions and merges do not agree")
+    tally.expect(summary["status"] == "finished", f"the job's status is {summary['status']}")
+    for learner, entry in zip(honest, summary["learners"], strict=False):
+        tokens = learner.inner_steps * TOKENS
+        tally.expect(entry["tokens"] == tokens and entry["discarded"] == 0, f"of {tokens} tokens of an honest learner: {entry}"[:500])
+        merged = sum(sum(m["tokens"] for m in e["members"] if m["learner_id"] == entry["learner_id"]) for e in merges)
+        tally.expect(merged == tokens * len(versions), f"{merged} tokens of an honest learner are merged, not {len(versions)} x {tokens}")
+    saved = load_file(run_dir / "global.safetensors")
+    same = all(torch.equal(p.detach(), saved[name]) for name, p in honest[-1].module.named_parameters())
+    tally.expect(same, "the last honest learner's model is not the job's, bit for bit")
+    tally.expect(all(bool(torch.isfinite(t.float()).all()) for t in saved.values()), "the job's model is not finite")
+    tally.merges = len(merges)
