@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check extras clean
+.PHONY: help setup train test test-all fuzz check extras clean
 
 help:
 	@echo "make setup     only set up $(VENV); the targets below do so too, if need be"
 	@echo "make train     train gpt_text on two learners; ARGS='key=value ...' changes the recipe"
 	@echo "make test      the tests, without the slow ones"
 	@echo "make test-all  all tests"
+	@echo "make fuzz      200,000 hostile messages to a live syncer and a live learner (docs/benchmarks/fuzz.md)"
 	@echo "make check     format, lint, types, layers"
 	@echo "make extras    install what only some recipes and tests need (docs/dependencies.md)"
 	@echo "make clean     remove .venv, caches and build files (outputs/ stays)"
@@ -31,6 +32,9 @@ test: $(READY)
 
 test-all: $(READY)
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+fuzz: $(READY)
+	@$(BIN)/python benchmarks/fuzz.py $(ARGS)
 
 check: $(READY)
 	@$(BIN)/ruff format --check .

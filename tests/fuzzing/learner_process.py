@@ -15,19 +15,17 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
-from tests.fuzzing.syncer_target import CONFIG, TOKENS, make_module
+from tests.fuzzing.syncer_target import CONFIG, TOKENS, PlainSGD, make_module
 from tests.runtime.job_helpers import step
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    warm = make_module()
-    step(warm, torch.optim.SGD(warm.parameters(), lr=0.01), 0)  # what torch imports at its first step takes seconds
     module, is_over = make_module(), threading.Event()
     client = LearnerClient(module, ClientOptions(endpoint=sys.argv[1], config=CONFIG, learner_id=0))
     tell(role=client.join().role)
     threading.Thread(target=lambda: (sys.stdin.read(), is_over.set()), daemon=True).start()
-    optimizer, inner_step = torch.optim.SGD(module.parameters(), lr=0.01), 0
+    optimizer, inner_step = PlainSGD(module.parameters()), 0
     while not is_over.is_set():
         step(module, optimizer, inner_step)
         inner_step += 1

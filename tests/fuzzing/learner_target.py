@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from lightning_diloco.outer import plan_layout
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.messages import (
+    Contribution,
     Envelope,
     Fenced,
     Found,
@@ -53,7 +54,7 @@ from lightning_diloco.runtime.transport.frames import Begin, Refused, decode_rep
 from lightning_diloco.runtime.transport.sockets import send_parts
 from tests.fuzzing.payloads import FLOATS, payload_of
 from tests.fuzzing.shots import LEARNER, SYNCER, Shot, Shots, World
-from tests.fuzzing.syncer_target import CONFIG, PATIENCE_S, TOKENS, make_module
+from tests.fuzzing.syncer_target import CONFIG, PATIENCE_S, TOKENS, PlainSGD, make_module
 from tests.fuzzing.tally import Tally
 from tests.runtime.job_helpers import step
 
@@ -77,6 +78,7 @@ class FalseSyncer(SyncerTransport):
         self.peer = b""
         self.heard: list[Message] = []
         self.headers: list[Message] = []
+        self.contributions: list[Contribution] = []
         self.refused: set[int] = set()
 
     def _on_control(self, peer: bytes, data: memoryview) -> None:
@@ -99,7 +101,14 @@ class FalseSyncer(SyncerTransport):
                 if isinstance(message, Ping):
                     self.say(Pong(number=message.number))
             elif isinstance(event, PayloadReceived):
-                self.headers.append(decode_learner_header(event.header)[1])
+                header = decode_learner_header(event.header)[1]
+                (self.contributions if isinstance(header, Contribution) else self.headers).append(header)
+
+    def acknowledge(self) -> None:
+        """What the learner has handed over is held; without that word it does not leave."""
+        for header in self.contributions:
+            self.say(Resolved(fragment_id=header.fragment_id, seq=header.seq, outcome="held"))
+        self.contributions.clear()
 
     def wait_for(self, kind: type[Message]) -> None:
         end_s = time.monotonic() + PATIENCE_S
@@ -257,6 +266,7 @@ def last_words(process: subprocess.Popen[bytes], syncer: FalseSyncer) -> dict[st
     end_s = time.monotonic() + PATIENCE_S
     while process.poll() is None and time.monotonic() < end_s:
         syncer.turn()
+        syncer.acknowledge()
         if any(isinstance(message, Leave) for message in syncer.heard):
             syncer.say(Left(versions=(0,) * len(syncer.layout.fragments)))
         syncer.heard.clear()
@@ -281,8 +291,9 @@ def judge(tally: Tally, known: dict[str, Any], parameters: Path) -> None:
     for name, value in expected.items():
         tally.expect(known[name] == value, f"the learner's {name} is {known[name]}, not {value}")
     tally.sessions["inner steps"] = known["steps"]
+    tally.expect(known["steps"] > 0, "the learner did not train meanwhile")
     module = make_module()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+    optimizer = PlainSGD(module.parameters())
     for inner_step in range(known["steps"]):
         step(module, optimizer, inner_step)
     saved = load_file(parameters)
