@@ -72,7 +72,7 @@ from lightning_diloco.runtime.global_state import FoundingState
 from lightning_diloco.runtime.learner_store import LearnerStore, Receive
 from lightning_diloco.runtime.reporting import Reports
 from lightning_diloco.runtime.threads import never_interrupt_others
-from lightning_diloco.runtime.transport import SYNCER, LearnerTransport, PayloadReceived, TransportEvent
+from lightning_diloco.runtime.transport import SYNCER, LearnerTransport, PayloadDelivered, PayloadFailed, PayloadReceived, TransportEvent
 from lightning_diloco.runtime.transport import ControlReceived as ControlBytes
 
 __all__ = ["ClientLoop", "Encode"]
@@ -123,6 +123,7 @@ class ClientLoop:
         self._queue: deque[LearnerAction | Encode] = deque()
         self._waiting: dict[int, tuple[Publication, memoryview]] = {}
         self._bases: dict[tuple[int, int], int] = {}
+        self._on_way: dict[int, bytes] = {}
         self._joining = Joining(
             module=module,
             store=store,
@@ -288,6 +289,8 @@ class ClientLoop:
                 self._waiting.pop(header.fragment_id, None)
             elif isinstance(header, StaticState) and self.joined is None:
                 self._joining.install_static(header, event.payload)
+        elif isinstance(event, PayloadDelivered | PayloadFailed):
+            self._on_way.pop(event.transfer_id, None)
 
     def _dial(self, endpoint: str) -> None:
         """Go where payloads are served; an address that is none leaves everything as it is."""
@@ -349,7 +352,10 @@ class ClientLoop:
         return self._transport.send_control(SYNCER, encode(self._machine.state.envelope, message))
 
     def _send_payload(self, header: Message, payload: memoryview) -> None:
-        self._transport.send_payload(SYNCER, encode(self._machine.state.envelope, header), payload)
+        data = encode(self._machine.state.envelope, header)
+        # Whoever asks again and again and takes nothing must not fill the memory; what is on its way arrives, or ends with an event.
+        if data not in self._on_way.values():
+            self._on_way[self._transport.send_payload(SYNCER, data, payload)] = data
 
     def _send_held(self, header: HeldFragment) -> None:
         """A syncer that started again has lost this version; the founder's first one came without a checksum."""

@@ -128,7 +128,8 @@ class Performer:
         if opening.founding is not None:
             self._restore(opening.founding, opening.fragments)
         self.ended: Ended | None = None
-        self.transfers: dict[tuple[str, int], tuple[int, Version]] = {}
+        self._transfers: dict[tuple[str, int], tuple[int, Version]] = {}
+        self._on_way: dict[tuple[str, int], int] = {}
 
     def job_options(self) -> JobOptions:
         """The identity of the job, for its machine."""
@@ -355,8 +356,21 @@ class Performer:
             merged_through=action.merged_through,
         )
         peer = bytes.fromhex(action.session)
+        # A session that says hello again is sent everything anew; one that says so and takes nothing must not fill the memory.
+        before = self._on_way.pop((action.session, action.fragment_id), None)
+        if before is not None:
+            self._transfers.pop((action.session, before), None)
+            self._transport.cancel(peer, before)
         transfer_id = self._transport.send_payload(peer, encode(self._envelope, header), buffer_of(payload))
-        self.transfers[action.session, transfer_id] = (action.fragment_id, action.version)
+        self._transfers[action.session, transfer_id] = (action.fragment_id, action.version)
+        self._on_way[action.session, action.fragment_id] = transfer_id
+
+    def take_off_way(self, session: str, transfer_id: int) -> tuple[int, Version] | None:
+        """A transfer has ended: the fragment and the version that it carried; None for one that was replaced."""
+        sent = self._transfers.pop((session, transfer_id), None)
+        if sent is not None:
+            self._on_way.pop((session, sent[0]), None)
+        return sent
 
     def _transmit_static(self, action: TransmitStatic) -> None:
         static = self._founded_store().static

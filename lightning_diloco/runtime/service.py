@@ -314,7 +314,7 @@ class SyncerService:
             if event.reason != "refused":
                 self._handle(PayloadFailed(session=session, reason=event.reason))
         elif isinstance(event, PayloadDelivered | TransportFailed):
-            sent = self._performer.transfers.pop((session, event.transfer_id), None)
+            sent = self._performer.take_off_way(session, event.transfer_id)
             if sent is not None and isinstance(event, PayloadDelivered):
                 self._failures.pop(session, None)
                 self._handle(PublicationDelivered(session=session, fragment_id=sent[0], version=sent[1]))

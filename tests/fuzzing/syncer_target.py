@@ -52,7 +52,10 @@ from tests.runtime.job_helpers import Background, step, until
 from tests.runtime.job_raw_peer import RawPeer
 from tests.tape_checker import check_run, load_tape
 
-CONFIG = SyncConfig(num_fragments=4, sync_interval_steps=8, heartbeat_s=0.2, drain_timeout_s=20.0, wire_dtype="fp32")
+CONFIG = SyncConfig(
+    num_fragments=4, sync_interval_steps=8, outer_momentum=0.0, outer_lr=0.5, heartbeat_s=0.2, drain_timeout_s=20.0, wire_dtype="fp32"
+)
+"""Steps of milliseconds and a quorum of one: with momentum the toy would diverge after a few thousand of them, attack or not."""
 BATCH = 100
 PATIENCE_S = 60.0
 TOKENS = 16

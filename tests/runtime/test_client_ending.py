@@ -210,7 +210,7 @@ def test_memory_and_contributions_do_not_pile_up(tmp_path):
         # that left a block behind would be 10 sizes more.
         until(lambda: store._memory.used_bytes <= 5 * size, 5)
         client.leave("limit")
-        until(lambda: not job.service._performer.transfers and not job.service._intake._decoding, 5)
+        until(lambda: not job.service._performer._transfers and not job.service._intake._decoding, 5)
         assert job.finish()["merges"] > 50
 
 
