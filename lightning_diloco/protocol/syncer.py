@@ -207,7 +207,7 @@ class SyncerMachine:
         fragment_id = getattr(report, "fragment_id", 0)
         if fragment_id >= self.job.num_fragments:
             return f"fragment_id={fragment_id}: the job has {self.job.num_fragments} fragments."
-        for name in ("inner_step", "tokens", "total_tokens", "seq"):
+        for name in ("inner_step", "tokens", "total_tokens", "seq", "first_gap"):
             if getattr(report, name, 0) > MAX_TOTAL:
                 return f"{name}={getattr(report, name)}: no learner gets above {MAX_TOTAL}; totals must stay exact in 64 bits."
         return self._false_discards(report) if isinstance(report, Heartbeat) else ""
