@@ -239,6 +239,7 @@ def is_replayed(run_dir: Path, capsys: pytest.CaptureFixture[str], *, restarts: 
 
 @pytest.mark.slow
 @pytest.mark.process
+@pytest.mark.timeout(300)
 def test_a_syncer_that_was_killed_and_started_again_is_replayed(tmp_path, capsys):
     with syncer(tmp_path / "run", KEPT) as job:
         learners = [Trainer(job.client(0))]
@@ -260,6 +261,7 @@ def test_a_syncer_that_was_killed_and_started_again_is_replayed(tmp_path, capsys
 
 @pytest.mark.slow
 @pytest.mark.process
+@pytest.mark.timeout(300)
 def test_a_syncer_without_snapshots_is_replayed(tmp_path, capsys):
     with syncer(tmp_path / "run", KEPT) as job:
         learner = Trainer(job.client(0))
@@ -277,6 +279,7 @@ def test_a_syncer_without_snapshots_is_replayed(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.process
+@pytest.mark.timeout(300)
 def test_a_job_that_went_back_to_its_snapshot_is_replayed(tmp_path, capsys):
     """The last snapshot of a job that has ended is gone, and nobody holds its model: merges since the one before are undone."""
     with syncer(tmp_path / "run", replace(KEPT, snapshot_interval_s=300.0)) as job:
