@@ -38,7 +38,6 @@ WRONG = [
 NOT_THERE_YET = [
     {"wire_dtype": "int4"},
     {"max_offline_steps": 100},
-    {"rejoin_every_steps": 10},
 ]
 
 

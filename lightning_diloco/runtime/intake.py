@@ -17,10 +17,10 @@ from lightning_diloco.protocol.events import ContributionArrived, FoundingArrive
 from lightning_diloco.protocol.messages import Contribution, Envelope, HeldFragment
 from lightning_diloco.protocol.syncer import SyncerMachine
 from lightning_diloco.protocol.wire import decode_learner_header
+from lightning_diloco.runtime.founding import Founded
 from lightning_diloco.runtime.healing import is_sound
 from lightning_diloco.runtime.payloads import PayloadKey
 from lightning_diloco.runtime.performer import Performer
-from lightning_diloco.runtime.store import Founded
 
 __all__ = ["MIN_DECODING", "Intake"]
 

@@ -34,7 +34,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,9 +43,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from lightning_diloco.errors import DiLoCoError
-from lightning_diloco.outer import buffer_of
 from lightning_diloco.runtime.checksum import crc32
-from lightning_diloco.runtime.store import SyncerStore
 from lightning_diloco.runtime.threads import never_interrupt_others
 
 __all__ = [
@@ -55,7 +53,6 @@ __all__ = [
     "PayloadKeeper",
     "PayloadKey",
     "PayloadWriter",
-    "founding_entries",
     "pack_header",
 ]
 
@@ -258,16 +255,6 @@ class PayloadKeeper:
                 self._writer.close()
         except OSError as error:
             _log.error("%s could not be made durable: %s", self._path, error)
-
-
-def founding_entries(store: SyncerStore) -> Iterator[tuple[PayloadKey, memoryview | bytes]]:
-    """What is kept of a founding that is complete: the layout, then each fragment's values, and its momentum if the founder brought one."""
-    yield PayloadKey(kind="layout"), store.layout.to_bytes()
-    for i in range(len(store.layout.fragments)):
-        state = store.state(i)
-        yield PayloadKey(kind="values", fragment_id=i), buffer_of(state.theta)
-        if "momentum" in store.founding_parts:
-            yield PayloadKey(kind="momentum", fragment_id=i), buffer_of(state.momentum)
 
 
 class PayloadFile:

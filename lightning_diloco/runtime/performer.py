@@ -49,11 +49,12 @@ from lightning_diloco.protocol.records import EndRecord, MergeRecord, ProgressRe
 from lightning_diloco.protocol.wire import decode_learner_header, encode
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.durability import SnapshotKeeper
+from lightning_diloco.runtime.founding import Founded, keep_founding
 from lightning_diloco.runtime.global_state import OUTER_NAME
 from lightning_diloco.runtime.opening import Opening
-from lightning_diloco.runtime.payloads import PayloadKeeper, founding_entries
+from lightning_diloco.runtime.payloads import PayloadKeeper
 from lightning_diloco.runtime.snapshot import Founding, FragmentSnapshot, SnapshotStore
-from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES, Closed, Founded, SyncerStore
+from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES, Closed, SyncerStore
 from lightning_diloco.runtime.tape import TapeWriter
 from lightning_diloco.runtime.telling import package_versions, sentence
 from lightning_diloco.runtime.transport import SyncerTransport
@@ -263,7 +264,7 @@ class Performer:
                     store.found_static(payload, header.crc)
             except RemoteProtocolError as error:
                 return error
-            return self._keep_founding(store) if store.is_complete else None
+            return keep_founding(store, self._snapshots, self.payloads) if store.is_complete else None
 
         def then(result: Founded | RemoteProtocolError | None) -> None:
             """On the loop thread: refuse the founder, or go on."""
@@ -278,15 +279,6 @@ class Performer:
             self._is_founded = done(result)
 
         self._submit(work, then)
-
-    def _keep_founding(self, store: SyncerStore) -> Founded:
-        """On the numerics thread: what the founding said is on the disk before anybody is told that there is a job."""
-        founding = Founding(config=store.config, fingerprint=store.layout.fingerprint(), layout=store.layout, static=store.static)
-        try:
-            self._snapshots.write_founding(founding)
-        except OSError as error:
-            _log.error("The founding could not be written to %s: %s. The run cannot be resumed.", self._options.run_dir, error)
-        return Founded(store.crcs(), store.founding_bytes, self.payloads.put_founding(founding_entries(store)))
 
     def accepts(self, session: str, data: bytes, total_bytes: int) -> bool | str:
         """Whether memory may be given to a payload of this header and size."""

@@ -45,7 +45,7 @@ from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import by_name
 from lightning_diloco.runtime.memory import Pool
 
-__all__ = ["Closed", "Founded", "SyncerStore"]
+__all__ = ["Closed", "SyncerStore"]
 
 _log = logging.getLogger(__name__)
 
@@ -66,18 +66,6 @@ class Closed:
     scales: tuple[float, ...]
     state: FragmentState
     """All of the fragment after it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Founded:
-    """What a founding put into the store."""
-
-    crcs: tuple[int, ...]
-    """Of every fragment's values."""
-    num_bytes: int
-    """Payload bytes in all."""
-    payload_at: int | None
-    """Where its payloads were recorded; None: nowhere."""
 
 
 class SyncerStore:

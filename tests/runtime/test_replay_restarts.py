@@ -18,7 +18,8 @@ from lightning_diloco.protocol.identity import FragmentInfo, Version
 from lightning_diloco.protocol.records import ContributionRecord, EndRecord, JobRecord, Member, MergeRecord, RestartRecord
 from lightning_diloco.runtime import replay as replaying
 from lightning_diloco.runtime.checksum import crc32
-from lightning_diloco.runtime.payloads import PayloadKey, PayloadWriter, founding_entries
+from lightning_diloco.runtime.founding import founding_entries
+from lightning_diloco.runtime.payloads import PayloadKey, PayloadWriter
 from lightning_diloco.runtime.store import SyncerStore
 from lightning_diloco.runtime.tape import TapeWriter
 from tests.runtime.job_helpers import CONFIG as SMALL
