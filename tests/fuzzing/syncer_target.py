@@ -59,6 +59,8 @@ CONFIG = SyncConfig(
 BATCH = 100
 PATIENCE_S = 60.0
 TOKENS = 16
+FIRST_ID, NUM_IDS = 100, 30
+"""Learner ids of the attackers' members."""
 LARGE_AFTER = 8
 """Versions of a fragment between two contributions whose only fault is their size: more of them would move the gate's median."""
 
@@ -173,7 +175,8 @@ class Attack:
         fresh = Intruder(self.said["endpoint"], self.said["bulk"], self.module, self.tally)
         self.tally.sessions["member" if is_member else "stranger"] += 1
         if is_member:
-            fresh.join(None)
+            # A few ids, one after the other: the tape's checks look at each of them.
+            fresh.join(FIRST_ID + self.tally.sessions["member"] % NUM_IDS)
             fresh.step(3, 3 * TOKENS)
             self.member, self.job = fresh, fresh.envelope
         else:
@@ -266,6 +269,9 @@ class Attack:
         if dice.random() < 0.8:
             changes = {"base": base, "base_merged_seq": 0, "after": None, "steps": 3, "tokens": 3 * TOKENS, "seq": index + 1}
             header = msgspec.structs.replace(header, **changes)
+        if 2**40 < header.seq <= 2**53:
+            # Decided once, it would leave no number for the other sessions of this id.
+            header = msgspec.structs.replace(header, seq=index + 1)
         is_gated = self.layout.fragments[fragment_id].kind == "parameters"
         if values == "sound" and is_gated and base.n >= self.large_at.get(fragment_id, 2 * LARGE_AFTER):
             self.large_at[fragment_id] = base.n + LARGE_AFTER
