@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0, help="length of the storm, at least 1 (default 5)")
     parser.add_argument("--seed", type=int, default=0, help="of the storm and of the job (default 0)")
     parser.add_argument("--folder", type=Path, default=None, metavar="DIR", help="where files go (default outputs/chaos/DATE_TIME)")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="these kinds of faults alone")
     parser.add_argument("--no-reference", action="store_true", help="leave out the run without faults")
     arguments = parser.parse_args()
     if arguments.minutes < 1:
@@ -58,37 +59,53 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     folder = arguments.folder or ROOT / "outputs" / "chaos" / time.strftime("%Y-%m-%d_%H-%M-%S")
     folder.mkdir(parents=True)
-    result = storm(folder, arguments.seed, 60.0 * arguments.minutes, has_reference=not arguments.no_reference)
+    plan = Plan(seed=arguments.seed, length_s=60.0 * arguments.minutes, kinds=tuple(arguments.only))
+    result = storm(folder, plan, has_reference=not arguments.no_reference)
     write(folder, result)
     print(tables(result) + f"\n\nFiles: {folder}")
     return 0 if all(is_reached for _, _, is_reached in aims(result)) else 1
 
 
-def deal(seed: int, length_s: float) -> tuple[list[str], list[float]]:
-    """The kinds of faults in their order, and the seconds before each: 5 to 20, `length_s` in all.
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which faults come when.
 
     Args:
-        seed: of the draw.
+        seed: of everything that is drawn.
         length_s: of the storm.
+        kinds: that are in the deck.
     """
-    rng = random.Random(seed)
-    count = max(len(KINDS), int(length_s / 300.0 * FAULTS_IN_FIVE_MINUTES))
-    kinds = [kind for _ in range(count // len(KINDS)) for kind in KINDS] + rng.sample(KINDS, count % len(KINDS))
-    rng.shuffle(kinds)
-    shares = [rng.expovariate(1.0) for _ in kinds]
-    spare_s = max(0.0, length_s - count * SHORTEST_S)
-    return kinds, [min(LONGEST_S, SHORTEST_S + spare_s * share / sum(shares)) for share in shares]
+
+    seed: int
+    length_s: float
+    kinds: tuple[str, ...] = KINDS
+
+    @property
+    def count(self) -> int:
+        """Faults in the deck."""
+        return max(len(self.kinds), int(self.length_s / 300.0 * FAULTS_IN_FIVE_MINUTES))
+
+    def deal(self) -> tuple[list[str], list[float]]:
+        """The kinds in their order, and the seconds between two faults: 5 to 20, about `length_s` in all."""
+        rng = random.Random(self.seed)
+        each, rest = divmod(self.count, len(self.kinds))
+        kinds = [*self.kinds] * each + rng.sample(self.kinds, rest)
+        rng.shuffle(kinds)
+        shares = [rng.expovariate(1.0) for _ in kinds]
+        spare_s = max(0.0, self.length_s - self.count * SHORTEST_S)
+        return kinds, [min(LONGEST_S, SHORTEST_S + spare_s * share / sum(shares)) for share in shares]
 
 
-def storm(folder: Path, seed: int, length_s: float, *, has_reference: bool) -> Result:
+def storm(folder: Path, plan: Plan, *, has_reference: bool) -> Result:
     """Run the storm, and the run without faults after it."""
+    seed = plan.seed
     sync = {"tape_payloads": True} if can_replay() else {}
     with Proxies(seed) as proxies:
         cluster = Cluster(Job(folder=folder / "storm", seed=seed, sync=sync, proxies=proxies))
         try:
             cluster.start(NUM_LEARNERS)
             begin_s = time.monotonic()
-            faults = run_faults(cluster, folder / "faults.jsonl", seed, length_s)
+            faults = run_faults(cluster, folder / "faults.jsonl", plan)
             summary = cluster.finish()
         finally:
             cluster.kill()
@@ -107,15 +124,16 @@ def storm(folder: Path, seed: int, length_s: float, *, has_reference: bool) -> R
         end_s=max(ends[-1] for ends in steps.values() if ends),
         checked=check(cluster.job.run_dir),
         replayed=replay(cluster.job.run_dir, summary["global_sha256"]) if sync else None,
-        least_faults=25 if length_s >= 300 else len(KINDS),
-        least_of_a_kind=3 if length_s >= 300 else 1,
+        least_faults=min(25, plan.count),
+        least_of_a_kind=min(3, plan.count // len(plan.kinds)),
+        kinds=plan.kinds,
     )
 
 
-def run_faults(cluster: Cluster, path: Path, seed: int, length_s: float) -> list[Fault]:
+def run_faults(cluster: Cluster, path: Path, plan: Plan) -> list[Fault]:
     """Hurt the cluster until the deck is dealt, then wait until all faults are over."""
-    kinds, pauses = deal(seed, length_s)
-    rng = random.Random(f"{seed} victims")
+    kinds, pauses = plan.deal()
+    rng = random.Random(f"{plan.seed} victims")
     running: list[tuple[Fault, Iterator[None]]] = []
     faults: list[Fault] = []
     due_s = time.monotonic() + FIRST_S

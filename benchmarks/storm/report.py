@@ -32,6 +32,7 @@ class Result:
         replayed: what the replay said; None: it is not there yet.
         least_faults: how many have to be confirmed.
         least_of_a_kind: and of each kind.
+        kinds: that were in the deck.
     """
 
     faults: list[Fault]
@@ -46,13 +47,14 @@ class Result:
     replayed: str | None
     least_faults: int
     least_of_a_kind: int
+    kinds: tuple[str, ...] = KINDS
 
 
 def aims(result: Result) -> list[tuple[str, str, bool]]:
     """(aim, figure, whether it is reached)."""
     summary = result.summary
     confirmed = Counter(fault.kind for fault in result.faults if fault.is_confirmed)
-    fewest = min(confirmed[kind] for kind in KINDS)
+    fewest = min(confirmed[kind] for kind in result.kinds)
     lost = [fault for fault in result.faults if not fault.recovered]
     rows = [
         (f"at least {result.least_faults} faults confirmed", str(confirmed.total()), confirmed.total() >= result.least_faults),
@@ -87,7 +89,7 @@ def tables(result: Result) -> str:
     lines = ["| aim | figure | |", "|---|---|---|"]
     lines += [f"| {aim} | {figure} | {'reached' if is_reached else '**missed**'} |" for aim, figure, is_reached in aims(result)]
     lines += ["", "| kind | hit | confirmed | over | median until merged again, s | longest, s |", "|---|---|---|---|---|---|"]
-    for kind in KINDS:
+    for kind in result.kinds:
         faults = [fault for fault in result.faults if fault.kind == kind]
         times = [fault.outcome.get("ended_s" if kind == "leave" else "merged_s") for fault in faults if fault.recovered]
         known = [time for time in times if time is not None]
