@@ -79,7 +79,9 @@ def gaps_of_others(result: Result, fault: Fault) -> float | None:
     A learner in another fault at that time is not left out: what it shows is then that fault.
     """
     gaps = [
-        longest_gap_s(ends, fault.at_s, fault.at_s + GAP_WINDOW_S) for (learner, _), ends in result.steps.items() if learner != fault.learner_id
+        longest_gap_s(ends, fault.at_s, fault.at_s + GAP_WINDOW_S)
+        for (learner, _), ends in result.steps.items()
+        if learner != fault.learner_id
     ]
     return max((gap for gap in gaps if gap is not None), default=None)
 
@@ -142,7 +144,9 @@ def plot(result: Result) -> str:
         y, color = 32 + row * place, COLORS[fault.kind]
         long = max(x(fault.at_s + fault.seconds) - x(fault.at_s), 2.0)
         title = f"<title>{fault.number} {fault.kind} {fault.outcome}</title>".replace('"', "'")
-        parts.append(f'<rect x="{x(fault.at_s):.1f}" y="{y}" width="{long:.1f}" height="20" fill="{color}" fill-opacity="0.7">{title}</rect>')
+        parts.append(
+            f'<rect x="{x(fault.at_s):.1f}" y="{y}" width="{long:.1f}" height="20" fill="{color}" fill-opacity="0.7">{title}</rect>'
+        )
     parts += [f'<text x="{left + 105 * i}" y="16" fill="{COLORS[kind]}">{kind}</text>' for i, kind in enumerate(KINDS)]
     parts += _rate(result, x, bottom)
     parts += [f'<text x="{x(result.begin_s + t):.0f}" y="{bottom + 100}">{t} s</text>' for t in range(0, int(length_s) + 1, 30)]
@@ -163,7 +167,9 @@ def _runs(ends: list[float]) -> list[tuple[float, float]]:
 
 def _rate(result: Result, x: Any, bottom: int) -> list[str]:
     """Steps per second of all learners together."""
-    counts = Counter(int(end_s - result.begin_s) for ends in result.steps.values() for end_s in ends if result.begin_s <= end_s <= result.end_s)
+    counts = Counter(
+        int(end_s - result.begin_s) for ends in result.steps.values() for end_s in ends if result.begin_s <= end_s <= result.end_s
+    )
     most = max(counts.values(), default=1)
     seconds = range(int(result.end_s - result.begin_s))
     points = " ".join(f"{x(result.begin_s + t + 0.5):.1f},{bottom + 84 - 76 * counts[t] / most:.1f}" for t in seconds)

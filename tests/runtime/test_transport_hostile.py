@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from lightning_diloco.runtime.transport import MAX_CONTROL_BYTES, SYNCER, LearnerTransport
-from lightning_diloco.runtime.transport.frames import Begin, Cancel, Chunk, Grant, Received, Refused, encode_frame
+from lightning_diloco.runtime.transport.frames import Begin, Cancel, Chunk, Grant, Received, Refused, encode_frame, seal, unseal
 from tests.runtime.transport_helpers import MIB, NONCE, Pair, RawPeer, accept_all
 
 EVIL = b"evil-peer-nonce!"
@@ -46,11 +46,11 @@ def test_garbage_on_control_is_counted(pair: Pair) -> None:
         [b"\x03hello"],
         [b"\x02"],
         [b"\x02\xff\xff"],
-        [b"\x02" + b"\x91" * 50_000],
+        [b"\x02" + seal(b"\x91" * 50_000)],
         [b"\x02" + encode_frame(Begin(1, 1, b"", 0, 0, 0))],
-        [b"\x02" + msgspec.msgpack.encode({"k": "grant", "transfer_id": 1, "attempt": 1, "have": 0, "upto": 1, "more": 1})],
-        [b"\x02" + msgspec.msgpack.encode({"k": "grant", "transfer_id": "1", "attempt": 1, "have": 0, "upto": 1})],
-        [b"\x01two", b"\x01parts"],
+        [b"\x02" + seal(msgspec.msgpack.encode({"k": "grant", "transfer_id": 1, "attempt": 1, "have": 0, "upto": 1, "more": 1}))],
+        [b"\x02" + seal(msgspec.msgpack.encode({"k": "grant", "transfer_id": "1", "attempt": 1, "have": 0, "upto": 1}))],
+        [seal(b"\x01two"), seal(b"\x01parts")],
         [b"\x01"] * 1000,
     ]
     for parts in garbage:
@@ -78,8 +78,8 @@ def test_garbage_on_bulk_is_counted(pair: Pair) -> None:
         [encode_frame(Begin(-5, 1, b"", 3, 1, 0))],
         [encode_frame(Begin(1, 0, b"", 3, 1, 0))],
         [encode_frame(Received(1))],
-        [b"\xc1"] * 500,
-        [b"\x91" * 50_000],
+        [seal(b"\xc1")] * 500,
+        [seal(b"\x91" * 50_000)],
     ]
     for parts in garbage:
         raw.bulk.send_multipart(parts)
@@ -120,7 +120,7 @@ def test_strangers_that_are_refused_occupy_no_memory(pair: Pair) -> None:
 
 @pytest.mark.parametrize("routing_id", [None, b"x", b"b" + bytes(15), b"c" + bytes(17), b"B" + bytes(16), b"c" * 255])
 def test_a_malformed_identity_is_counted(pair: Pair, routing_id: bytes | None) -> None:
-    pair.dial_raw(pair.syncer.control_endpoint, routing_id).send(b"\x01hello")
+    pair.dial_raw(pair.syncer.control_endpoint, routing_id).send(seal(b"\x01hello"))
     bulk = pair.dial_raw(pair.syncer.bulk_endpoint, routing_id)
     bulk.send_multipart([encode_frame(Begin(1, 1, b"", 0, 0, 0))])
     _drops_become(pair, {"malformed_identity": 2})
@@ -129,7 +129,7 @@ def test_a_malformed_identity_is_counted(pair: Pair, routing_id: bytes | None) -
 
 
 def test_an_identity_of_the_other_channel_is_malformed(pair: Pair) -> None:
-    pair.dial_raw(pair.syncer.control_endpoint, b"b" + EVIL).send(b"\x01hello")
+    pair.dial_raw(pair.syncer.control_endpoint, b"b" + EVIL).send(seal(b"\x01hello"))
     pair.dial_raw(pair.syncer.bulk_endpoint, b"c" + EVIL).send(encode_frame(Begin(1, 1, b"", 0, 0, 0)))
     _drops_become(pair, {"malformed_identity": 2})
     assert pair.syncer_events == []
@@ -155,17 +155,17 @@ def test_a_newer_connection_takes_an_identity_over(pair: Pair) -> None:
         raw = RawPeer(pair, EVIL)
         raw.say(Begin(1, 1, b"", 0, 0, 0))
         assert raw.hear() == Received(1)
-        raw.control.send(b"\x01hello")
+        raw.control.send(seal(b"\x01hello"))
         pair.until(lambda: bool(pair.syncer_events))
         pair.syncer_events.clear()
     assert pair.syncer.send_control(EVIL, b"to the newer one")
     assert raw.control.poll(2000)
-    assert raw.control.recv() == b"\x01to the newer one"
+    assert raw.control.recv() == seal(b"\x01to the newer one")
 
 
 def test_too_long_control_messages_deliver_nothing(pair: Pair) -> None:
     raw = RawPeer(pair, EVIL)
-    raw.control.send(b"\x01" + bytes(MAX_CONTROL_BYTES + 1))
+    raw.control.send(seal(b"\x01" + bytes(MAX_CONTROL_BYTES + 1)))
     if pair.syncer.control_endpoint.startswith("tcp"):
         pair.steps_for(0.2)
         assert pair.syncer.stats.drops == {}  # the connection is cut at the announced length, nothing is read
@@ -175,17 +175,36 @@ def test_too_long_control_messages_deliver_nothing(pair: Pair) -> None:
     assert all(getattr(event, "peer", None) != EVIL for event in pair.syncer_events)
 
 
+def test_a_turned_bit_costs_a_frame_or_a_message_and_is_believed_nowhere(pair: Pair) -> None:
+    raw = RawPeer(pair, EVIL)
+    frame, message = encode_frame(Begin(1, 1, b"hh", 3, 1, 9)), seal(b"\x01hello")
+    for bit in range(8 * len(frame)):
+        raw.bulk.send(_turned(frame, bit))
+    for bit in range(8, 8 * len(message)):  # the first byte tells messages from frames
+        raw.control.send(_turned(message, bit))
+    _drops_become(pair, {"malformed_bulk": 8 * len(frame), "damaged_control": 8 * len(message) - 8})
+    assert pair.syncer_events == [] and pair.syncer._incoming.num_peers == 0
+    _is_still_served(pair)
+
+
+def _turned(data: bytes, bit: int) -> bytes:
+    turned = bytearray(data)
+    turned[bit // 8] ^= 1 << bit % 8
+    return bytes(turned)
+
+
 def test_random_frames_raise_nothing_and_deliver_nothing(pair: Pair) -> None:
     raw = RawPeer(pair, EVIL)
     rng = random.Random(1)
     templates = [encode_frame(f) for f in (Begin(1, 1, b"hh", 3, 1, 9), Chunk(1, 0), Cancel(1), Grant(1, 1, 0, 1), Received(1))]
     for k in range(600):
-        frame = bytearray(rng.choice(templates))
+        inner = bytearray(unseal(rng.choice(templates)) or b"")
         for _ in range(rng.randrange(4)):
-            frame[rng.randrange(len(frame))] = rng.randrange(256)
-        parts = [bytes(frame)] + [rng.randbytes(rng.randrange(9)) for _ in range(rng.randrange(3))]
+            inner[rng.randrange(len(inner))] = rng.randrange(256)
+        frame = seal(bytes(inner))  # past the checksum, to what it protects
+        parts = [frame] + [rng.randbytes(rng.randrange(9)) for _ in range(rng.randrange(3))]
         raw.bulk.send_multipart(parts)
-        raw.control.send(b"\x02" + bytes(frame))
+        raw.control.send(b"\x02" + frame)
         if k % 20 == 0:
             pair.step()
     _is_still_served(pair)
@@ -205,7 +224,7 @@ def test_a_learner_survives_a_syncer_that_talks_garbage() -> None:
     transfer_id = learner.send_payload(SYNCER, b"h", b"abc")
     while not bulk.poll(0):
         learner.poll(0.01)
-    assert learner.send_control(SYNCER, b"hello") and control.recv_multipart() == [b"c" + NONCE, b"\x01hello"]
+    assert learner.send_control(SYNCER, b"hello") and control.recv_multipart() == [b"c" + NONCE, seal(b"\x01hello")]
     control.send_multipart([b"c" + NONCE, b"\x02" + encode_frame(Grant(transfer_id, 1, 0, 2**41))])
     control.send_multipart([b"c" + NONCE, b"\x02" + encode_frame(Received(transfer_id + 1))])
     control.send_multipart([b"c" + NONCE, b"junk", b"junk"])

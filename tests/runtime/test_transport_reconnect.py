@@ -31,9 +31,9 @@ def _port(endpoint: str) -> int:
 class ProxiedPair(Pair):
     """The learner of this pair reaches the syncer through two proxies."""
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, **numbers: float) -> None:
         self._stack = stack
-        super().__init__("tcp")
+        super().__init__("tcp", **numbers)
 
     def add_learner(self, nonce: bytes, accept: Accept = accept_all) -> LearnerTransport:
         self.control_proxy = self._stack.enter_context(TransportProxy(_port(self.syncer.control_endpoint)))
@@ -129,6 +129,40 @@ def test_control_passes_a_throttled_bulk_link(pair: ProxiedPair) -> None:
     assert pair.received() == []  # the payload takes 1.7 s
     pair.until(lambda: bool(pair.received()))
     assert pair.syncer.stats.drops.get("duplicate_chunk", 0) == 0
+
+
+@pytest.mark.parametrize("channel", ["control", "bulk"])
+def test_a_socket_that_has_read_what_is_no_message_is_replaced(pair: ProxiedPair, channel: str) -> None:
+    # ZeroMQ ends the session of a socket that dialled, and does not dial again.
+    proxy = pair.control_proxy if channel == "control" else pair.bulk_proxy
+    proxy.slip_in(b"\x02" + (1 << 50).to_bytes(8, "big"))
+    pair.until(lambda: pair.learner.stats.drops.get("redialled") == 1)
+    payload = make_bytes(3 * MIB)
+    pair.learner.send_payload(SYNCER, b"up", payload)
+    pair.syncer.send_payload(NONCE, b"down", payload)
+    pair.until(lambda: len(pair.delivered()) == 2)
+    assert [bytes(e.payload) for e in pair.received()] == [payload] * 2
+    assert proxy.num_connections == 2
+
+
+def test_bits_that_turn_on_the_way_are_noticed_and_cost_nothing_but_time() -> None:
+    with ExitStack() as stack:
+        # A length that was damaged can make a socket wait for bytes that never come: its heartbeats find that.
+        pair = ProxiedPair(stack, heartbeat_interval_s=0.3, heartbeat_timeout_s=1.0)
+        stack.callback(pair.close)
+        pair.meet()
+        sent = [make_bytes(20_000, seed) for seed in range(12)]
+        for i, payload in enumerate(sent):
+            pair.learner.send_payload(SYNCER, b"%d" % i, payload)
+            pair.syncer.send_payload(NONCE, b"%d" % i, payload)
+            pair.learner.send_control(SYNCER, b"said %d" % i)
+            pair.bulk_proxy.bits_to_turn, pair.control_proxy.bits_to_turn = 2, 1
+            pair.until(lambda i=i: len(pair.delivered()) == 2 * (i + 1), limit_s=40)
+        assert pair.bulk_proxy.bits_to_turn == pair.control_proxy.bits_to_turn == 0
+        assert sorted(int(e.header) for e in pair.received()) == sorted([*range(12), *range(12)])
+        assert all(bytes(e.payload) == sent[int(e.header)] for e in pair.received())
+        said = {e.data for e in pair.syncer_events if isinstance(e, ControlReceived)}
+        assert said <= {b"said %d" % i for i in range(12)}, "what is lost is lost, and nothing else was heard"
 
 
 def test_a_restarted_syncer_gets_the_payload_that_its_predecessor_had_half() -> None:

@@ -22,7 +22,7 @@ from lightning_diloco.runtime.transport.frames import (
     decode_reply,
     encode_frame,
 )
-from lightning_diloco.runtime.transport.receiving import DONE_MEMORY, Delivery, IncomingTransfers
+from lightning_diloco.runtime.transport.receiving import DONE_MEMORY, MAX_DAMAGED, Delivery, IncomingTransfers
 from tests.runtime.transport_link import BOOT, CHUNK, WINDOW, Link
 
 payload_lists = st.lists(st.binary(max_size=9 * CHUNK), min_size=1, max_size=6)
@@ -102,13 +102,30 @@ def test_a_delivered_transfer_is_acknowledged_again_and_other_bytes_under_its_id
     assert (link.drops["duplicate_begin"], link.drops["late_chunk"], link.drops["conflicting_begin"]) == (1, 1, 1)
 
 
-def test_a_wrong_checksum_is_refused_and_the_answer_stays() -> None:
+def test_a_checksum_that_is_wrong_every_time_is_refused_and_the_answer_stays() -> None:
     link = Link()
-    for _ in range(2):
+    for _ in range(MAX_DAMAGED + 1):
         link.arrive(_offer(b"abc", crc=1), b"")
         link.arrive(Chunk(BOOT + 1, 0), b"abc")
     assert [r for r in link.back if isinstance(r, Refused)] == [Refused(BOOT + 1, "bad_checksum")] * 2
     assert [d.reason for d in link.delivered] == ["bad_checksum"]
+
+
+def test_a_payload_that_was_damaged_on_the_way_is_sent_again_whole_and_delivered() -> None:
+    link = Link()
+    payload = bytes(range(26))
+    transfer_id = link.add(payload)
+    for damaged in range(MAX_DAMAGED):
+        while link.send() or link.forward or link.back:
+            for frame, data in link.forward:
+                is_hit = isinstance(frame, Chunk) and frame.index == 3 and damaged < MAX_DAMAGED - 1
+                link.arrive(frame, b"\xff" + data[1:] if is_hit else data)
+            while link.back:
+                link.return_(link.back.pop(0))
+            link.forward.clear()
+        link.now_s += 30.0  # nobody has answered: the sender's timer
+    assert link.drops == {"bad_checksum": MAX_DAMAGED - 1, "offered_again": MAX_DAMAGED - 1}
+    assert [bytes(d.payload or b"") for d in link.delivered] == [payload] and link.ended == {transfer_id: None}
 
 
 def test_misplaced_chunks_change_nothing() -> None:

@@ -1,8 +1,9 @@
-"""A TCP proxy on a thread of its own that can cut, throttle and delay what passes."""
+"""A TCP proxy on a thread of its own that can cut, throttle, delay and damage what passes."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from typing import Self
 
@@ -21,9 +22,12 @@ class TransportProxy:
         self.bytes_per_s = bytes_per_s
         self.delay_s = delay_s
         self.is_open = True
+        self.bits_to_turn = 0
+        self.random = random.Random(0)
         self.num_connections = 0
         self.port = 0
         self._writers: list[asyncio.StreamWriter] = []
+        self._dialer: asyncio.StreamWriter | None = None
         self._loop = asyncio.new_event_loop()
         self._is_ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="transport-proxy")
@@ -46,6 +50,11 @@ class TransportProxy:
 
     def reopen(self) -> None:
         self.is_open = True
+
+    def slip_in(self, data: bytes) -> None:
+        """Send bytes that the target did not send to whoever dialled last."""
+        assert self._dialer is not None
+        self._loop.call_soon_threadsafe(self._dialer.write, data)
 
     def _abort(self) -> None:
         for writer in self._writers:
@@ -74,6 +83,7 @@ class TransportProxy:
             writer.transport.abort()
             return
         self.num_connections += 1
+        self._dialer = writer
         self._writers.append(writer)
         try:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
@@ -88,6 +98,8 @@ class TransportProxy:
         sender = asyncio.ensure_future(self._send_late(pieces, writer))
         try:
             while piece := await reader.read(16384):
+                if self.bits_to_turn > 0:
+                    piece = self._damage(piece)
                 await pieces.put((self._loop.time() + self.delay_s, piece))
                 if self.bytes_per_s is not None:
                     await asyncio.sleep(len(piece) / self.bytes_per_s)
@@ -96,6 +108,13 @@ class TransportProxy:
         finally:
             sender.cancel()
             writer.transport.abort()
+
+    def _damage(self, piece: bytes) -> bytes:
+        """One bit, at a random place, is another one."""
+        self.bits_to_turn -= 1
+        damaged = bytearray(piece)
+        damaged[self.random.randrange(len(damaged))] ^= 1 << self.random.randrange(8)
+        return bytes(damaged)
 
     async def _send_late(self, pieces: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
         while True:

@@ -29,12 +29,15 @@ from .frames import (
     FRAME_KIND,
     MAX_CONTROL_BYTES,
     MAX_HEADER_BYTES,
+    MAX_MESSAGE_BYTES,
     USER_KIND,
     Chunk,
     ReplyFrame,
     decode_bulk,
     decode_reply,
     encode_frame,
+    seal,
+    unseal,
 )
 from .options import TransportOptions, TransportStats
 from .peers import Accept, IncomingPeers
@@ -127,7 +130,7 @@ class Transport(ABC):
         self._check_peer(peer)
         if len(data) > MAX_CONTROL_BYTES:
             raise LocalProtocolError(f"a control message of {len(data)} bytes exceeds {MAX_CONTROL_BYTES}; send it with send_payload")
-        taken = send_parts(self._require_open(), self._address(peer, [USER_KIND + data], is_bulk=False))
+        taken = send_parts(self._require_open(), self._address(peer, [seal(USER_KIND + data)], is_bulk=False))
         if taken:
             self.stats.control_sent += 1
         else:
@@ -338,26 +341,26 @@ class Transport(ABC):
                 self._on_control(found[0], found[1][0].buffer)
 
     def _on_control(self, peer: bytes, data: memoryview) -> None:
-        outgoing = self._outgoing.get(peer)
-        kind = bytes(data[:1])
-        if kind == USER_KIND:
-            if len(data) > MAX_CONTROL_BYTES + 1:
-                self.stats.count("oversized_control")
-                return
-            if outgoing is not None:
-                outgoing.unblock()
-            self.stats.control_received += 1
-            self._events.append(ControlReceived(peer, bytes(data[1:])))
-            return
+        outgoing, kind = self._outgoing.get(peer), bytes(data[:1])
         frame = decode_reply(data[1:]) if kind == FRAME_KIND else None
-        if frame is None:
+        if kind == USER_KIND:
+            self._on_message(peer, data)
+        elif frame is None:
             self.stats.count("malformed_control")
         elif outgoing is None:
             self.stats.count("late_reply")
         else:
-            ended = outgoing.on_reply(frame, self._now())
-            if ended is not None:
+            if (ended := outgoing.on_reply(frame, self._now())) is not None:
                 self._tell_end(peer, ended)
+
+    def _on_message(self, peer: bytes, data: memoryview) -> None:
+        if (message := unseal(data)) is None or len(data) > MAX_MESSAGE_BYTES:
+            self.stats.count("damaged_control" if message is None else "oversized_control")
+        else:
+            if (outgoing := self._outgoing.get(peer)) is not None:
+                outgoing.unblock()
+            self.stats.control_received += 1
+            self._events.append(ControlReceived(peer, bytes(message[1:])))
 
     def _drain_bulk(self) -> None:
         for _ in range(self._options.turn_chunks):

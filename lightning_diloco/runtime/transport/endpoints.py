@@ -24,6 +24,11 @@ from .sockets import ConfigureSocket, make_socket
 
 __all__ = ["LearnerTransport", "SyncerTransport"]
 
+_LOOK_S = 0.5
+"""Seconds between two looks whether the sockets take messages."""
+_MUTE_S = 2.0
+"""A socket that has taken none for so long is replaced."""
+
 
 class SyncerTransport(Transport):
     """The syncer's end: two ROUTER sockets; a peer is the nonce of a learner's process.
@@ -120,6 +125,10 @@ class SyncerTransport(Transport):
 class LearnerTransport(Transport):
     """The learner's end: two DEALER sockets that dial and redial (50 ms to 1 s); its only peer is `SYNCER`.
 
+    ZeroMQ redials by itself when a connection ends. It does not when what it reads is not its protocol, as after a bit was turned on the
+    way: then the socket is left without a connection for ever, and shows it by taking no message. A socket that has taken none for
+    `_MUTE_S` is replaced. (One whose queue is full, after an outage of many minutes, looks alike; what is in it is out of date.)
+
     Args:
         control_endpoint: where the syncer's control socket listens.
         nonce: 16 random bytes of this process.
@@ -150,6 +159,8 @@ class LearnerTransport(Transport):
         self._control_endpoint = control_endpoint
         self._bulk_endpoint: str | None = None
         self._nonce = nonce
+        self._look_s = 0.0
+        self._mute_since_s: dict[bytes, float] = {}
 
     def connect(self) -> None:
         """Dial control; returns at once, messages wait in a bounded queue until the syncer answers.
@@ -176,12 +187,43 @@ class LearnerTransport(Transport):
         if endpoint == self._bulk_endpoint:
             return
         bulk = self._dial(endpoint, BULK_PREFIX)
-        if self._bulk is not None:
-            self._poller.unregister(self._bulk)
-            self._bulk.close(linger=0)
+        self._hang_up(self._bulk)
         self._bulk, self._bulk_endpoint = bulk, endpoint
         for outgoing in self._outgoing.values():
             outgoing.unblock()
+
+    def _hang_up(self, sock: zmq.Socket[bytes] | None) -> None:
+        if sock is not None:
+            self._poller.unregister(sock)
+            sock.close(linger=0)
+
+    def _receive(self, wait_s: float) -> bool:
+        woken = super()._receive(wait_s)
+        now_s = self._now()
+        if now_s >= self._look_s:
+            self._look_s = now_s + _LOOK_S
+            self._replace_mute(now_s)
+        return woken
+
+    def _replace_mute(self, now_s: float) -> None:
+        """Dial anew with a socket that takes no message any more. In one process there is nothing to dial anew."""
+        if self._is_mute(self._control, CONTROL_PREFIX, now_s):
+            control = self._dial(self._control_endpoint, CONTROL_PREFIX)
+            self._hang_up(self._control)
+            self._control = control
+        if self._bulk_endpoint is not None and self._is_mute(self._bulk, BULK_PREFIX, now_s):
+            endpoint, self._bulk_endpoint = self._bulk_endpoint, None
+            self.connect_bulk(endpoint)
+
+    def _is_mute(self, sock: zmq.Socket[bytes] | None, prefix: bytes, now_s: float) -> bool:
+        if sock is None or self._control_endpoint.startswith("inproc://") or sock.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+            self._mute_since_s.pop(prefix, None)
+            return False
+        is_mute = now_s - self._mute_since_s.setdefault(prefix, now_s) >= _MUTE_S
+        if is_mute:
+            del self._mute_since_s[prefix]
+            self.stats.count("redialled")
+        return is_mute
 
     def _dial(self, endpoint: str, prefix: bytes) -> zmq.Socket[bytes]:
         sock = make_socket(

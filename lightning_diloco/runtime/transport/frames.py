@@ -5,6 +5,10 @@ Two sockets join a learner to the syncer. The *bulk* socket carries, from the se
 user's messages and, from the receiver of a payload back to its sender, `Grant`, `Received` and `Refused`: a credit must not
 queue behind the payload that waits for it. One leading byte tells the user's control messages from frames of ours.
 
+Every frame and every message ends with the CRC-32 of what stands before it (`seal`): a bit that was turned on the way costs that
+message, which is then as good as lost, and both ends live with lost ones. Without it one bit of an id or a counter could be
+believed: a `Begin` whose id had grown made its receiver take all later payloads of that sender for stale ones, for ever.
+
 Bytes from the network are hostile: the decoders here return None for anything that is not exactly one of the frames with
 every field inside its limits, and never raise.
 
@@ -21,6 +25,8 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from lightning_diloco.runtime.checksum import crc32
+
 __all__ = [
     "BULK_PREFIX",
     "CHUNK_BYTES",
@@ -28,7 +34,9 @@ __all__ = [
     "FRAME_KIND",
     "MAX_CONTROL_BYTES",
     "MAX_HEADER_BYTES",
+    "MAX_MESSAGE_BYTES",
     "NONCE_BYTES",
+    "SEAL_BYTES",
     "USER_KIND",
     "Begin",
     "BulkFrame",
@@ -44,6 +52,8 @@ __all__ = [
     "decode_reply",
     "encode_frame",
     "parse_routing_id",
+    "seal",
+    "unseal",
 ]
 
 CHUNK_BYTES: Final = 1 << 20
@@ -69,6 +79,12 @@ USER_KIND: Final = b"\x01"
 
 FRAME_KIND: Final = b"\x02"
 """First byte of a transport frame on the control socket."""
+
+SEAL_BYTES: Final = 4
+"""Length of the checksum at the end of every frame and message."""
+
+MAX_MESSAGE_BYTES: Final = MAX_CONTROL_BYTES + len(USER_KIND) + SEAL_BYTES
+"""The longest message of the user as it travels."""
 
 RefusalReason = Literal["bad_checksum", "oversized", "refused"]
 """Why a receiver refuses a payload for good."""
@@ -172,15 +188,30 @@ _reply_decoder = msgspec.msgpack.Decoder(ReplyFrame)
 _DECODE_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
+def seal(data: bytes) -> bytes:
+    """Add the checksum."""
+    return data + crc32(data).to_bytes(SEAL_BYTES, "little")
+
+
+def unseal(data: bytes | memoryview) -> memoryview | None:
+    """What stands before the checksum, or None when it is not the checksum of that."""
+    view = memoryview(data)
+    body, checksum = view[:-SEAL_BYTES], view[-SEAL_BYTES:]
+    return body if len(view) >= SEAL_BYTES and crc32(body) == int.from_bytes(checksum, "little") else None
+
+
 def encode_frame(frame: BulkFrame | ReplyFrame) -> bytes:
-    """Encode one frame as msgpack."""
-    return _encoder.encode(frame)
+    """Encode one frame as msgpack, sealed."""
+    return seal(_encoder.encode(frame))
 
 
 def decode_bulk(data: bytes | memoryview) -> BulkFrame | None:
     """Decode a frame of the bulk socket; None when the bytes are not one."""
+    body = unseal(data)
+    if body is None:
+        return None
     try:
-        frame: BulkFrame = _bulk_decoder.decode(data)
+        frame: BulkFrame = _bulk_decoder.decode(body)
     except _DECODE_ERRORS:
         return None
     return frame
@@ -188,8 +219,11 @@ def decode_bulk(data: bytes | memoryview) -> BulkFrame | None:
 
 def decode_reply(data: bytes | memoryview) -> ReplyFrame | None:
     """Decode a transport frame of the control socket; None when the bytes are not one."""
+    body = unseal(data)
+    if body is None:
+        return None
     try:
-        frame: ReplyFrame = _reply_decoder.decode(data)
+        frame: ReplyFrame = _reply_decoder.decode(body)
     except _DECODE_ERRORS:
         return None
     return frame

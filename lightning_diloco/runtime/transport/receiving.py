@@ -8,6 +8,9 @@ Delivery is idempotent: what became of the last `DONE_MEMORY` transfers is remem
 answer and no second delivery. An id below the newest accepted one of the same boot belongs to a transfer that its sender has
 ended (the sender has one on the wire): it is ignored. An offer with a new id replaces the payload in assembly.
 
+A payload that is complete and does not have its checksum was damaged on the way, or its sender is wrong. It is taken once more under
+the same id, from its first chunk, when its sender offers it again; after `MAX_DAMAGED` such times it is refused for good.
+
 Garbage is counted by name and changes nothing: chunks of other transfers, beyond the credit, of the wrong length, twice.
 """
 
@@ -35,7 +38,7 @@ from .frames import (
     count_chunks,
 )
 
-__all__ = ["DONE_MEMORY", "AcceptPayload", "Delivery", "IncomingTransfers", "Reaction"]
+__all__ = ["DONE_MEMORY", "MAX_DAMAGED", "AcceptPayload", "Delivery", "IncomingTransfers", "Reaction"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -43,6 +46,9 @@ _new_bytearray = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_s
 
 DONE_MEMORY: Final = 256
 """How many ended transfers are remembered per peer, to answer a repeated offer as the first one."""
+
+MAX_DAMAGED: Final = 3
+"""How often a payload may arrive without its checksum: links do that once in a long while, a sender that is wrong does it every time."""
 
 AcceptPayload = Callable[[bytes, int], bool | str]
 """Decides on (header, total_bytes): True, False (refused), or "oversized" / "refused"."""
@@ -91,6 +97,7 @@ class _Assembly:
     prefix: int = 0  # chunks held without a gap from 0
     crc: int = 0  # of the prefix
     upto: int = 0
+    damaged: int = 0  # times that it was complete and did not have its checksum
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,11 +293,18 @@ class IncomingTransfers:
         return True
 
     def _finish(self, assembly: _Assembly) -> Reaction:
-        self._assembly = None
         begin = assembly.begin
         reply: ReplyFrame
         if assembly.crc != begin.crc:
             self._count("bad_checksum")
+            assembly.damaged += 1
+            if assembly.damaged < MAX_DAMAGED:
+                # No answer: its sender hears nothing, offers it again, and is told that nothing is held.
+                assembly.held[:] = bytes(begin.num_chunks)
+                assembly.prefix = assembly.crc = 0
+                return _NOTHING
+        self._assembly = None
+        if assembly.crc != begin.crc:
             reply = Refused(begin.transfer_id, "bad_checksum")
             delivery = Delivery(begin.header, None, "bad_checksum")
         else:

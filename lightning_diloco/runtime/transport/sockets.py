@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import zmq
 
-from .frames import CHUNK_BYTES, MAX_CONTROL_BYTES
+from .frames import CHUNK_BYTES, MAX_MESSAGE_BYTES
 from .options import TransportOptions
 
 __all__ = ["ConfigureSocket", "Waker", "make_socket", "receive_parts", "send_parts"]
@@ -49,7 +49,7 @@ def make_socket(
     mark = 2 * options.window_chunks + 8 if is_bulk else _CONTROL_HWM
     sock.setsockopt(zmq.SNDHWM, mark)
     sock.setsockopt(zmq.RCVHWM, mark)
-    sock.setsockopt(zmq.MAXMSGSIZE, CHUNK_BYTES if is_bulk else MAX_CONTROL_BYTES + 1)
+    sock.setsockopt(zmq.MAXMSGSIZE, CHUNK_BYTES if is_bulk else MAX_MESSAGE_BYTES)
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
     sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
