@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all fuzz check extras clean
+.PHONY: help setup train test test-all fuzz chaos check extras clean
 
 help:
 	@echo "make setup     only set up $(VENV); the targets below do so too, if need be"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make fuzz      200,000 hostile messages to a live syncer and a live learner (docs/benchmarks/fuzz.md)"
 	@echo "make check     format, lint, types, layers"
+	@echo "make chaos     a storm of faults on real processes, one minute, and the same run without (docs/benchmarks/chaos.md)"
 	@echo "make extras    install what only some recipes and tests need (docs/dependencies.md)"
 	@echo "make clean     remove .venv, caches and build files (outputs/ stays)"
 	@echo "PYTHON=...     the interpreter to set .venv up with (now: $(PYTHON))"
@@ -41,6 +42,9 @@ check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_layering.py
+
+chaos: $(READY)
+	@$(BIN)/python benchmarks/chaos.py --minutes 1 $(ARGS)
 
 extras: $(READY)
 	@$(PIP) install -qq -c constraints.txt -e '.[test,recipes,companions]'

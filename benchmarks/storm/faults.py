@@ -13,9 +13,9 @@ A fault is *confirmed* by what can be seen from outside, not by the call that sh
 | `join` | a `join` of an id that nobody had before is on the tape |
 | `leave` | after SIGTERM a `leave` is on the tape, with the reason `signal` |
 
-The outcome of all is how long it took, from the end of the fault, until the victim was in a merge again (of `leave`: until its process had
-ended). A fault waits for that, at most `PATIENCE_S`; if nothing comes it says so (`recovered` is false). `steps` is how many inner steps the
-victim did while a link fault lasted: a learner never waits.
+The outcome of all is how long it took, from the end of the fault, until the victim was in a merge again (of `leave`: until its process
+had ended). A fault waits for that, at most `PATIENCE_S`; if nothing comes it says so (`recovered` is false). `steps` is how many inner
+steps the victim did while a link fault lasted: a learner never waits.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 One thread runs all of them. A `Link` has one listening port for each address of the syncer (control and bulk) and counts what it does, so
 that a fault can be *confirmed*: connections that were reset or refused, bytes that were held, bytes that passed slowly, bits that were
-turned. A partition is of one of two kinds, because the two look different to a transport: `reset` ends connections and refuses new ones; `hold`
-takes everything and passes on nothing, as a router does that drops packets, until the link is up again and what was held goes on.
+turned. A partition is of one of two kinds, because the two look different to a transport: `reset` ends connections and refuses new
+ones; `hold` takes everything and passes on nothing, as a router does that drops packets, until the link is up again and what was held
+goes on.
 """
 
 from __future__ import annotations

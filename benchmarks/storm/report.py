@@ -150,7 +150,8 @@ def plot(result: Result) -> str:
     parts += [f'<text x="{left + 105 * i}" y="16" fill="{COLORS[kind]}">{kind}</text>' for i, kind in enumerate(KINDS)]
     parts += _rate(result, x, bottom)
     parts += [f'<text x="{x(result.begin_s + t):.0f}" y="{bottom + 100}">{t} s</text>' for t in range(0, int(length_s) + 1, 30)]
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 50}" height="{bottom + 110}" font-family="sans-serif" font-size="12">'
+    size = f'width="{left + width + 50}" height="{bottom + 110}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>\n"])
 
 
