@@ -35,6 +35,9 @@ __all__ = ["KINDS", "Fault", "run_fault"]
 
 PATIENCE_S = 60.0
 KINDS = ("kill", "stop", "partition", "throttle", "corrupt", "syncer_kill", "join", "leave")
+LINK_KINDS = ("partition", "throttle", "corrupt")
+OPEN_WRITERS = 4
+"""Of a link on which both channels are connected: while the syncer is down there is nothing to cut."""
 MOST_LEARNERS = 5
 """Members and processes that will be members, at most; and `LEAST_LEARNERS` at least."""
 LEAST_LEARNERS = 4
@@ -87,6 +90,8 @@ def run_fault(cluster: Cluster, kind: str, number: int, busy: set[int], rng: ran
     if kind == "join":
         return None if len(wanted) >= MOST_LEARNERS else (fault, join(cluster, fault))
     victims = can_be_hurt(cluster, busy)
+    if kind in LINK_KINDS:
+        victims = [learner for learner in victims if len(cluster.link(learner.learner_id).writers) == OPEN_WRITERS]
     if not victims or (kind == "leave" and len(wanted) < LEAST_LEARNERS):
         return None
     learner = rng.choice(victims)
@@ -291,5 +296,5 @@ def victim_steps(cluster: Cluster, fault: Fault) -> int:
 
 
 def all_steps(cluster: Cluster) -> int:
-    """Inner steps of all present lives so far."""
-    return sum(len(cluster.steps(learner.learner_id, learner.life)) for learner in cluster.learners.values())
+    """Inner steps of all lives so far."""
+    return sum(len(cluster.steps(i, life)) for i, learner in cluster.learners.items() for life in range(learner.life + 1))

@@ -104,6 +104,16 @@ def test_jitter_of_transmission_leaves_no_hole_between_two_reports():
     assert tape.summary()["uptime"] == pytest.approx(1.0)
 
 
+def test_a_step_that_is_counted_late_leaves_no_hole_in_reports_that_come_late():
+    tape = started(0)
+    tape.now_s = 2.0
+    tape.progress(0, 4, 4, (0.5,) * 4)
+    tape.now_s = 30.0  # the syncer was away; what was told meanwhile comes at once
+    tape.progress(0, 7, 7, (0.5,) * 4)  # the fourth step's boundary found the exchange busy
+    tape.progress(0, 12, 12, (0.5,) * 4)
+    assert tape.summary()["uptime"] == pytest.approx(1.0)
+
+
 def test_missing_report_leaves_a_hole():
     tape = started(0)
     tape.now_s = 2.0
