@@ -216,7 +216,7 @@ class LearnerTransport(Transport):
             self.connect_bulk(endpoint)
 
     def _is_mute(self, sock: zmq.Socket[bytes] | None, prefix: bytes, now_s: float) -> bool:
-        if sock is None or self._control_endpoint.startswith("inproc://") or sock.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+        if sock is None or self._control_endpoint.startswith("inproc://") or sock.poll(0, zmq.POLLOUT):
             self._mute_since_s.pop(prefix, None)
             return False
         is_mute = now_s - self._mute_since_s.setdefault(prefix, now_s) >= _MUTE_S
