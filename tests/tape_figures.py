@@ -212,23 +212,20 @@ def short_gaps(tape: list[Event]) -> list[tuple[float, float]]:
     for events in lives.values():
         steps = [s for e in of(events, "progress") for s in net_steps(e)]
         limit = max(3 * statistics.median(steps), 1.0) if steps else 1.0
-        previous, count, told, untold = None, 0, 0, 0
+        previous, told = None, 0
         for e in events:
             if e["event"] == "join":
                 previous = e["t_s"] if previous is None else previous
                 continue
             gaps, last = e["step_gaps_s"], e["t_s"] - e["last_step_age_s"]
-            told += len(gaps)
-            is_next = previous is not None and e["inner_steps"] - told <= untold
-            untold = max(untold, e["inner_steps"] - told)
+            is_next = previous is not None and e["first_gap"] == told
             ends = [last - math.fsum(gaps[i + 1 :]) for i in range(len(gaps))]
             for i, (gap, end) in enumerate(zip(gaps, ends, strict=True)):
                 start = ends[i - 1] if i else previous if is_next else end - gap
                 if gap <= limit:
                     spans.append((start, end))
-            if gaps or e["inner_steps"] > count:
-                previous = last
-            count = max(count, e["inner_steps"])
+            if gaps:
+                previous, told = last, e["first_gap"] + len(gaps)
     return spans
 
 

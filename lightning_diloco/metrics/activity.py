@@ -13,10 +13,9 @@ slot had a joined incarnation. Clock jitter between learner and syncer can lift 
 
 **Uptime** = share of [T0, T1] that the union over learners of short gaps covers; short: at most max(3 * median step time of that
 incarnation, 1 s). Where a gap lies on the tape's clock is reconstructed: the report's time less `last_step_age_s` is the end of its last
-step, and gaps walk backwards from there. The first gap of a report starts where the previous report (or the join) left off if no step is
-missing between the two, so that the jitter of transmission leaves no holes. (After an outage of the syncer that can be many seconds: the
-reports of the time in between arrive at once.) Steps are missing where the life's steps exceed its gaps by more than ever before. The
-two need not be equal: a step whose boundary found the exchange busy is counted at the next one, and its gap is told at once.
+step, and gaps walk backwards from there. They are numbered: the first gap of a report starts where the one before it ended (or at the
+join), so that the jitter of transmission leaves no holes. After an outage of the syncer that can be many seconds: what was told in
+between arrives at once. Where a number is missing there is a hole.
 
 References:
     Decoupled DiLoCo, arXiv 2604.21428: goodput and uptime under failures.
@@ -56,10 +55,8 @@ class _Life:
     """One incarnation. Gaps that are short in any case are joined to runs, so memory follows time and not steps."""
 
     last_end_s: float | None = None
-    inner_steps: int = 0
     num_gaps: int = 0
-    untold_steps: int = 0
-    """Steps that no report has told the gap of."""
+    """The number of the gap that comes next."""
     step_s: SortedSample = field(default_factory=SortedSample)
     runs: list[Interval] = field(default_factory=list)
     long_gaps: list[tuple[float, float, float]] = field(default_factory=list)
@@ -69,20 +66,16 @@ class _Life:
         gaps = record.step_gaps_s
         end_s = t_s - record.last_step_age_s
         start_s = end_s - sum(gaps)
-        self.num_gaps += len(gaps)
-        untold_steps = record.inner_steps - self.num_gaps
-        if self.last_end_s is not None and untold_steps <= self.untold_steps:
+        if self.last_end_s is not None and record.first_gap == self.num_gaps:
             start_s = self.last_end_s
-        self.untold_steps = max(self.untold_steps, untold_steps)
         rest_s = sum(gaps)
         for gap_s in gaps:
             rest_s -= gap_s
             step_end_s = end_s - rest_s
             self._cover(start_s, step_end_s, gap_s)
             start_s = step_end_s
-        if gaps or record.inner_steps > self.inner_steps:
-            self.last_end_s = end_s
-        self.inner_steps = max(self.inner_steps, record.inner_steps)
+        if gaps:
+            self.last_end_s, self.num_gaps = end_s, record.first_gap + len(gaps)
 
     def covered(self) -> list[Interval]:
         """The intervals in which this life was stepping: gaps between step ends that are no longer than its own limit."""

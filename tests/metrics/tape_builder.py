@@ -40,6 +40,7 @@ class TapeBuilder:
         self.versions: dict[int, int] = {}
         self.rounds = 0
         self.seqs: dict[tuple[int, int], int] = {}
+        self.gaps: dict[tuple[int, int], int] = {}
 
     def add(self, record: Record) -> None:
         self.lines.append(TapeLine(len(self.lines), self.now_s, record))
@@ -70,10 +71,10 @@ class TapeBuilder:
         self.add(LeaveRecord(learner_id=learner, incarnation=incarnation, reason=reason))
 
     def progress(self, learner: int, steps: int, tokens: int, gaps: tuple[float, ...] = (), incarnation: int = 0, **fields: Any) -> None:
-        record = ProgressRecord(
-            learner_id=learner, incarnation=incarnation, inner_steps=steps, tokens=tokens, step_gaps_s=gaps, batch_size=4, **fields
-        )
-        self.add(record)
+        first = fields.pop("first_gap", self.gaps.get((learner, incarnation), 0))
+        self.gaps[learner, incarnation] = first + len(gaps)
+        totals = {"inner_steps": steps, "tokens": tokens, "first_gap": first}
+        self.add(ProgressRecord(learner_id=learner, incarnation=incarnation, step_gaps_s=gaps, batch_size=4, **totals, **fields))
 
     def counters(self, learner: int, steps: int, tokens: int, incarnation: int = 0) -> None:
         self.add(CountersRecord(learner_id=learner, incarnation=incarnation, inner_steps=steps, tokens=tokens))

@@ -119,19 +119,19 @@ def test_missing_report_leaves_a_hole():
     tape.now_s = 2.0
     tape.progress(0, 4, 4, (0.5,) * 4)
     tape.now_s = 6.0
-    tape.progress(0, 12, 12, (0.5,) * 4)  # steps 5 to 8 were never reported one by one
+    tape.progress(0, 12, 12, (0.5,) * 4, first_gap=8)  # steps 5 to 8 were never reported one by one
     assert tape.summary()["uptime"] == pytest.approx(4 / 6)
     assert tape.summary()["learners"][0]["inner_steps"] == 12
 
 
-def test_steps_without_gaps_move_the_anchor():
+def test_steps_without_gaps_are_a_hole_until_their_gaps_are_told():
     tape = started(0)
     tape.now_s = 4.0
     tape.progress(0, 4, 4)
-    tape.progress(0, 4, 4)  # nothing new
     tape.now_s = 5.0
-    tape.progress(0, 5, 5, (1.0,))
-    assert tape.summary()["uptime"] == pytest.approx(1 / 5)
+    assert tape.summary()["uptime"] == 0.0
+    tape.progress(0, 5, 5, (1.0,) * 5)
+    assert tape.summary()["uptime"] == pytest.approx(1.0)
 
 
 def test_report_of_a_process_that_never_joined_enters_no_list():
