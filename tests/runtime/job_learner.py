@@ -40,6 +40,8 @@ def main() -> None:
                 parameter.add_(progress)
         time.sleep(wish["sleep_s"])
         client.boundary(tokens=16)
+        if client.fenced is not None:
+            raise client.fenced
         if client.stop_reason is not None:
             break
     client.leave("limit")

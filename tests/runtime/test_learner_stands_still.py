@@ -1,0 +1,107 @@
+"""A learner's process is stopped and wakes up: nobody waits, and it goes on where it was, or is fenced if it was replaced meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_diloco.runtime.client import LearnerClient
+from tests.runtime.job_helpers import CONFIG, sum_up, until
+from tests.runtime.test_service_process import Syncer, learner_process, syncer
+from tests.tape_checker import load_tape
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+WIDTH = 64
+STOPPED_S = 30.0
+JOB = dataclasses.replace(CONFIG, norm_gate=None, grace_fraction=0.0)
+
+
+def stack() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2)))
+
+
+def drift(client: LearnerClient, num_steps: int) -> None:
+    """Inner steps of a learner whose parameters move a little, 16 tokens each."""
+    for _ in range(num_steps):
+        with torch.no_grad():
+            for parameter in client._module.parameters():
+                parameter.add_(1e-4)
+        time.sleep(0.005)
+        client.boundary(tokens=16)
+
+
+def wish(process: Syncer, learner_id: int, **fields: Any) -> dict[str, Any]:
+    config = {"width": WIDTH, "config": JOB.as_dict(), "run_dir": str(process.run_dir), "token": "job"}
+    return {**config, "endpoint": process.endpoint, "learner_id": learner_id, "sleep_s": 0.005, **fields}
+
+
+def merges_of(run_dir: Path, learner_id: int) -> int:
+    merges = [e for e in load_tape(run_dir / "tape.jsonl") if e["event"] == "merge"]
+    return sum(learner_id in {m["learner_id"] for m in e["members"]} for e in merges)
+
+
+def last_t_s(run_dir: Path) -> float:
+    return load_tape(run_dir / "tape.jsonl")[-1]["t_s"]
+
+
+def test_a_learner_that_was_stopped_for_half_a_minute_goes_on_in_the_same_life(tmp_path):
+    run_dir = tmp_path / "run"
+    with syncer(run_dir, supervised=True, num_slots=2) as process:
+        survivor = process.client(0, stack(), config=JOB, token="job")
+        survivor.join()
+        with learner_process(**wish(process, 1, steps=6000)) as stopped:
+            assert json.loads(stopped.stdout.readline())["incarnation"] == 0
+            until(lambda: drift(survivor, 10) or merges_of(run_dir, 1) > 5, 60)
+            os.kill(stopped.pid, signal.SIGSTOP)
+            stopped_at_s, before = last_t_s(run_dir), merges_of(run_dir, 0)
+            until(lambda: drift(survivor, 20) or last_t_s(run_dir) > stopped_at_s + STOPPED_S, 120)
+            alone = merges_of(run_dir, 0) - before
+            ours = merges_of(run_dir, 1)
+            os.kill(stopped.pid, signal.SIGCONT)
+            until(lambda: drift(survivor, 10) or merges_of(run_dir, 1) > ours + 10, 60)
+            survivor.leave("limit")
+            survivor.close()
+            assert stopped.wait(120) == 0
+        process.tell(command="finish", status="finished")
+        assert process.end()[0] == 0
+    summary = sum_up(run_dir, "finished")
+    assert alone > 50, "nobody waited for it"
+    assert [x["incarnations"] for x in summary["learners"]] == [1, 1] and summary["discarded_by_reason"]["died"] == 0
+    assert summary["tokens_pending"] <= 1
+
+
+def test_a_learner_that_was_replaced_while_it_was_stopped_is_fenced_and_changes_nothing(tmp_path):
+    run_dir = tmp_path / "run"
+    with syncer(run_dir, supervised=True, num_slots=2) as process:
+        survivor = process.client(0, stack(), config=JOB, token="job")
+        survivor.join()
+        with learner_process(**wish(process, 1, steps=100_000)) as stopped:
+            until(lambda: drift(survivor, 10) or merges_of(run_dir, 1) > 5, 60)
+            os.kill(stopped.pid, signal.SIGSTOP)
+            with learner_process(**wish(process, 1, steps=400, takeover_token="over")) as successor:
+                until(lambda: drift(survivor, 10) or successor.poll() is not None, 120)
+                assert successor.returncode == 0
+            os.kill(stopped.pid, signal.SIGCONT)
+            until(lambda: drift(survivor, 10) or stopped.poll() is not None, 60)
+            assert stopped.returncode != 0
+            survivor.leave("limit")
+            survivor.close()
+        process.tell(command="finish", status="finished")
+        assert process.end()[0] == 0
+    summary = sum_up(run_dir, "finished")
+    fenced = [e for e in load_tape(run_dir / "tape.jsonl") if e["event"] == "leave" and e["reason"] == "fenced"]
+    assert len(fenced) == 1 and summary["learners"][1]["incarnations"] == 2
+    after = [
+        e for e in load_tape(run_dir / "tape.jsonl") if e["seq"] > fenced[0]["seq"] and e.get("learner_id") == 1 and "incarnation" in e
+    ]
+    assert after and all(e["incarnation"] != fenced[0]["incarnation"] or e["event"] == "discard" for e in after)
