@@ -8,6 +8,7 @@ from functools import cache
 
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.transport.frames import CHUNK_BYTES, Begin, BulkFrame, Cancel, Chunk, count_chunks, encode_frame
+from lightning_diloco.runtime.transport.receiving import MAX_DAMAGED
 
 Parts = tuple[bytes, ...]
 """The parts of one message of the bulk socket."""
@@ -49,6 +50,8 @@ def frames_of(dice: random.Random, header: bytes, values: str, size: int) -> tup
         (begin, None),
         *((Chunk(transfer_id, i), data) for i, data in _disorder(dice, way, chunks)),
     ]
+    if way == "bad crc":
+        frames *= dice.choice((1, MAX_DAMAGED))  # damage on the way, or a sender that is wrong
     where = dice.randrange(1, len(frames) + 1)
     if way == "foreign":
         frames = [(Chunk(transfer_id ^ 1, 0), payload[:100]), *frames]

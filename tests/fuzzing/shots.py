@@ -20,7 +20,7 @@ from lightning_diloco.errors import RemoteProtocolError
 from lightning_diloco.protocol import messages as msg
 from lightning_diloco.protocol import wire
 from lightning_diloco.protocol.messages import Envelope, Message
-from lightning_diloco.runtime.transport.frames import FRAME_KIND, USER_KIND, BulkFrame, ReplyFrame, encode_frame
+from lightning_diloco.runtime.transport.frames import FRAME_KIND, USER_KIND, BulkFrame, ReplyFrame, encode_frame, seal, unseal
 from tests.fuzzing.payloads import Parts, frames_of
 from tests.fuzzing.values import Hints, broken, mutated, struct
 
@@ -116,7 +116,7 @@ class Shots:
         """The shot of this number."""
         dice = random.Random(f"{self.seed}/{index}")
         if index % CUTS_EVERY == CUTS_EVERY - 1:
-            return Shot(index, "too long", "bytes", control=USER_KIND + bytes(1 << 21), cuts=True)
+            return Shot(index, "too long", "bytes", control=seal(USER_KIND + bytes(1 << 21)), cuts=True)
         kind = dice.choices(list(self.kinds), list(self.kinds.values()))[0]
         if kind.startswith("payload"):
             return self._payload(world, dice, index, kind)
@@ -126,7 +126,7 @@ class Shots:
             name, data = self._control(world, dice, kind)
             decoded = self._decode(self.side.decode, data)
             if decoded is None or not world.is_order(*decoded):
-                return Shot(index, kind, name, control=USER_KIND + data, message=decoded and decoded[1])
+                return Shot(index, kind, name, control=seal(USER_KIND + data), message=decoded and decoded[1])
 
     def _control(self, world: World, dice: random.Random, kind: str) -> tuple[str, bytes]:
         cls = dice.choice(self.side.reflected if kind == "control, other side" else self.side.control)
@@ -174,7 +174,10 @@ class Shots:
         """Frames of the transport with values at their edges, flipped bits, and parts too many or too few."""
         cls = dice.choice(get_args(BulkFrame) + get_args(ReplyFrame))
         data = encode_frame(struct(dice, cls, {}, wildness=1.0))
-        data = mutated(dice, data, data) if dice.random() < 0.5 else data
+        if dice.random() < 0.5:
+            data = seal(mutated(dice, bytes(unseal(data) or b""), data))  # past the checksum, to what it protects
+        elif dice.random() < 0.1:
+            data = mutated(dice, data, data)
         if dice.random() < 0.4:
             kind = dice.choice((FRAME_KIND, FRAME_KIND, b"", b"\x00", b"\x03", b"\xff"))
             return Shot(index, "frame", cls.__name__, control=kind + data)

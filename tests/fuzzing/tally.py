@@ -11,7 +11,7 @@ from typing import Any
 from lightning_diloco.errors import RemoteProtocolError
 from lightning_diloco.protocol.messages import Heartbeat, Hello, Leave
 from lightning_diloco.runtime.intake import MIN_DECODING
-from lightning_diloco.runtime.transport.frames import FRAME_KIND, USER_KIND, Received, Refused, decode_reply
+from lightning_diloco.runtime.transport.frames import FRAME_KIND, USER_KIND, Received, Refused, decode_reply, unseal
 from tests.fuzzing.shots import Shot, Side
 
 MIB = 1 << 20
@@ -87,7 +87,7 @@ class Tally:
             self._frame(decode_reply(rest))
         elif kind == USER_KIND:
             try:
-                self.answers[_name(side.decode(rest)[1])] += 1
+                self.answers[_name(side.decode(bytes(unseal(data) or b"")[1:])[1])] += 1
             except RemoteProtocolError as error:
                 self.faults.append(f"the target said what cannot be decoded: {error}")
 
