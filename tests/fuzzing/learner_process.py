@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
-from tests.fuzzing.syncer_target import CONFIG, TOKENS, PlainSGD, make_module
+from tests.fuzzing.honest import CONFIG, TOKENS, PlainSGD, make_module
 from tests.runtime.job_helpers import step
 
 

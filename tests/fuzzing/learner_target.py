@@ -50,11 +50,12 @@ from lightning_diloco.protocol.messages import (
 from lightning_diloco.protocol.wire import decode_from_learner, decode_learner_header, encode
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.transport import ControlReceived, PayloadReceived, SyncerTransport
-from lightning_diloco.runtime.transport.frames import Begin, Refused, decode_reply, encode_frame
+from lightning_diloco.runtime.transport.frames import FRAME_KIND, Begin, Refused, decode_reply, encode_frame
 from lightning_diloco.runtime.transport.sockets import send_parts
+from tests.fuzzing.honest import CONFIG, TOKENS, PlainSGD, make_module
 from tests.fuzzing.payloads import FLOATS, payload_of
 from tests.fuzzing.shots import LEARNER, SYNCER, Shot, Shots, World
-from tests.fuzzing.syncer_target import CONFIG, PATIENCE_S, TOKENS, PlainSGD, make_module
+from tests.fuzzing.syncer_target import PATIENCE_S
 from tests.fuzzing.tally import Tally
 from tests.runtime.job_helpers import step
 
@@ -83,7 +84,7 @@ class FalseSyncer(SyncerTransport):
 
     def _on_control(self, peer: bytes, data: memoryview) -> None:
         self.tally.heard(data, LEARNER)
-        frame = decode_reply(bytes(data[1:])) if bytes(data[:1]) == b"\x02" else None
+        frame = decode_reply(bytes(data[1:])) if bytes(data[:1]) == FRAME_KIND else None
         if isinstance(frame, Refused):
             self.refused.add(frame.transfer_id)
         super()._on_control(peer, data)

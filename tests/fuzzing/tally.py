@@ -82,12 +82,12 @@ class Tally:
 
     def heard(self, data: memoryview | bytes, side: Side) -> None:
         """An answer on control, from the target's side."""
-        kind, rest = bytes(data[:1]), bytes(data[1:])
+        kind, whole = bytes(data[:1]), unseal(data)
         if kind == FRAME_KIND:
-            self._frame(decode_reply(rest))
-        elif kind == USER_KIND:
+            self._frame(decode_reply(data[1:]))
+        elif kind == USER_KIND and whole is not None:
             try:
-                self.answers[_name(side.decode(bytes(unseal(data) or b"")[1:])[1])] += 1
+                self.answers[_name(side.decode(bytes(whole[1:]))[1])] += 1
             except RemoteProtocolError as error:
                 self.faults.append(f"the target said what cannot be decoded: {error}")
 

@@ -15,8 +15,8 @@ from lightning_diloco.protocol.messages import NotHeld, Publication, Recall, Sha
 from lightning_diloco.protocol.wire import encode
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
+from tests.fuzzing.honest import CONFIG, make_module
 from tests.fuzzing.learner_target import FAR, JOB, FalseSyncer
-from tests.fuzzing.syncer_target import CONFIG, make_module
 from tests.fuzzing.tally import Tally
 from tests.runtime.job_helpers import Background, running_job, until
 from tests.runtime.job_helpers import make_module as small_module
