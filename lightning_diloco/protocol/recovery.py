@@ -111,7 +111,7 @@ class Recovery:
         is_asked = asked is not None and asked[0] == session and version in (None, asked[1])
         return is_asked and self.is_running and fragment_id in self._open and (session, fragment_id) not in self._useless
 
-    def _is_sound(self, header: HeldFragment) -> bool:
+    def is_sound(self, header: HeldFragment) -> bool:
         """Whether what is said to be in a version can be."""
         job = self._job
         return all(m < job.num_ids and x.seq <= MAX_NUMBER and x.tokens <= MAX_NUMBER for m, x in header.merged_through.items())
@@ -291,7 +291,7 @@ class Recovery:
         header, job = event.header, self._job
         if self.stage != "recalling" or not self.expects(event.session, header.fragment_id, header.version):
             return []
-        if not event.crc_ok or not self._is_sound(header):
+        if not event.crc_ok or not self.is_sound(header):
             self._useless.add((event.session, header.fragment_id))
             return []
         info, wire_dtype = job.fragments[header.fragment_id], job.config.wire_dtype

@@ -125,7 +125,8 @@ class Intake:
             self._decoding.pop(session, None)
             if not recovery.expects(session, header.fragment_id, header.version):
                 return
-            if state is not None:
+            # What the rules will not take must not stand in the store under the version that they fall back to.
+            if state is not None and recovery.is_sound(header):
                 self._performer.put_recalled(header.fragment_id, state)
                 self._submit(lambda: store.put_recalled(header.fragment_id, state), lambda result: None)
             self._handle(HeldArrived(session=session, header=header, crc_ok=state is not None), None)
