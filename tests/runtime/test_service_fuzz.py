@@ -4,82 +4,36 @@ from __future__ import annotations
 
 import json
 import random
-from typing import Any
+from typing import get_args
 
+import msgspec
 import pytest
 import torch
 
 from lightning_diloco.outer import buffer_of
 from lightning_diloco.outer import encode as wire_encode
 from lightning_diloco.protocol.identity import Version
-from lightning_diloco.protocol.messages import (
-    Adopted,
-    Busy,
-    Contribution,
-    Discarded,
-    Heartbeat,
-    NeedFull,
-    Paused,
-    Progress,
-    Ready,
-    Unresolved,
-)
+from lightning_diloco.protocol.messages import PROTOCOL_VERSION, Contribution, FromLearner, Heartbeat, Progress
+from lightning_diloco.runtime.checksum import crc32
+from tests.fuzzing.values import struct
 from tests.runtime.job_helpers import CONFIG, Background, make_module, running_job, train
 from tests.runtime.job_raw_peer import RawPeer
 
 SEED = 20251123
-NUMBERS = (0, 1, 2, 3, 4, 7, 31, 2**20, 2**53, 2**62)
-
-
-def _any_value(dice: random.Random, kind: str, peer: RawPeer) -> Any:
-    """A value of a field, legal on the wire, with or without a meaning."""
-    number = dice.choice(NUMBERS)
-    return {
-        "number": number,
-        "numbers": tuple(dice.choice(NUMBERS) for _ in range(dice.randrange(6))),
-        "version": Version(dice.choice((0, 0, 1)), dice.choice((0, 0, 1, number))),
-        "versions": tuple(Version(0, dice.choice(NUMBERS)) for _ in range(dice.randrange(6))),
-        "unresolved": tuple(Unresolved(dice.choice(NUMBERS), dice.choice(NUMBERS)) for _ in range(dice.randrange(4))),
-        "discarded": tuple(Discarded(dice.choice(NUMBERS), dice.choice(("norm", "died")), number) for _ in range(dice.randrange(4))),
-        "seconds": tuple(dice.choice((0.0, 1.0, 1e9)) for _ in range(dice.randrange(4))),
-        "second": dice.choice((0.0, 1e9)),
-        "flag": dice.random() < 0.5,
-        "maybe": dice.choice((None, 0, 1, number)),
-        "lineage": dice.choice(("", peer.envelope.lineage, "x")),
-        "config": dice.choice((b"{}", b"", json.dumps(CONFIG.as_dict()).encode())),
-    }[kind]
-
-
-SHAPES: dict[type, dict[str, str]] = {
-    Busy: {"fragment_id": "number", "round_id": "number"},
-    NeedFull: {"fragment_id": "number"},
-    Adopted: {"fragment_id": "number", "version": "version", "crc": "number"},
-    Progress: {"inner_step": "number", "tokens": "number"},
-    Paused: {"is_paused": "flag"},
-    Ready: {"inner_step": "number"},
-    Heartbeat: {
-        **{"inner_step": "number", "tokens": "number", "versions": "numbers", "unresolved": "unresolved", "discarded": "discarded"},
-        **{"step_gaps_s": "seconds", "stalls_s": "seconds", "last_step_age_s": "second", "is_paused": "flag", "batch_size": "number"},
-    },
-    Contribution: {
-        **{"fragment_id": "number", "seq": "number", "round_id": "maybe", "base": "version", "base_merged_seq": "number"},
-        **{"steps": "number", "tokens": "number", "inner_step": "number", "total_tokens": "number", "crc": "number"},
-        **{"is_final": "flag", "after": "maybe"},
-    },
+KINDS = (*get_args(FromLearner), *4 * (Contribution,), *3 * (Progress, Heartbeat))
+HINTS = {
+    "fragment_id": (0, 1, 2, 3),
+    "inner_step": tuple(range(1, 40)),
+    "tokens": tuple(range(1, 40)),
+    "total_tokens": tuple(range(1, 40)),
+    "seq": tuple(range(1, 40)),
+    "steps": tuple(range(1, 40)),
+    "base": (Version(0, 0), Version(0, 1), Version(0, 7), Version(1, 0)),
+    "base_merged_seq": (0, 0, 1, 2),
+    "lineage": ("", "x"),
+    "config": (b"{}", b"", json.dumps(CONFIG.as_dict()).encode()),
+    "protocol_version": (PROTOCOL_VERSION,),
 }
-
-
-def _any_message(dice: random.Random, peer: RawPeer) -> Any:
-    kind = dice.choice(list(SHAPES))
-    fields = {name: _any_value(dice, what, peer) for name, what in SHAPES[kind].items()}
-    for name in ("seq", "steps", "tokens") if kind is Contribution else ():
-        fields[name] = max(1, fields[name])
-    if dice.random() < 0.6 and "fragment_id" in fields:
-        fields["fragment_id"] = dice.randrange(4)
-    for name in ("inner_step", "tokens", "total_tokens", "seq", "steps"):
-        if name in fields and dice.random() < 0.7:
-            fields[name] = dice.randrange(1, 40)
-    return kind(**fields)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -93,11 +47,12 @@ def test_members_that_say_anything_that_the_wire_allows_change_nothing_for_other
             with RawPeer(job.endpoint, make_module(), CONFIG, job.context) as peer:
                 peer.join(dice.choice((7, 8)), takeover_token="t")
                 for _ in range(40):
-                    message = _any_message(dice, peer)
+                    message = struct(dice, dice.choice(KINDS), HINTS, wildness=0.3)
                     if isinstance(message, Contribution):
                         values = torch.full((peer.layout.fragments[min(message.fragment_id, 3)].num_params,), 1e-4)
                         payload = wire_encode(values, CONFIG.wire_dtype)
-                        peer.offer(message, buffer_of(payload))
+                        crc = crc32(payload) if dice.random() < 0.7 else message.crc
+                        peer.offer(msgspec.structs.replace(message, crc=crc), buffer_of(payload))
                     else:
                         peer.say(message, incarnation=peer.envelope.incarnation if dice.random() < 0.9 else 9)
                     peer.poll(0.001)
