@@ -303,6 +303,7 @@ def syncer(run_dir: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_the_example_by_hand_runs_with_two_learners(tmp_path):
     script = tmp_path / "learner.py"
