@@ -27,7 +27,6 @@ from lightning_diloco.protocol.messages import (
     Contribution,
     Envelope,
     Fenced,
-    Hello,
     JoinRefused,
     Leave,
     Left,
@@ -188,6 +187,7 @@ class Attack:
             "version": (*current, *(Version(0, v.n + 1) for v in current), Version(1, 0)),
             "base": (*current, *current, *(Version(0, max(0, v.n - 1)) for v in current), Version(0, 10**6), Version(1, 1)),
             "versions": ((), tuple(v.n for v in current), (0,) * len(infos)),
+            "Hello.versions": ((), tuple(current), tuple(current), tuple(current)[:1]),
             "seq": (1, 2, 3, 4, 5),
             "round_id": (1, 2, 50),
             "base_merged_seq": (0, 0, 0, 1),
@@ -216,13 +216,17 @@ class Attack:
             "life": (0, 1),
         }
         is_member = intruder is self.member
+        if is_member:
+            # What would end the session at once comes by the wildness alone, or hardly anything else would be heard of it.
+            rejoin = {"protocol_version": PROTOCOL_VERSION, "config": json.dumps(config).encode(), "fingerprint": layout.fingerprint()}
+            hints |= {name: (value,) for name, value in rejoin.items()} | {"lineage": (self.job.lineage,), "discarded": ((),)}
         return World(
             envelope=intruder.envelope,
-            hints=hints | ({"discarded": ((),)} if is_member else {}),
+            hints=hints,
             wildness=0.03 if is_member else 0.3,
             sizes=self.sizes,
             flaw=lambda *args: self.flaw(current, *args),
-            rare=(Leave, Hello) if is_member else (),
+            rare=(Leave,) if is_member else (),
         )
 
     def flaw(

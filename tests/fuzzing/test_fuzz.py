@@ -25,17 +25,18 @@ def holds(tally: Tally, num_messages: int) -> None:
 
 @pytest.mark.process
 def test_a_live_syncer_under_fire_goes_on_with_its_job_as_if_nobody_had_fired(tmp_path):
-    tally = attack_syncer(3000, 1, tmp_path)
-    holds(tally, 3000)
+    tally = attack_syncer(2000, 1, tmp_path)
+    holds(tally, 2000)
     assert tally.merges > 0
-    for answer in ("WhoAreYou", "JoinRefused wrong_layout", "JoinRefused protocol_version", "Resolved refused nonfinite"):
+    for answer in ("WhoAreYou", "Welcome joiner", "JoinRefused wrong_layout", "JoinRefused protocol_version", "payload refused, refused"):
         assert tally.answers[answer] > 0, tally.answers
+    assert sum(count for answer, count in tally.answers.items() if answer.startswith("Resolved refused")) > 0, tally.answers
 
 
 @pytest.mark.process
 def test_a_live_learner_under_fire_of_its_syncer_ends_with_its_own_steps_bit_for_bit(tmp_path):
-    tally = attack_learner(2000, 1, tmp_path)
-    holds(tally, 2000)
+    tally = attack_learner(3000, 1, tmp_path)
+    holds(tally, 3000)
     for answer in ("Hello", "NeedFull", "NotHeld", "payload refused, refused", "payload received"):
         assert tally.answers[answer] > 0, tally.answers
 
