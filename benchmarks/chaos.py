@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the storm and of the job (default 0)")
     parser.add_argument("--folder", type=Path, default=None, metavar="DIR", help="where files go (default outputs/chaos/DATE_TIME)")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="these kinds of faults alone")
+    parser.add_argument("--quorum", type=int, default=NUM_LEARNERS, metavar="K", help="contributions that a merge waits for (default 4)")
     parser.add_argument("--no-reference", action="store_true", help="leave out the run without faults")
     arguments = parser.parse_args()
     if arguments.minutes < 1:
@@ -59,7 +60,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     folder = arguments.folder or ROOT / "outputs" / "chaos" / time.strftime("%Y-%m-%d_%H-%M-%S")
     folder.mkdir(parents=True)
-    plan = Plan(seed=arguments.seed, length_s=60.0 * arguments.minutes, kinds=tuple(arguments.only))
+    plan = Plan(seed=arguments.seed, length_s=60.0 * arguments.minutes, kinds=tuple(arguments.only), quorum=arguments.quorum)
     result = storm(folder, plan, has_reference=not arguments.no_reference)
     write(folder, result)
     print(tables(result) + f"\n\nFiles: {folder}")
@@ -74,11 +75,13 @@ class Plan:
         seed: of everything that is drawn.
         length_s: of the storm.
         kinds: that are in the deck.
+        quorum: `min_quorum` of the job.
     """
 
     seed: int
     length_s: float
     kinds: tuple[str, ...] = KINDS
+    quorum: int = NUM_LEARNERS
 
     @property
     def count(self) -> int:
@@ -99,7 +102,8 @@ class Plan:
 def storm(folder: Path, plan: Plan, *, has_reference: bool) -> Result:
     """Run the storm, and the run without faults after it."""
     seed = plan.seed
-    sync = {"tape_payloads": True} if can_replay() else {}
+    sync: dict[str, Any] = {"min_quorum": plan.quorum}
+    sync |= {"tape_payloads": True} if can_replay() else {}
     with Proxies(seed) as proxies:
         cluster = Cluster(Job(folder=folder / "storm", seed=seed, sync=sync, proxies=proxies))
         try:
@@ -110,7 +114,7 @@ def storm(folder: Path, plan: Plan, *, has_reference: bool) -> Result:
         finally:
             cluster.kill()
     steps = {(i, life): cluster.steps(i, life) for i, learner in cluster.learners.items() for life in range(learner.life + 1)}
-    reference = calm(folder / "calm", seed, summary["tokens_merged"]) if has_reference else None
+    reference = calm(folder / "calm", plan, summary["tokens_merged"]) if has_reference else None
     from benchmarks.storm.learner import validate
 
     return Result(
@@ -123,7 +127,7 @@ def storm(folder: Path, plan: Plan, *, has_reference: bool) -> Result:
         begin_s=begin_s,
         end_s=max(ends[-1] for ends in steps.values() if ends),
         checked=check(cluster.job.run_dir),
-        replayed=replay(cluster.job.run_dir, summary["global_sha256"]) if sync else None,
+        replayed=replay(cluster.job.run_dir, summary["global_sha256"]) if "tape_payloads" in sync else None,
         least_faults=min(25, plan.count),
         least_of_a_kind=min(3, plan.count // len(plan.kinds)),
         kinds=plan.kinds,
@@ -156,10 +160,11 @@ def run_faults(cluster: Cluster, path: Path, plan: Plan) -> list[Fault]:
     return faults
 
 
-def calm(folder: Path, seed: int, tokens: int) -> dict[str, Any]:
+def calm(folder: Path, plan: Plan, tokens: int) -> dict[str, Any]:
     """The same job without faults, until so many tokens are trained; returns its summary."""
-    with Proxies(seed) as proxies:
-        cluster = Cluster(Job(folder=folder, seed=seed, sync={"token_budget": max(1, tokens)}, proxies=proxies))
+    sync = {"min_quorum": plan.quorum, "token_budget": max(1, tokens)}
+    with Proxies(plan.seed) as proxies:
+        cluster = Cluster(Job(folder=folder, seed=plan.seed, sync=sync, proxies=proxies))
         try:
             cluster.start(NUM_LEARNERS)
             cluster.wait(lambda: bool(cluster.tape.left), "the end of the run without faults", 3600.0)

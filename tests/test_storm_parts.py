@@ -156,9 +156,10 @@ def test_every_aim_can_be_missed():
     bad = result(
         faults=[lost, *good.faults[2:]],
         summary=good.summary | {"uptime": 0.9, "goodput_alive": 0.9},
+        steps={(0, 0): [0.5, 1.0, 2.5]},
         reference_loss=1.9,
         checked="learner 0, fragment 1: pending is 5",
         replayed="exit code 1",
     )
     assert not any(is_reached for _, _, is_reached in aims(bad))
-    assert tables(bad).count("**missed**") == len(aims(bad)) == 8
+    assert tables(bad).count("**missed**") == len(aims(bad)) == 9

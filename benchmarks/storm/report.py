@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.storm.faults import KINDS, Fault
 from benchmarks.storm.steps import longest_gap_s
 
-__all__ = ["Result", "aims", "gaps_of_others", "plot", "tables"]
+__all__ = ["Result", "aims", "gaps_of_others", "plot", "stepping", "tables"]
 
 GAP_WINDOW_S = 10.0
 COLORS = dict(zip(KINDS, ("#c00", "#e80", "#06c", "#088", "#a0a", "#000", "#090", "#666"), strict=True))
@@ -60,7 +60,8 @@ def aims(result: Result) -> list[tuple[str, str, bool]]:
         (f"at least {result.least_faults} faults confirmed", str(confirmed.total()), confirmed.total() >= result.least_faults),
         (f"each kind at least {result.least_of_a_kind} times", str(fewest), fewest >= result.least_of_a_kind),
         ("every fault is over: its victim is merged again, or has left", f"{len(lost)} are not", not lost),
-        ("uptime 1.00 (two digits)", f"{summary['uptime']:.4f}", round(summary["uptime"], 2) >= 1.0),
+        ("uptime 1.0 from the first step to the last", f"{stepping(result):.5f}", stepping(result) == 1.0),
+        ("`uptime`, which counts start and drain, at least 0.99", f"{summary['uptime']:.4f}", summary["uptime"] >= 0.99),
         ("`goodput_alive` at least 0.95", f"{summary['goodput_alive']:.4f}", summary["goodput_alive"] >= 0.95),
         ("accounts exact, by `tests/tape_checker.py`", result.checked or "exact", not result.checked),
     ]
@@ -71,6 +72,13 @@ def aims(result: Result) -> list[tuple[str, str, bool]]:
     if result.replayed is not None:
         rows.append(("the replay ends at `global_sha256`", result.replayed, result.replayed == "equal"))
     return rows
+
+
+def stepping(result: Result) -> float:
+    """Share of the time from the first end of a step to the last in which no more than a second passed without one, of any learner."""
+    ends = sorted(end_s for life in result.steps.values() for end_s in life)
+    gaps = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return 1.0 - sum(gap for gap in gaps if gap > 1.0) / sum(gaps)
 
 
 def gaps_of_others(result: Result, fault: Fault) -> float | None:
