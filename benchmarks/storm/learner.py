@@ -24,8 +24,8 @@ MODEL: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "channels": 32, "conte
 """The learning rate is constant after its warm-up, so that the length of a run does not change its beginning."""
 DATA: dict[str, Any] = {"context": 32, "batch_size": 8}
 SYNC: dict[str, Any] = {"num_fragments": 24, "sync_interval_steps": 24, "min_quorum": 4}
-"""min_quorum: as the recipes have it, all learners that are active. One that is stopped holds up every merge until it counts as silent, which
-is 10 s; its fellows train on meanwhile."""
+"""min_quorum: as the recipes have it, all learners that are active. One that is stopped holds up every merge until it counts as silent, for
+10 s; its fellows train on meanwhile."""
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "devices": 1,

@@ -33,6 +33,7 @@ from lightning_diloco.errors import FencedError, SyncerUnavailableError
 from lightning_diloco.outer import plan_layout
 from lightning_diloco.protocol.actions import Adopt, Heal, LearnerAction, Snapshot
 from lightning_diloco.protocol.events import Boundary, JoinRequested, LeaveRequested, PauseChanged, StopRequested
+from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.learner_state import LearnerOptions
 from lightning_diloco.runtime.client_loop import ClientLoop, Encode
@@ -316,9 +317,9 @@ class LearnerClient:
         """Why the job ends for all, or None."""
         return self._loop.stop_reason
 
-    def version(self, fragment_id: int) -> int:
-        """Number of the newest version of a fragment that has been received."""
-        return self._store.version(fragment_id)
+    def version(self, fragment_id: int) -> Version:
+        """The newest version of a fragment that has been received."""
+        return self._machine.state.fragments[fragment_id].held or Version(0, 0)
 
     @property
     def fenced(self) -> FencedError | None:

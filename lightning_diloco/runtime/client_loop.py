@@ -51,6 +51,7 @@ from lightning_diloco.protocol.events import (
 )
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.messages import (
+    FromSyncer,
     HeldFragment,
     Leave,
     Message,
@@ -70,6 +71,7 @@ from lightning_diloco.runtime.complaints import Complaints
 from lightning_diloco.runtime.figures import StepTimes
 from lightning_diloco.runtime.global_state import FoundingState
 from lightning_diloco.runtime.learner_store import LearnerStore, Receive
+from lightning_diloco.runtime.outbox import Outbox
 from lightning_diloco.runtime.reporting import Reports
 from lightning_diloco.runtime.threads import never_interrupt_others
 from lightning_diloco.runtime.transport import SYNCER, LearnerTransport, PayloadDelivered, PayloadFailed, PayloadReceived, TransportEvent
@@ -120,10 +122,10 @@ class ClientLoop:
         self._times = times
         self._config = config
         self._transport = LearnerTransport(endpoint, nonce=nonce, accept=self._accept, context=context)
+        self._outbox = Outbox(self._transport)
         self._queue: deque[LearnerAction | Encode] = deque()
         self._waiting: dict[int, tuple[Publication, memoryview]] = {}
         self._bases: dict[tuple[int, int], int] = {}
-        self._on_way: dict[int, bytes] = {}
         self._joining = Joining(
             module=module,
             store=store,
@@ -273,12 +275,8 @@ class ClientLoop:
                 self._complaints.add("A message of the syncer", error)
                 return
             self.reports.heard_s = time.monotonic()
-            if isinstance(message, Welcome | Recall) and message.shards and self._machine.heeds(envelope, message):
-                self._dial(message.shards[0].bulk_endpoint)
-            if isinstance(message, SendState):
-                self._joining.send_state()
-            if isinstance(message, Pong):
-                self.reports.answered(message)
+            if self._machine.heeds(envelope, message):
+                self._heed(message)
             self._feed(ControlReceived(envelope=envelope, message=message))
         elif isinstance(event, PayloadReceived):
             self.reports.heard_s = time.monotonic()
@@ -290,7 +288,16 @@ class ClientLoop:
             elif isinstance(header, StaticState) and self.joined is None:
                 self._joining.install_static(header, event.payload)
         elif isinstance(event, PayloadDelivered | PayloadFailed):
-            self._on_way.pop(event.transfer_id, None)
+            self._outbox.ended(event.transfer_id)
+
+    def _heed(self, message: FromSyncer) -> None:
+        """What a message of this learner's syncer asks of this thread, beside what the rules make of it."""
+        if isinstance(message, Welcome | Recall) and message.shards:
+            self._dial(message.shards[0].bulk_endpoint)
+        elif isinstance(message, SendState):
+            self._joining.send_state()
+        elif isinstance(message, Pong):
+            self.reports.answered(message)
 
     def _dial(self, endpoint: str) -> None:
         """Go where payloads are served; an address that is none leaves everything as it is."""
@@ -352,16 +359,12 @@ class ClientLoop:
         return self._transport.send_control(SYNCER, encode(self._machine.state.envelope, message))
 
     def _send_payload(self, header: Message, payload: memoryview) -> None:
-        data = encode(self._machine.state.envelope, header)
-        # Whoever asks again and again and takes nothing must not fill the memory; what is on its way arrives, or ends with an event.
-        if data not in self._on_way.values():
-            self._on_way[self._transport.send_payload(SYNCER, data, payload)] = data
+        self._outbox.send(encode(self._machine.state.envelope, header), payload)
 
     def _send_held(self, header: HeldFragment) -> None:
         """A syncer that started again has lost this version; the founder's first one came without a checksum."""
         values = self._store.published(header.fragment_id)
-        crc = crc32(values)
-        if header.crc in (0, crc):
+        if header.crc in (0, crc := crc32(values)):
             self._send_payload(msgspec.structs.replace(header, crc=crc), buffer_of(values))
         else:
             self._send(NotHeld(fragment_id=header.fragment_id))
@@ -371,18 +374,12 @@ class ClientLoop:
         self._feed(Encoded(fragment_id=job.fragment_id, seq=job.seq, crc=crc))
 
     def _decode(self, action: Decode) -> None:
-        header, payload = self._waiting[action.fragment_id]
         store, fragment_id = self._store, action.fragment_id
+        header, payload = self._waiting[fragment_id]
         with self.lock:
             base = None if action.is_joining else store.base(fragment_id)
-        job = Receive(
-            fragment_id=fragment_id,
-            n=action.version.n,
-            crc=header.crc,
-            is_full=action.is_full,
-            base=base,
-            with_contribution=action.with_contribution,
-        )
+        found, own = action.version.n, action.with_contribution
+        job = Receive(fragment_id=fragment_id, n=found, crc=header.crc, is_full=action.is_full, base=base, with_contribution=own)
         received = store.receive(job, payload)
         if received is not None and action.is_joining:
             store.set_joined(fragment_id, received.adoption.published, action.version.n)
@@ -393,7 +390,6 @@ class ClientLoop:
         self._feed(Decoded(fragment_id=fragment_id, version=action.version, crc_ok=received is not None))
 
     def _count_staleness(self, fragment_id: int, action: Decode) -> None:
-        base_n = self._bases.get((fragment_id, action.with_contribution))
-        if base_n is not None:
+        if (base_n := self._bases.get((fragment_id, action.with_contribution))) is not None:
             newest = float(max(0, action.version.n - 1 - base_n))
             self.staleness_versions += 0.1 * (newest - self.staleness_versions)

@@ -21,6 +21,7 @@ from lightning_diloco.outer import Fragment, Layout, momentum_at, recovered_mome
 __all__ = ["OUTER_NAME", "FoundingState", "GlobalState", "MomentumTracker", "by_name"]
 
 OUTER_NAME = "outer_momentum.safetensors"
+MAX_MISSED = 1000
 """What a syncer leaves in the run directory beside the global model: its momentum, and the versions in the metadata."""
 
 
@@ -103,8 +104,11 @@ class MomentumTracker:
         self._is_frozen = True
 
     def momenta(self, fragment_id: int, old: int, new: int) -> list[float]:
-        """The momentum of each merge from version `old`, the last one seen, to version `new`; none if nothing is to be followed."""
-        if not self.is_on or self._is_frozen or self._layout.fragments[fragment_id].holds_values:
+        """The momentum of each merge from version `old`, the last one seen, to version `new`; none if nothing is to be followed.
+
+        Above `MAX_MISSED` merges nothing can be recovered from one difference, and a number that a header claims must cost no memory.
+        """
+        if not self.is_on or self._is_frozen or self._layout.fragments[fragment_id].holds_values or new - old > MAX_MISSED:
             return []
         config = self._config
         return [momentum_at(n, config.outer_momentum, config.outer_momentum_warmup) for n in range(old + 1, new + 1)]

@@ -29,6 +29,7 @@ from lightning_diloco.outer import (
     decode_publication,
     encode_in_place,
     flat,
+    is_finite,
     payload_values,
     pseudo_gradient,
     rebase_delta,
@@ -113,10 +114,6 @@ class LearnerStore:
         published = self._published[fragment_id]
         return self.base(fragment_id) if published is None else published
 
-    def version(self, fragment_id: int) -> int:
-        """Number of the newest version received."""
-        return self._versions[fragment_id]
-
     def _dtype(self, fragment_id: int) -> str:
         return self.layout.fragments[fragment_id].wire_dtype(self._wire_dtype)
 
@@ -161,7 +158,7 @@ class LearnerStore:
         momenta = self.momentum.momenta(fragment_id, self._versions[fragment_id], job.n) if job.base is not None else []
         momentum = self._memory.flat(size) if momenta else None
         sent, crc, item = self._sent(fragment_id, job.with_contribution), 0, len(payload) // size
-        is_finite = True
+        all_finite = True
         for start in range(0, size, BLOCK_ELEMENTS):
             part = slice(start, min(start + BLOCK_ELEMENTS, size))
             block, out = payload[item * part.start : item * part.stop], version[part]
@@ -170,13 +167,12 @@ class LearnerStore:
             else:
                 decode_publication(block, before[part], out.numel(), dtype, out=out)
             crc = crc32(out, crc)
-            # Half of float32's range is no value of a model: a sum that overflows may as well be refused.
-            is_finite = is_finite and math.isfinite(float(out.sum()))
+            all_finite = all_finite and is_finite(out)
             if delta is not None and job.base is not None:
                 self._prepare(fragment_id, out, job.base[part], None if sent is None else sent[part], delta[part])
             if momentum is not None:
                 self.momentum.follow(fragment_id, part, before[part], out, momenta, out=momentum[part])
-        if crc != job.crc or not is_finite:
+        if crc != job.crc or not all_finite:
             return None
         return Received(Adoption(version, None if delta is None else self.views[fragment_id].split(delta)), momentum)
 

@@ -125,7 +125,11 @@ class PayloadWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._end = self._cut_half_entry()
+        try:
+            self._end = self._cut_half_entry()
+        except OSError:
+            os.close(self._fd)
+            raise
 
     def append(self, key: PayloadKey, payload: memoryview | bytes) -> int:
         """Hand one entry to the kernel.

@@ -22,8 +22,8 @@ References:
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +36,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_diloco.protocol.identity import Version
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.tensor_file import write_tensors
 from lightning_diloco.runtime.threads import never_interrupt_others
@@ -58,8 +59,8 @@ class InnerState:
     optimizers: tuple[str, ...]
     """Class names: a state fits an optimizer of its own kind."""
     fragment_id: int
-    n: int
-    """The fragment's version at that boundary."""
+    version: Version
+    """Of the fragment, at that boundary."""
     inner_step: int
     """The learner's, of this life."""
     numbers: Numbers = field(default_factory=dict)
@@ -72,7 +73,7 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
     lineage: str
     optimizers: tuple[str, ...]
     fragment_id: int
-    n: int
+    version: Version
     inner_step: int
     numbers: Numbers
     crc: int
@@ -111,8 +112,11 @@ class RejoinFiles:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"fragment_{state.fragment_id:04d}.safetensors"
             temporary = path.with_suffix(".tmp")
-            header = {name: getattr(state, name) for name in InnerState.__slots__ if name != "tensors"}
-            text = json.dumps({**header, "crc": _checksum(state.tensors)})
+            # A number that is not finite has no place in JSON, and is none that an optimizer goes on from.
+            numbers = {k: v for k, v in state.numbers.items() if v is None or math.isfinite(v)}
+            fields = {name: getattr(state, name) for name in InnerState.__slots__ if name != "tensors"} | {"numbers": numbers}
+            header = _Header(**fields, crc=0)
+            text = msgspec.json.encode(msgspec.structs.replace(header, crc=_checksum(header, state.tensors))).decode()
             write_tensors(temporary, state.tensors, {_ENTRY: text}, is_durable=False)
             temporary.replace(path)
             self.num_written += 1
@@ -150,7 +154,7 @@ def read_freshest(
         paths = folder.glob(f"learner_*/fragment_{fragment_id:04d}.safetensors")
         headers = [(path, owner, header) for path in paths if (owner := _owner(path)) is not None and (header := _read_header(path))]
         fits = [x for x in headers if (x[2].lineage, x[2].optimizers, x[2].fragment_id) == (lineage, optimizers, fragment_id)]
-        for path, owner, _ in sorted(fits, key=lambda x: (x[2].n, x[1] == learner_id, -x[1]), reverse=True):
+        for path, owner, _ in sorted(fits, key=lambda x: (x[2].version, x[1] == learner_id, -x[1]), reverse=True):
             state = _read(path)
             if state is not None:
                 found.append((owner, state))
@@ -182,15 +186,15 @@ def _read(path: Path) -> InnerState | None:
     except (OSError, SafetensorError, msgspec.DecodeError) as error:
         _log.warning("%s is not used: %s", path, error)
         return None
-    if _checksum(tensors) != header.crc:
+    if _checksum(header, tensors) != header.crc:
         _log.warning("%s is not used: it does not have its checksum", path)
         return None
     fields: dict[str, Any] = {name: getattr(header, name) for name in InnerState.__slots__ if name != "tensors"}
     return InnerState(**fields, tensors=tensors)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    crc = 0
+def _checksum(header: _Header, tensors: Mapping[str, Tensor]) -> int:
+    crc = crc32(msgspec.json.encode(msgspec.structs.replace(header, crc=0)))
     for name in sorted(tensors):
         crc = crc32(name.encode(), crc)
         crc = crc32(tensors[name].contiguous(), crc)

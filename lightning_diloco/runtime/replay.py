@@ -351,7 +351,7 @@ class _Replay:
             self._needed[source] -= 1
             if not self._needed[source]:
                 self._kept.pop(source, None)
-        self._held, self._epoch, self._restarts = {}, record.epoch, self._restarts + 1
+        self._held, self._epoch, self._restarts, self._end = {}, record.epoch, self._restarts + 1, None
         for fragment_id, version in enumerate(record.versions):
             self._keep(fragment_id, version)
 

@@ -1,8 +1,9 @@
 """The inner optimizer state of a learner: copied aside while it trains, put back when a later life of it joins.
 
 An optimizer's state is found by parameter, as torch keeps it: tensors (moments, step counts, factors of any shape) and plain numbers. An
-optimizer that keeps anything else (LBFGS keeps lists) cannot be saved in parts; its learner comes back with a fresh one, and a log line
-says so at the beginning.
+optimizer that keeps anything else (LBFGS keeps lists) cannot be saved in parts. One that is not torch's, nor made from one of torch's, may
+keep copies of the parameters, or what belongs to them in its groups (schedule-free ones do both): beside published parameters its old
+state could undo what others have done. Learners with such optimizers come back with fresh ones, and a log line says so at the beginning.
 
 What comes back is the state, and not the learner's own parameters: those are the published ones (docs/protocol.md, "A learner's return").
 """
@@ -29,6 +30,8 @@ __all__ = ["InnerStateSaver", "restore_inner_state"]
 
 _log = logging.getLogger(__name__)
 
+_FRESH = " If this learner is killed, it comes back with a fresh inner optimizer."
+
 
 class InnerStateSaver:
     """Saves one fragment's inner state at a boundary, in turn; `boundary` belongs to the training thread and never waits.
@@ -50,7 +53,9 @@ class InnerStateSaver:
         self._due = {i * self._period // len(self._ids) for i in range(len(self._ids))}
         self._steps = self._turn = 0
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._is_off = False
+        self._is_off = not all(_is_torchs(optimizer) for optimizer in optimizers)
+        if self._is_off:
+            _log.warning("%s: rejoin checkpoints hold the state of torch's optimizers only.%s", ", ".join(self._kinds), _FRESH)
 
     def boundary(self) -> None:
         """An inner step has ended: if a fragment is due, copy its state aside."""
@@ -66,12 +71,7 @@ class InnerStateSaver:
                 numbers[name] = value
             else:
                 self._is_off = True
-                _log.warning(
-                    "%s is of type %s, which rejoin checkpoints do not hold: if this learner is killed, it comes back with a fresh inner "
-                    "optimizer.",
-                    name,
-                    type(value).__name__,
-                )
+                _log.warning("%s is of type %s, which rejoin checkpoints do not hold.%s", name, type(value).__name__, _FRESH)
                 return
         self._turn += 1
         if not tensors and not numbers:
@@ -85,7 +85,7 @@ class InnerStateSaver:
                 lineage=self._lineage,
                 optimizers=self._kinds,
                 fragment_id=fragment_id,
-                n=self._client.version(fragment_id),
+                version=self._client.version(fragment_id),
                 inner_step=self._steps,
                 numbers=numbers,
                 tensors=dict(zip(tensors, places, strict=True)),
@@ -125,7 +125,7 @@ def restore_inner_state(client: LearnerClient, optimizers: Sequence[Optimizer], 
             parameter_name, _, key = rest.rpartition("/")
             parameter = parameters.get(parameter_name)
             if parameter is not None and (group := groups[int(number)].get(id(parameter))) is not None:
-                optimizers[int(number)].state[parameter][key] = _placed(value, parameter, group)
+                optimizers[int(number)].state[parameter][key] = _placed(key, value, parameter, group)
         # What was saved between a NaN and its heal must not come back.
         reset_nonfinite_moments(optimizers, parameters.values())
     if found:
@@ -145,8 +145,13 @@ def kinds(optimizers: Sequence[Optimizer]) -> tuple[str, ...]:
     return tuple(type(optimizer).__qualname__ for optimizer in optimizers)
 
 
-def _placed(value: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
-    """A state entry where its optimizer looks for it: step counts stay in host memory unless the optimizer's kernels read them."""
-    if not isinstance(value, Tensor) or (value.ndim == 0 and not (group.get("capturable") or group.get("fused"))):
+def _is_torchs(optimizer: Optimizer) -> bool:
+    """Whether it is one of torch's, or made from one: their state is moments and counts, and all of it is found by parameter."""
+    return any(cls.__module__.startswith("torch.optim") and cls is not Optimizer for cls in type(optimizer).__mro__)
+
+
+def _placed(key: str, value: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
+    """A state entry where its optimizer looks for it, by torch's own rule: step counts stay in host memory unless its kernels read them."""
+    if not isinstance(value, Tensor) or (key == "step" and not (group.get("capturable") or group.get("fused"))):
         return value
     return value.to(parameter.device)

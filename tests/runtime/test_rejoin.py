@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from safetensors import safe_open
 
+from lightning_diloco.protocol.identity import Version
 from lightning_diloco.runtime.rejoin import InnerState, RejoinFiles, read_freshest, staging
 from lightning_diloco.runtime.tensor_file import DTYPES
 
@@ -19,7 +21,7 @@ def state(n: int, value: float = 1.0, fragment_id: int = 0, lineage: str = "ours
         lineage=lineage,
         optimizers=optimizers,
         fragment_id=fragment_id,
-        n=n,
+        version=Version(0, n),
         inner_step=7,
         numbers={"0/layer.weight/initial": 0.5, "0/layer.weight/none": None},
         tensors=tensors,
@@ -41,7 +43,7 @@ def read(folder, learner_id: int = 1, num_fragments: int = 2) -> list[tuple[int,
 def test_what_is_written_is_read_again(tmp_path):
     assert write(tmp_path, 1, state(4)).num_written == 1
     ((owner, found),) = read(tmp_path)
-    assert owner == 1 and found.n == 4 and found.inner_step == 7
+    assert owner == 1 and found.version == Version(0, 4) and found.inner_step == 7
     assert found.numbers == {"0/layer.weight/initial": 0.5, "0/layer.weight/none": None}
     assert {name: value.tolist() for name, value in found.tensors.items()} == {n: v.tolist() for n, v in state(4).tensors.items()}
 
@@ -54,7 +56,9 @@ def test_every_dtype_and_shape_can_be_saved_from_one_block(tmp_path):
         place.copy_(tensor)
     assert staging(tensors, memory)[1] is memory, "the block is used again"
     names = [f"0/w/{i}" for i in range(len(tensors))]
-    item = InnerState(lineage="ours", optimizers=ADAMW, fragment_id=0, n=1, inner_step=1, tensors=dict(zip(names, places, strict=True)))
+    item = InnerState(
+        lineage="ours", optimizers=ADAMW, fragment_id=0, version=Version(0, 1), inner_step=1, tensors=dict(zip(names, places, strict=True))
+    )
     write(tmp_path, 1, item)
     ((_, found),) = read(tmp_path)
     for name, tensor in zip(names, tensors, strict=True):
@@ -66,15 +70,36 @@ def test_the_newest_version_is_taken_and_ones_own_of_two_equal_ones(tmp_path):
     write(tmp_path, 0, state(5, value=10.0), state(3, value=11.0, fragment_id=1))
     write(tmp_path, 1, state(5, value=20.0), state(2, value=21.0, fragment_id=1))
     write(tmp_path, 2, state(4, value=30.0))
-    assert [(owner, found.fragment_id, found.n) for owner, found in read(tmp_path)] == [(1, 0, 5), (0, 1, 3)]
+    assert [(owner, found.fragment_id, found.version.n) for owner, found in read(tmp_path)] == [(1, 0, 5), (0, 1, 3)]
     assert [owner for owner, _ in read(tmp_path, learner_id=7)] == [0, 0], "a newcomer has the moments of those who are there"
+
+
+def test_a_version_of_a_later_epoch_is_newer_though_its_number_is_smaller(tmp_path):
+    """A syncer that started again may have gone back."""
+    write(tmp_path, 0, state(500))
+    write(tmp_path, 1, replace(state(481), version=Version(1, 481)))
+    assert [(owner, found.version) for owner, found in read(tmp_path)] == [(1, Version(1, 481))]
+
+
+def test_a_number_that_is_not_finite_is_left_out(tmp_path):
+    write(tmp_path, 1, replace(state(1), numbers={"0/w/a": float("inf"), "0/w/b": 2, "0/w/c": float("nan")}))
+    assert [found.numbers for _, found in read(tmp_path)] == [{"0/w/b": 2}]
+
+
+def test_a_header_that_was_damaged_counts_as_none(tmp_path):
+    write(tmp_path, 1, state(4))
+    path = tmp_path / "learner_1" / "fragment_0000.safetensors"
+    data = path.read_bytes()
+    assert data.count(b"0.5") == 1
+    path.write_bytes(data.replace(b"0.5", b"0.7"))
+    assert read(tmp_path) == []
 
 
 def test_files_of_another_job_or_optimizer_are_left_alone(tmp_path):
     write(tmp_path, 0, state(9, lineage="another"))
     write(tmp_path, 2, state(9, optimizers=("SGD",)))
     write(tmp_path, 1, state(2))
-    assert [(owner, found.n) for owner, found in read(tmp_path)] == [(1, 2)]
+    assert [(owner, found.version.n) for owner, found in read(tmp_path)] == [(1, 2)]
 
 
 def test_a_damaged_file_counts_as_none_and_an_older_whole_one_is_taken(tmp_path, caplog):
@@ -87,7 +112,7 @@ def test_a_damaged_file_counts_as_none_and_an_older_whole_one_is_taken(tmp_path,
     path.write_bytes(data)
     cut = tmp_path / "learner_2" / "fragment_0000.safetensors"
     cut.write_bytes(cut.read_bytes()[:-9])
-    assert [(owner, found.n) for owner, found in read(tmp_path)] == [(1, 2)]
+    assert [(owner, found.version.n) for owner, found in read(tmp_path)] == [(1, 2)]
     assert "learner_0/fragment_0000.safetensors is not used: it does not have its checksum" in caplog.text
     assert "learner_2/fragment_0000.safetensors is not used" in caplog.text
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lightning_diloco.outer import plan_layout
+from lightning_diloco.protocol.identity import Version
 from lightning_diloco.runtime.client_options import JoinInfo
-from lightning_diloco.strategy.rejoin import InnerStateSaver, restore_inner_state
+from lightning_diloco.strategy.rejoin import InnerStateSaver, _placed, restore_inner_state
 from tests.strategy.kit import PATIENCE_S
 
 INFO = JoinInfo(learner_id=1, incarnation=3, role="joiner", job_step=40, lineage="ours")
@@ -31,9 +32,9 @@ class Learner:
     def _parameters_of(self, fragment_id: int):
         return [(part.name, self.module.get_parameter(part.name)) for part in self.layout.fragments[fragment_id].slices]
 
-    def version(self, fragment_id: int) -> int:
+    def version(self, fragment_id: int) -> Version:
         self.boundaries.append(fragment_id)
-        return 10 + fragment_id
+        return Version(0, 10 + fragment_id)
 
     def step(self) -> None:
         def closure():
@@ -128,6 +129,38 @@ def test_an_optimizer_whose_state_cannot_be_saved_in_parts_is_told_of_once(tmp_p
     assert len(caplog.records) == 1 and "comes back with a fresh inner optimizer" in caplog.text
     fresh = Learner(lambda p: torch.optim.LBFGS(p, lr=0.1))
     assert restore_inner_state(fresh, [fresh.optimizer], tmp_path, INFO) == 0 and states(fresh) == [{}, {}, {}, {}]
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Keeps a second copy of the parameters, as such optimizers do."""
+
+    def __init__(self, params) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure=None):
+        loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                z = self.state[parameter].setdefault("z", parameter.detach().clone())
+                z.sub_(parameter.grad, alpha=group["lr"])
+                parameter.data.lerp_(z, 0.1)
+        return loss
+
+
+def test_copies_of_parameters_that_an_optimizer_keeps_do_not_come_back(tmp_path, caplog):
+    learner = Learner(ScheduleFree)
+    saver = InnerStateSaver(learner, [learner.optimizer], tmp_path, INFO, every_steps=4)
+    learner.train(8, saver)
+    saver.close(is_done=False)
+    assert len(caplog.records) == 1 and "ScheduleFree: rejoin checkpoints hold the state of torch's optimizers only" in caplog.text
+    assert learner.optimizer.state and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_moments_of_a_parameter_without_dimensions_are_no_step_counts():
+    parameter = torch.nn.Parameter(torch.ones([], device="meta"))
+    placed = {key: _placed(key, torch.zeros([]), parameter, {}).device.type for key in ("step", "exp_avg")}
+    assert placed == {"step": "cpu", "exp_avg": "meta"}
+    assert _placed("step", torch.zeros([]), parameter, {"capturable": True}).device.type == "meta"
 
 
 def test_a_state_with_a_nan_does_not_come_back(tmp_path):

@@ -266,6 +266,8 @@ class OutgoingTransfers:
             if not head.is_granted:
                 head.is_granted = True
                 head.next_index = head.have = grant.have
+                # Credit of an earlier attempt is gone: all of it at once would fill the socket.
+                head.upto = grant.upto
                 head.last_progress_s = now_s
             head.upto = max(head.upto, grant.upto)
         if moved:
