@@ -267,6 +267,7 @@ def test_every_python_block_is_python_and_the_readmes_are_run():
                 assert page != "README.md" or block.mark in ("quick", "process", "by_hand")
 
 
+@pytest.mark.slow
 def test_the_inline_example_runs(tmp_path):
     script = tmp_path / "inline.py"
     script.write_text(python_of("quick"))

@@ -139,7 +139,9 @@ def test_the_finder_leaves_when_it_has_done_its_work():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("strategy", ["'decoupled_diloco'", "lightning_diloco.DecoupledDiLoCoStrategy()"])
+@pytest.mark.parametrize(
+    "strategy", ["'decoupled_diloco'", pytest.param("lightning_diloco.DecoupledDiLoCoStrategy()", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "first", [pytest.param("import lightning_diloco; lightning_diloco.DecoupledDiLoCoStrategy", marks=pytest.mark.slow), "pass"]
 )

@@ -72,12 +72,14 @@ def test_weights_of_a_callback_are_returned_saved_and_validated(devices, sync, t
     assert trainer.strategy.summary["val"]["val_loss"] == pytest.approx(again["val_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_module_that_a_callback_takes_apart_is_returned_with_the_published_weights(tmp_path):
     model, _ = fit(tmp_path, Wrap(), devices=2)
     assert equal(parameters_of(model), global_parameters(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_forward_pass_at_the_end_is_no_wish_for_other_weights(tmp_path):
     model, _ = fit(tmp_path, Look(), Normed(), devices=2)

@@ -235,6 +235,7 @@ def test_a_killed_learner_is_restarted_and_goes_on_at_the_jobs_step(tmp_path, ca
     assert equal(parameters_of(model), global_parameters(latest(tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_learner_that_is_killed_too_often_ends_the_job(tmp_path):
     strategy = DecoupledDiLoCoStrategy(**FAST, max_restarts=0)
     trainer = Trainer(**quiet(devices=2, max_steps=3000, strategy=strategy))

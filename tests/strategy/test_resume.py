@@ -114,6 +114,7 @@ def test_weights_only_checkpoints_carry_nothing_more(tmp_path):
     assert CHECKPOINT_KEY not in read(tmp_path / "w.ckpt")
 
 
+@pytest.mark.slow
 def test_two_learners_go_on_from_a_checkpoint_of_learner_0(tmp_path):
     def run(name, ckpt_path=None, **options):
         strategy = DecoupledDiLoCoStrategy(num_fragments=2, sync_interval_steps=3, run_dir=tmp_path / name)

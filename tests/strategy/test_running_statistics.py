@@ -70,6 +70,7 @@ def test_only_running_statistics_of_floating_point_are_the_last_fragment():
     assert layout_of(TinyModel()).fragments[-1].kind == "parameters", "without any there is no such fragment"
 
 
+@pytest.mark.slow
 def test_two_learners_end_with_the_mean_of_their_statistics(tmp_path):
     strategy = DecoupledDiLoCoStrategy(num_fragments=2, sync_interval_steps=3, min_quorum=2, run_dir=tmp_path)
     model = Normed(step_s=0.004)

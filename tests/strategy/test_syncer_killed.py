@@ -45,6 +45,7 @@ class SyncerKiller(TinyModel):
         return {event["event"] for event in load_tape(place.run_dir / "tape.jsonl")}
 
 
+@pytest.mark.slow
 def test_a_syncer_that_is_killed_is_started_again_and_the_fit_goes_on(tmp_path, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
     strategy = DecoupledDiLoCoStrategy(**FAST)
