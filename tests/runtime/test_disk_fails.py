@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from tests.runtime import test_syncer_restart
 from tests.runtime.job_helpers import until
 from tests.runtime.test_syncer_restart import CONFIG, Trainer, syncer, versions
 from tests.tape_checker import check_run, load_tape
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+OFTEN = replace(CONFIG, snapshot_interval_s=0.2)
 
 
 @pytest.fixture
@@ -38,11 +39,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-@pytest.fixture(autouse=True)
-def _snapshots_all_the_time(monkeypatch):
-    monkeypatch.setattr(test_syncer_restart, "CONFIG", replace(CONFIG, snapshot_interval_s=0.2))
 
 
 @contextmanager
@@ -73,7 +69,7 @@ def gone(disk: Path) -> Iterator[None]:
 
 def run_on_a_failing_disk(run_dir: Path, way: AbstractContextManager[None]) -> tuple[Trainer, list[dict[str, Any]]]:
     """A job whose disk fails, and whose syncer is killed while it does; returns its learner, and the record of the restart."""
-    with syncer(run_dir) as job:
+    with syncer(run_dir, OFTEN) as job:
         learner = Trainer(job.client(0))
         until(lambda: bool(job.tape("merge")) and versions(job)[-1][1] >= 10)
         with way:
@@ -106,7 +102,7 @@ def test_a_job_whose_tape_has_a_hole_goes_on_with_the_versions_of_its_learners_a
 
 
 def test_a_disk_that_is_free_again_gets_all_that_waited(tmp_path, disk):
-    with syncer(tmp_path / "run") as job:
+    with syncer(tmp_path / "run", OFTEN) as job:
         learner = Trainer(job.client(0))
         until(lambda: bool(job.tape("merge")) and versions(job)[-1][1] >= 10)
         with full(disk):
