@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.stall import QUIET
 from lightning_diloco.strategy.life_line import hold_life_line, read_assignment
 
 MODEL: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "channels": 32, "context": 32, "warmup_steps": 200, "final_lr_share": 1.0}
@@ -26,15 +27,6 @@ DATA: dict[str, Any] = {"context": 32, "batch_size": 8}
 SYNC: dict[str, Any] = {"num_fragments": 24, "sync_interval_steps": 24, "min_quorum": 4}
 """min_quorum: as the recipes have it, all learners that are active. One that is stopped holds up every merge until it counts as silent, for
 10 s; its fellows train on meanwhile."""
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "limit_val_batches": 0,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 def main() -> None:

@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_diloco.outer.memory import raw
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.tensor_file import write_tensors
@@ -216,7 +216,7 @@ def staging(tensors: list[Tensor], memory: Tensor) -> tuple[list[Tensor], Tensor
         at += -(-tensor.numel() * tensor.element_size() // 8) * 8
         ends.append(at)
     if memory.numel() < at:
-        memory = torch.empty(at, dtype=torch.uint8, device="cpu")
+        memory = raw(at)
     starts = [0, *ends[:-1]]
     places = [
         memory[start : start + t.numel() * t.element_size()].view(t.dtype).view(t.shape) for start, t in zip(starts, tensors, strict=True)

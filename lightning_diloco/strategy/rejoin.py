@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_diloco.outer.memory import raw
 from lightning_diloco.runtime.rejoin import InnerState, Numbers, RejoinFiles, read_freshest, staging
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 
@@ -52,7 +53,7 @@ class InnerStateSaver:
         self._period = max(every_steps, len(self._ids))
         self._due = {i * self._period // len(self._ids) for i in range(len(self._ids))}
         self._steps = self._turn = 0
-        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._memory = raw(0)
         self._is_off = not all(_is_torchs(optimizer) for optimizer in optimizers)
         if self._is_off:
             _log.warning("%s: rejoin checkpoints hold the state of torch's optimizers only.%s", ", ".join(self._kinds), _FRESH)

@@ -49,10 +49,15 @@ class Learner:
         for _ in range(steps):
             self.step()
             if saver is not None:
-                saver.boundary()
-                end_s = time.monotonic() + PATIENCE_S
-                while saver._files.is_busy and time.monotonic() < end_s:
-                    time.sleep(0.001)
+                save(saver)
+
+
+def save(saver: InnerStateSaver) -> None:
+    """A boundary; what it begins to write is on the disk afterwards."""
+    saver.boundary()
+    end_s = time.monotonic() + PATIENCE_S
+    while saver._files.is_busy and time.monotonic() < end_s:
+        time.sleep(0.001)
 
 
 def states(learner: Learner) -> list[dict]:
@@ -75,10 +80,7 @@ def test_a_later_life_goes_on_with_the_same_state_and_takes_the_same_step(tmp_pa
     first.train(12, saver)
     # The state of one moment, so that it can be compared: all four fragments are saved with no step between.
     for _ in range(4):
-        saver.boundary()
-        end_s = time.monotonic() + PATIENCE_S
-        while saver._files.is_busy and time.monotonic() < end_s:
-            time.sleep(0.001)
+        save(saver)
     saver.close(is_done=False)
     second = Learner(MAKERS[name])
     second.module.load_state_dict(first.module.state_dict())
@@ -170,10 +172,7 @@ def test_a_state_with_a_nan_does_not_come_back(tmp_path):
     for parameter in learner.module.parameters():
         learner.optimizer.state[parameter]["exp_avg"].view(-1)[0] = float("nan")
     for _ in range(8):
-        saver.boundary()
-        end_s = time.monotonic() + PATIENCE_S
-        while saver._files.is_busy and time.monotonic() < end_s:
-            time.sleep(0.001)
+        save(saver)
     saver.close(is_done=False)
     second = Learner(MAKERS["adamw"])
     assert restore_inner_state(second, [second.optimizer], tmp_path, INFO) == 4
