@@ -37,8 +37,8 @@ def train(run_dir: Path, *options: str) -> list[float]:
 @pytest.mark.parametrize("recipe", ["hf_causal_lm", "moe_text"])
 def test_a_language_model_of_transformers_learns(recipe, tmp_path):
     losses = train(tmp_path / "run", f"recipe={recipe}", "trainer.max_steps=200", "trainer.val_check_interval=50", "sample.num_bytes=10")
-    # 5.55 nats are those of a guess.
-    assert losses[0] < 4.0 and losses[-1] < losses[0] - 0.5 and losses[-1] < 2.9
+    # 5.55 nats are those of a guess. How many merges came before the first validation depends on how the learners share the machine.
+    assert losses[0] < 5.55 and losses[-1] < losses[0] - 0.5 and losses[-1] < 2.9
 
 
 def test_adapters_bring_a_trained_model_to_another_text(tmp_path):
