@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from lightning_diloco.protocol.identity import ContributionKey, MergedThrough, Refusal, Version
+from lightning_diloco.protocol.identity import ContributionKey, MergedThrough, Origin, Refusal, Version
 from lightning_diloco.protocol.messages import Contribution, FromLearner, FromSyncer, HeldFragment
 from lightning_diloco.protocol.records import Record
 
@@ -117,7 +117,12 @@ class TransmitStatic(_Action, frozen=True, kw_only=True):
 
 
 class MakeDurable(_Action, frozen=True, kw_only=True):
-    """Write a snapshot of all fragments as they are now, and answer with `Durable`: only then may a syncer that started again serve."""
+    """Write a snapshot of all fragments as they are now, and answer with `Durable`: only then may a syncer that started again serve.
+
+    `origins`: what each was before the restart that is about to be on the tape; empty, where it is no restart that asks.
+    """
+
+    origins: tuple[Origin, ...] = ()
 
 
 class CloseSession(_Action, frozen=True, kw_only=True):

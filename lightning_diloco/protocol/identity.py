@@ -63,6 +63,17 @@ class Version(msgspec.Struct, frozen=True, order=True, array_like=True):
     n: Count
 
 
+class Origin(msgspec.Struct, frozen=True):
+    """What a fragment was before a syncer that started again gave it a version of the new epoch.
+
+    `momentum`: the version whose outer momentum it has; None: it began at zero. `is_recalled`: its values came from a learner.
+    """
+
+    version: Version
+    momentum: Version | None
+    is_recalled: bool = False
+
+
 class MergedThrough(msgspec.Struct, frozen=True, array_like=True):
     """What of one learner is in a version: its highest merged seq and the tokens merged so far."""
 

@@ -26,7 +26,7 @@ from lightning_diloco.protocol.actions import CloseSession, Ended, MakeDurable, 
 from lightning_diloco.protocol.admission import Admission
 from lightning_diloco.protocol.events import Durable, HeldArrived, MessageReceived
 from lightning_diloco.protocol.history import History, Life
-from lightning_diloco.protocol.identity import MergedThrough, Version
+from lightning_diloco.protocol.identity import MergedThrough, Origin, Version
 from lightning_diloco.protocol.job import Job
 from lightning_diloco.protocol.members import Member
 from lightning_diloco.protocol.messages import HeldFragment, Hello, JoinRefused, Recall
@@ -58,6 +58,7 @@ class Resumption:
         static_crc: of the static state.
         static_bytes: its length.
         currents: per fragment what the snapshot holds; None: it holds nothing.
+        origins: per fragment what that was, if the restart that made it did not come onto the tape; None otherwise. Empty: all None.
     """
 
     history: History
@@ -66,6 +67,7 @@ class Resumption:
     static_crc: int
     static_bytes: int
     currents: tuple[Current | None, ...]
+    origins: tuple[Origin | None, ...] = ()
 
 
 class Recovery:
@@ -88,11 +90,11 @@ class Recovery:
         self._open = set(range(len(resumption.currents)))
         self._asked: dict[int, tuple[str, Version, float]] = {}
         self._useless: set[tuple[str, int]] = set()
-        self._recalled: list[int] = []
+        self._recalled: set[int] = set()
         self._finish: Callable[[float], list[SyncerAction]] | None = None
         self._in_snapshot = list(resumption.currents)
-        self._momenta = tuple(None if c is None else c.version for c in resumption.currents)
-        self._origins: tuple[Version, ...] = ()
+        self._untold = resumption.origins or (None,) * len(resumption.currents)
+        self._origins: tuple[Origin, ...] = ()
         self._restore(resumption)
 
     @property
@@ -297,16 +299,24 @@ class Recovery:
         info, wire_dtype = job.fragments[header.fragment_id], job.config.wire_dtype
         job.currents[header.fragment_id] = Current.alone(info, wire_dtype, header.version, header.crc, header.merged_through)
         self._open.discard(header.fragment_id)
-        self._recalled.append(header.fragment_id)
+        self._recalled.add(header.fragment_id)
         return []
 
     # ---- serving ------------------------------------------------------------------------------------------------------------
 
     def _begin_epoch(self) -> list[SyncerAction]:
-        self._origins = tuple(current.version for current in self._job.currents)
+        self._origins = tuple(self._origin(p) for p in range(self._job.num_fragments))
         for current in self._job.currents:
             current.version, current.parent = Version(self._job.epoch, current.version.n), None
-        return [MakeDurable()]
+        return [MakeDurable(origins=self._origins)]
+
+    def _origin(self, fragment_id: int) -> Origin:
+        """In terms of versions that a line of the tape makes, also if a syncer was killed between its snapshot and its line."""
+        snapshot, untold, version = self._in_snapshot[fragment_id], self._untold[fragment_id], self._job.currents[fragment_id].version
+        momentum = untold.momentum if untold is not None else None if snapshot is None else snapshot.version
+        if fragment_id in self._recalled:
+            return Origin(version=version, momentum=momentum, is_recalled=True)
+        return untold or Origin(version=version, momentum=momentum)
 
     def durable(self, event: Durable, now_s: float) -> list[SyncerAction]:
         """The new epoch is on the disk: write the restart down and serve."""
@@ -319,9 +329,9 @@ class Recovery:
             epoch=job.epoch,
             versions=versions,
             merged_through=through,
-            recalled=tuple(sorted(self._recalled)),
-            origins=self._origins,
-            momenta=self._momenta,
+            recalled=tuple(p for p, origin in enumerate(self._origins) if origin.is_recalled),
+            origins=tuple(origin.version for origin in self._origins),
+            momenta=tuple(origin.momentum for origin in self._origins),
         )
         for fragment_id, merged in enumerate(through):
             for learner_id, item in merged.items():

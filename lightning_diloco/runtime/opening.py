@@ -94,6 +94,8 @@ def _go_on(run_dir: Path, snapshots: SnapshotStore) -> Opening:
             None if f is None else Current.alone(info, founding.config.wire_dtype, f.version, f.crc, f.merged_through)
             for f, info in zip(history[1], history[0].fragments, strict=True)
         ),
+        # A snapshot of an epoch that the tape does not tell of: its syncer ended before it could write the restart down.
+        origins=tuple(f.origin if f is not None and f.version.epoch > history[0].epoch else None for f in history[1]),
     )
     return Opening(identity=identity, elapsed_s=elapsed_s, founding=founding, fragments=history[1], resumption=resumption)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from lightning_diloco.protocol.actions import (
     Transmit,
     TransmitStatic,
 )
-from lightning_diloco.protocol.identity import STATIC_FRAGMENT, Version
+from lightning_diloco.protocol.identity import STATIC_FRAGMENT, Origin, Version
 from lightning_diloco.protocol.job import JobOptions
 from lightning_diloco.protocol.messages import (
     Contribution,
@@ -209,19 +209,20 @@ class Performer:
             return "refused"
         return total_bytes == 4 * self.store.layout.fragment_sizes[header.fragment_id] or "refused"
 
-    def keep(self, fragment_id: int, current: Current) -> None:
+    def keep(self, fragment_id: int, current: Current, origin: Origin | None = None) -> None:
         """What the next snapshot has of this fragment; called when the rules know of it."""
         self._kept[fragment_id] = FragmentSnapshot(
             state=self._published[fragment_id].state,
             version=current.version,
             crc=current.crc,
             merged_through=dict(current.merged_through),
+            origin=origin,
         )
 
-    def keep_all(self, currents: list[Current]) -> None:
+    def keep_all(self, currents: list[Current], origins: Sequence[Origin] = ()) -> None:
         """The same for all fragments, and from here on snapshots are written."""
         for fragment_id, current in enumerate(currents):
-            self.keep(fragment_id, current)
+            self.keep(fragment_id, current, origins[fragment_id] if origins else None)
         self.keeper.begin(len(currents), self._founded_store().config.snapshot_interval_s)
 
     # ---- founding -----------------------------------------------------------------------------------------------------------

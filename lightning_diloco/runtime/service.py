@@ -270,8 +270,9 @@ class SyncerService:
     def _handle(self, event: SyncerEvent, decoded: Any = None) -> None:
         was_founded = self._machine.job.is_serving
         actions = self._machine.handle(event, time.monotonic())
-        if any(isinstance(action, MakeDurable) for action in actions) or (self._machine.job.is_serving and not was_founded):
-            self._performer.keep_all(self._machine.job.currents)
+        durable = [action for action in actions if isinstance(action, MakeDurable)]
+        if durable or (self._machine.job.is_serving and not was_founded):
+            self._performer.keep_all(self._machine.job.currents, durable[0].origins if durable else ())
         self._performer.perform(actions, decoded)
 
     def _complain_of_missing(self, now_s: float) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError, DiLoCoError, RemoteProtocolError
 from lightning_diloco.outer import FragmentState, Layout, buffer_of
-from lightning_diloco.protocol.identity import MergedThrough, Version
+from lightning_diloco.protocol.identity import MergedThrough, Origin, Version
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES
 from lightning_diloco.runtime.tensor_file import write_file, write_tensors
@@ -83,6 +83,8 @@ class FragmentSnapshot:
     crc: int
     """Of the shadow."""
     merged_through: dict[int, MergedThrough]
+    origin: Origin | None = None
+    """What it was before a restart that is not known to be on the tape."""
 
 
 class SnapshotStore:
@@ -256,8 +258,9 @@ def _read_fragment(path: Path, entry: dict[str, Any], size: int) -> FragmentSnap
             version=Version(*map(int, entry["version"])),
             crc=int(entry["crc"]),
             merged_through={int(m): MergedThrough(int(seq), int(tokens)) for m, (seq, tokens) in entry["merged_through"].items()},
+            origin=msgspec.convert(entry.get("origin"), Origin | None),
         )
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, DiLoCoError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, msgspec.ValidationError, DiLoCoError) as error:
         raise SnapshotError(f"{path}: {error}") from error
 
 
@@ -271,6 +274,7 @@ def _write_fragment(path: Path, found: FragmentSnapshot) -> dict[str, Any]:
         "ahead": found.state.ahead,
         "merge_index": found.state.merge_index,
         "merged_through": {str(m): [x.seq, x.tokens] for m, x in found.merged_through.items()},
+        "origin": msgspec.to_builtins(found.origin),
     }
 
 

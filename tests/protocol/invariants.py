@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.records import (
     CountersRecord,
     DiscardRecord,
+    JobRecord,
     MergeRecord,
     ProgressRecord,
     RestartRecord,
@@ -84,12 +86,15 @@ def check_memory(pair: Pair) -> None:
 def check_tape(pair: Pair) -> None:
     """One round a fragment at a time, no merge under its quorum, each contribution merged once, accounts from records alone."""
     is_open: dict[int, int] = {}
+    made: set[tuple[int, Version]] = set()
     merges: dict[int, list[MergeRecord]] = {}
     totals: dict[tuple[int, int], int] = {}
     merged: Counter[tuple[int, int]] = Counter()
     discarded: Counter[tuple[int, int]] = Counter()
     for record in pair.tape:
-        if isinstance(record, RoundOpenRecord):
+        if isinstance(record, JobRecord):
+            made |= {(i, Version(record.epoch, n)) for i, n in enumerate(record.founded_n)}
+        elif isinstance(record, RoundOpenRecord):
             assert record.fragment_id not in is_open
             is_open[record.fragment_id] = record.round_id
         elif isinstance(record, RoundCancelRecord):
@@ -98,9 +103,12 @@ def check_tape(pair: Pair) -> None:
             assert is_open.pop(record.fragment_id) == record.round_id
             assert len({m.learner_id for m in record.members}) >= max(1, record.quorum), "a merge under its quorum"
             merges.setdefault(record.fragment_id, []).append(record)
+            made.add((record.fragment_id, record.version))
         elif isinstance(record, RestartRecord):
             is_open = {}
             for i, version in enumerate(record.versions):
+                assert {(i, record.origins[i]), (i, record.momenta[i] or record.origins[i])} <= made, "a state that no line makes"
+                made.add((i, version))
                 merges[i] = [m for m in merges.get(i, []) if m.version.n <= version.n]
         elif isinstance(record, ProgressRecord | CountersRecord):
             life = (record.learner_id, record.incarnation)

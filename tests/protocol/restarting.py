@@ -11,6 +11,7 @@ import msgspec
 from lightning_diloco.protocol import actions as act
 from lightning_diloco.protocol import events as ev
 from lightning_diloco.protocol.history import History
+from lightning_diloco.protocol.identity import Origin
 from lightning_diloco.protocol.messages import Leave
 from lightning_diloco.protocol.publisher import Current
 from lightning_diloco.protocol.recovery import Resumption
@@ -31,7 +32,8 @@ class RestartingPair(Pair):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.slow_disk = False
-        self.snapshot: list[tuple[Current, Bag]] = []
+        self.snapshot: list[tuple[Current, Bag, Origin | None]] = []
+        self._origins: tuple[Origin, ...] = ()
         self.values: list[Bag] = []
         self.leaves: dict[str, Leave] = {}
         self.now_s = 1e6  # as on a machine that has been up for days
@@ -46,17 +48,27 @@ class RestartingPair(Pair):
     def take_snapshot(self) -> None:
         """What the syncer holds now is on its disk."""
         currents = self.syncer.job.currents
-        self.snapshot = [(deepcopy(c), self.history[i][c.version]) for i, c in enumerate(currents)]
+        before = {(i, c.version): origin for i, (c, _, origin) in enumerate(self.snapshot)}
+        origins = dict(enumerate(self._origins)) if self.syncer.job.is_recovering else {}
+        self.snapshot = [
+            (deepcopy(c), self.history[i][c.version], origins.get(i, before.get((i, c.version)))) for i, c in enumerate(currents)
+        ]
 
     def crash(self, *, keeps_payloads: bool = True) -> None:
         """The syncer is killed, and another one starts; connections break. What a learner was sending is sent to the new one."""
-        history = History(tuple(c.version for c, _ in self.snapshot))
+        history = History(tuple(c.version for c, _, _ in self.snapshot))
         for record in self.tape:
             history.feed(record)
-        currents = tuple(deepcopy(c) for c, _ in self.snapshot) or (None,) * self.num_fragments
-        self.values = [values for _, values in self.snapshot]
+        currents = tuple(deepcopy(c) for c, _, _ in self.snapshot) or (None,) * self.num_fragments
+        self.values = [values for _, values, _ in self.snapshot]
         resumption = Resumption(
-            history=history, config=self.config, fingerprint="print", static_crc=0, static_bytes=self.static_bytes, currents=currents
+            history=history,
+            config=self.config,
+            fingerprint="print",
+            static_crc=0,
+            static_bytes=self.static_bytes,
+            currents=currents,
+            origins=tuple(origin if c.version.epoch > history.epoch else None for c, _, origin in self.snapshot),
         )
         options = replace(self.syncer.job.options, epoch=max(history.epoch, self.syncer.job.epoch) + 1)
         self.syncer = SyncerMachine(options, resumption)
@@ -107,7 +119,7 @@ class RestartingPair(Pair):
 
     def _perform_syncer(self, action: act.SyncerAction) -> None:
         if isinstance(action, act.MakeDurable):
-            self.is_writing = True
+            self.is_writing, self._origins = True, action.origins
             for i, current in enumerate(self.syncer.job.currents if self.syncer.job.is_recovering else ()):
                 self.history[i] = {v: bag for v, bag in self.history[i].items() if v.epoch < current.version.epoch}
                 self.history[i][current.version] = self.values[i]

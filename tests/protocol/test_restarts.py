@@ -169,6 +169,33 @@ def test_nothing_is_served_before_the_new_epoch_is_durable(pair):
     assert {n.machine.state.envelope.epoch for n in nodes} == {1}
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_crash_between_the_snapshot_of_an_epoch_and_its_line_leaves_origins_that_the_tape_knows(pair, times):
+    nodes = pair.found(2)
+    pair.take_snapshot()
+    early = [c.version for c, _, _ in pair.snapshot]
+    pair.steps(nodes, 20)
+    held = max(node.machine.state.fragments[0].held for node in nodes)
+    pair.slow_disk = True
+    for epoch in range(1, 1 + times):
+        pair.crash()
+        pair.settle_all()
+        pair.take_snapshot()
+        assert pair.snapshot[0][0].version == Version(epoch, held.n) and not pair.of(RestartRecord)
+    pair.slow_disk = False
+    pair.restart()
+    (record,) = pair.of(RestartRecord)
+    assert record.versions[0] == Version(times + 1, held.n) and record.origins[0] == held
+    assert record.momenta == tuple(early) and 0 in record.recalled, "values of a learner, momentum of the snapshot before"
+    # What was made since has its own line again.
+    pair.steps(nodes, 20)
+    pair.take_snapshot()
+    pair.restart()
+    assert pair.of(RestartRecord)[-1].origins[0].epoch == times + 1
+    finish(pair)
+    assert everything_is_in_the_model(pair)
+
+
 def test_a_newcomer_waits_until_the_syncer_serves_and_is_never_the_founder(pair):
     (a,) = pair.found(1)
     pair.steps([a], 6)
