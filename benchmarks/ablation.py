@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/ablation.py [--only TABLE ...] [--seeds N] [--json FILE] [--report]
 
-Recipe `quality` with four learners, 800 inner steps each and `min_quorum=4`, at the inner learning rate that `quality.py` finds best; each
+Recipe `quality` (K = M) with four learners and 800 inner steps each, at the inner learning rate that `quality.py` finds best; each
 row changes what its name says. The figure is the validation loss of the final global model, by seed. Rows of ``events`` do something to a
 learner: one that needs twice as long for a step, one that comes when the others are half through, one that is killed then and restarted.
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipe_rows import ROOT, Rows, mean, table
 
-LEARNERS, BATCH_SIZE, STEPS, RATE = 4, 64, 800, 1.2e-2
+LEARNERS, BATCH_SIZE, STEPS, RATE = 4, 64, 800, 2.4e-2
 TABLES: dict[str, dict[str, list[str]]] = {
     "adoption": {"rebase (default)": [], "overwrite": ["+strategy.adopt=overwrite"]},
     "merge": {
