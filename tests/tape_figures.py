@@ -39,6 +39,10 @@ def surviving_merges(tape: list[Event]) -> list[Event]:
 
 def merged_tokens(tape: list[Event]) -> Counter[tuple[int, int]]:
     merged: Counter[tuple[int, int]] = Counter()
+    if any(e.get("is_rebuilt") for e in of(tape, "job")):
+        # What was merged before the loss of the tape: the first versions say it.
+        for p, through in enumerate(of(tape, "restart")[0]["merged_through"]):
+            merged.update({(int(m), p): tokens for m, (_, tokens) in through.items()})
     for e in surviving_merges(tape):
         for m in e["members"]:
             merged[m["learner_id"], e["fragment_id"]] += m["tokens"]

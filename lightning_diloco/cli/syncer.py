@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 _STARTED_S = time.monotonic()
 """The process began about now: torch, which takes longest, is imported later."""
 _LATER_VALUES = {"--keys": "DIR", "--shards": "N", "--metrics-port": "PORT"}
-_LATER_SWITCHES = ("--rebuild", "--insecure")
+_LATER_SWITCHES = ("--insecure",)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "syncer",
         help="merge the fragments of one job",
-        usage="lightning-diloco syncer (--run-dir DIR | --resume RUN_DIR) [--bind ENDPOINT] [--verbose]",
+        usage="lightning-diloco syncer (--run-dir DIR [--rebuild] | --resume RUN_DIR) [--bind ENDPOINT] [--verbose]",
         description="Run the syncer of one job. It ends when the last learner has reached its own limit, or on SIGTERM.",
     )
     parser.add_argument(
@@ -45,6 +45,11 @@ def add_parser(commands: Any) -> None:
     # Required, but checked later: argparse would name this one and not the option beside it that is misspelt.
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the job: tape, summary, global model (required)")
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the job in this folder, whose syncer has ended")
+    parser.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="the job's folder is lost: take the job from its learners, which dial --bind, into the new folder --run-dir",
+    )
     parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="one log line per merge")
     for option, metavar in _LATER_VALUES.items():
@@ -76,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         num_slots=hello.get("num_slots"),
         supervised=args.supervised,
         resume=args.resume is not None,
+        rebuild=args.rebuild,
         bulk=hello.get("bulk", ""),
     )
     lone = None if args.supervised else LoneSyncer(options, _STARTED_S)
@@ -110,6 +116,11 @@ def _make_dir(run_dir: Path) -> None:
 
 def _refuse(args: argparse.Namespace) -> None:
     if args.resume is not None:
+        if args.rebuild:
+            raise ConfigurationError(
+                f"--rebuild takes a job whose folder is lost from its learners; {args.resume} is there. Say --resume {args.resume} alone, "
+                "or --rebuild --run-dir with a new folder."
+            )
         if args.run_dir is not None and args.run_dir != args.resume:
             raise ConfigurationError(
                 f"--resume {args.resume} names the folder of the job; --run-dir {args.run_dir} is another one. Leave it out."
@@ -130,6 +141,10 @@ def _refuse(args: argparse.Namespace) -> None:
         raise ConfigurationError(f"--bind {args.bind}: {error}. Give tcp://127.0.0.1:PORT.") from error
     if address.scheme != "tcp" or address.hostname is None or port is None:
         raise ConfigurationError(f"--bind {args.bind}: an endpoint is tcp://HOST:PORT, for example tcp://127.0.0.1:7777.")
+    if args.rebuild and not port:
+        raise ConfigurationError(
+            f"--rebuild --bind {args.bind}: the job's learners go on dialling the address that their syncer had. Give that, with its port."
+        )
     if address.hostname not in LOOPBACK:
         raise not_there_yet(f"--bind {args.bind}: binding beyond loopback", f"Use tcp://127.0.0.1:{port}.")
 

@@ -35,6 +35,7 @@ __all__ = [
     "Reply",
     "Send",
     "SendContribution",
+    "SendDescription",
     "SendFounding",
     "SendHeld",
     "SendLeave",
@@ -216,6 +217,13 @@ class SendHeld(_Action, frozen=True, kw_only=True):
     header: HeldFragment
 
 
+class SendDescription(_Action, frozen=True, kw_only=True):
+    """Tell what the job is: `Description`, and the static state as it is now if that was asked for."""
+
+    earlier: tuple[int, ...]
+    with_static: bool
+
+
 class DropPrepared(_Action, frozen=True, kw_only=True):
     """The syncer has lost a version that was received and not adopted: the published copy is the base again."""
 
@@ -287,6 +295,7 @@ LearnerAction = (
     | Snapshot
     | SendContribution
     | SendHeld
+    | SendDescription
     | SendLeave
     | DropPrepared
     | UnsayLeave

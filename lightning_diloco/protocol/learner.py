@@ -33,6 +33,7 @@ from lightning_diloco.protocol.actions import (
     LeftDone,
     RefuseJoin,
     Send,
+    SendDescription,
     SendFounding,
     SendHeld,
     SendLeave,
@@ -57,6 +58,7 @@ from lightning_diloco.protocol.learner_exchange import Exchange
 from lightning_diloco.protocol.learner_state import NOTHING, Content, LearnerOptions, LearnerState
 from lightning_diloco.protocol.messages import (
     PROTOCOL_VERSION,
+    Describe,
     Discarded,
     Envelope,
     Fenced,
@@ -120,6 +122,7 @@ class LearnerMachine:
             Released: self._exchange.released,
             Resolved: self._exchange.resolved,
             Recall: self._recalled,
+            Describe: self._describe,
             Stop: self._stopped,
             Left: self._left,
         }
@@ -367,6 +370,13 @@ class LearnerMachine:
             fragment_id=message.fragment_id, version=message.version, crc=content.crc, merged_through=dict(content.through)
         )
         return [SendHeld(header=header)]
+
+    def _describe(self, message: Describe) -> list[LearnerAction]:
+        """A syncer has nothing but its members to go on from."""
+        if self.state.stage not in ("joined", "leaving"):
+            return []
+        earlier = tuple(max(0, f.base_content.mine.tokens - f.merged_tokens) for f in self.state.fragments)
+        return [SendDescription(earlier=earlier, with_static=message.with_static)]
 
     def _left(self, message: Left) -> list[LearnerAction]:
         self.state.stage = "left"

@@ -14,6 +14,7 @@ __all__ = [
     "Adopted",
     "Busy",
     "Contribution",
+    "Description",
     "Discarded",
     "Found",
     "FoundingFragment",
@@ -264,6 +265,18 @@ class NotHeld(Message, frozen=True, kw_only=True):
     fragment_id: Count
 
 
+class Description(Message, frozen=True, kw_only=True):
+    """What the job is, as a member knows it. Answer to `Describe`.
+
+    `earlier`: per fragment, what of the learner's ended lives is merged (its running one tells its own).
+    """
+
+    layout: Annotated[bytes, Meta(max_length=1 << 20)]
+    static_bytes: Count
+    static_crc: Count
+    earlier: PerFragment
+
+
 class PeerState(Message, frozen=True, kw_only=True):
     """Payload: inner optimizer state of a healthy peer (recovery: not there yet)."""
 
@@ -281,6 +294,7 @@ FromLearner = (
     | Adopted
     | NeedFull
     | NotHeld
+    | Description
     | Paused
     | StopRequest
     | Leave

@@ -86,6 +86,12 @@ class FragmentState:
         """Whether a version can be adopted at this boundary."""
         return self.arriving is None and self.held != self.base
 
+    @property
+    def merged_tokens(self) -> int:
+        """Tokens of this life that are in the base."""
+        kept = self.unresolved.header.tokens if self.unresolved is not None and not self.unresolved.in_counters else 0
+        return self.since_tokens - sum(self.discarded.values()) - kept
+
     def contains(self, merged: MergedThrough) -> int:
         """The seq of the unresolved contribution if a version with this merged_through has it in it, else 0."""
         if self.unresolved is not None and merged.seq >= self.unresolved.header.seq:

@@ -15,6 +15,7 @@ from lightning_diloco.protocol.learner_messages import (
     Adopted,
     Busy,
     Contribution,
+    Description,
     Discarded,
     Found,
     FoundingFragment,
@@ -40,6 +41,7 @@ from lightning_diloco.protocol.learner_messages import (
 )
 from lightning_diloco.protocol.message_base import Message, Name
 from lightning_diloco.protocol.syncer_messages import (
+    Describe,
     Fenced,
     FromSyncer,
     JoinRefused,
@@ -64,6 +66,8 @@ __all__ = [
     "Adopted",
     "Busy",
     "Contribution",
+    "Describe",
+    "Description",
     "Discarded",
     "Envelope",
     "Fenced",
@@ -110,7 +114,7 @@ __all__ = [
     "WhoAreYou",
 ]
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised by one whenever a message changes; both sides must speak the same."""
 
 Header = LearnerHeader | SyncerHeader

@@ -48,6 +48,7 @@ class JobRecord(_Base, frozen=True, kw_only=True, tag="job"):
     """The job is founded. `founded_n`: version numbers that it starts from. `num_slots`: configured learners (None: open).
 
     `payload_at`: where its tensors begin in the file of recorded payloads (None: they are not there).
+    `is_rebuilt`: no founding, but what was taken from the learners of a job whose run directory was lost.
     """
 
     job_id: str
@@ -62,6 +63,7 @@ class JobRecord(_Base, frozen=True, kw_only=True, tag="job"):
     num_slots: int | None = None
     versions: dict[str, str] = {}
     payload_at: Count | None = None
+    is_rebuilt: bool = False
 
 
 class JoinRecord(_Base, frozen=True, kw_only=True, tag="join"):

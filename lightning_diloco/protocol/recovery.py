@@ -31,7 +31,7 @@ from lightning_diloco.protocol.job import Job
 from lightning_diloco.protocol.members import Member
 from lightning_diloco.protocol.messages import HeldFragment, Hello, JoinRefused, Recall
 from lightning_diloco.protocol.publisher import Current
-from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, RestartRecord
+from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, JoinRecord, LeaveRecord, RestartRecord
 from lightning_diloco.protocol.rounds import Rounds
 
 __all__ = ["Recovery", "Resumption", "Stage"]
@@ -372,8 +372,15 @@ class Recovery:
         lacking = -min((job.ledger.pending(learner_id, p) for p in range(job.num_fragments)), default=0)
         if lacking <= 0:
             return []
-        member, incarnation = job.members.by_id(learner_id), job.members.next_incarnation(learner_id) - 1
-        tokens = job.ledger.current(learner_id) + lacking
+        member, tokens = job.members.by_id(learner_id), job.ledger.current(learner_id) + lacking
         job.ledger.trained(learner_id, tokens)
-        inner_steps = member.inner_step if member is not None else 0
-        return [Tape(record=CountersRecord(learner_id=learner_id, incarnation=max(0, incarnation), inner_steps=inner_steps, tokens=tokens))]
+        if member is not None:
+            told = CountersRecord(learner_id=learner_id, incarnation=member.incarnation, inner_steps=member.inner_step, tokens=tokens)
+            return [Tape(record=told)]
+        # Of an ended life: a life of its own on the tape, or nobody who reads it would know whose tokens these are.
+        incarnation = job.members.next_incarnation(learner_id)
+        job.members.seen(learner_id, incarnation + 1)
+        joined = JoinRecord(learner_id=learner_id, incarnation=incarnation, role="earlier")
+        counters = CountersRecord(learner_id=learner_id, incarnation=incarnation, inner_steps=0, tokens=lacking)
+        left = LeaveRecord(learner_id=learner_id, incarnation=incarnation, reason="died")
+        return [Tape(record=joined), Tape(record=counters), Tape(record=left)]

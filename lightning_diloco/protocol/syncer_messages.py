@@ -11,6 +11,7 @@ from lightning_diloco.protocol.learner_messages import PeerState
 from lightning_diloco.protocol.message_base import Message, Name, PerFragment, Sentence
 
 __all__ = [
+    "Describe",
     "Fenced",
     "FromSyncer",
     "JoinRefused",
@@ -90,6 +91,16 @@ class Recall(Message, frozen=True, kw_only=True):
     shards: tuple[ShardAddress, ...] = ()
 
 
+class Describe(Message, frozen=True, kw_only=True):
+    """A syncer of whose run directory nothing is left asks what the job is: answered by `Description`.
+
+    `with_static`: and by the static state, as `FoundingStatic` to these addresses.
+    """
+
+    with_static: bool = False
+    shards: tuple[ShardAddress, ...] = ()
+
+
 class Released(Message, frozen=True, kw_only=True):
     """The round ended; an unanswered pull of it needs no answer. Never ends a contribution."""
 
@@ -160,5 +171,20 @@ class StaticState(Message, frozen=True, kw_only=True):
     crc: Count
 
 
-FromSyncer = Welcome | SendState | JoinRefused | WhoAreYou | Pull | Recall | Released | Resolved | Fenced | Stop | Left | Pong | LeaseGrant
+FromSyncer = (
+    Welcome
+    | SendState
+    | JoinRefused
+    | WhoAreYou
+    | Pull
+    | Recall
+    | Describe
+    | Released
+    | Resolved
+    | Fenced
+    | Stop
+    | Left
+    | Pong
+    | LeaseGrant
+)
 SyncerHeader = Publication | StaticState | PeerState

@@ -1,4 +1,4 @@
-"""The part of a learner's background thread that is over when it has joined: hello, founding state, static state.
+"""What a learner says of the job: hello, founding state, static state until it has joined; a description if the syncer has lost all.
 
 Control messages may be lost with a connection, so everything that waits for an answer is said again every `AGAIN_S`: `Hello` until the
 join is complete (the syncer answers a copy with what is missing and sends nothing twice), `Found` until the syncer asks for the state, and
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_diloco.outer import buffer_of, load_static, pack_static
+from lightning_diloco.protocol.actions import SendDescription
 from lightning_diloco.protocol.events import JoinRequested, LearnerEvent, StaticInstalled
 from lightning_diloco.protocol.identity import FragmentInfo
-from lightning_diloco.protocol.messages import Found, FoundingFragment, FoundingStatic, Message, Ping, StaticState
+from lightning_diloco.protocol.messages import Description, Found, FoundingFragment, FoundingStatic, Message, Ping, StaticState
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import FoundingState
 from lightning_diloco.runtime.learner_store import LearnerStore
@@ -103,6 +104,18 @@ class Joining:
             has_momentum=bool(buffers),
         )
         self._send(self._found)
+
+    def describe_again(self, action: SendDescription) -> None:
+        """Tell a syncer that has lost everything what the job is; the training thread goes on.
+
+        Frozen parameters are as they were; buffers are this learner's of now, and serve newcomers as a beginning.
+        """
+        layout = self._store.layout
+        static = pack_static(self._module, layout)
+        crc = crc32(static)
+        self._send(Description(layout=layout.to_bytes(), static_bytes=static.numel(), static_crc=crc, earlier=action.earlier))
+        if action.with_static and static.numel():
+            self._send_payload(FoundingStatic(crc=crc), buffer_of(static))
 
     def send_state(self) -> None:
         """The syncer is ready for the founding state (it says so again if it had to begin anew)."""

@@ -35,6 +35,7 @@ from lightning_diloco.protocol.actions import (
     RefuseJoin,
     Send,
     SendContribution,
+    SendDescription,
     SendFounding,
     SendHeld,
     SendLeave,
@@ -51,6 +52,7 @@ from lightning_diloco.protocol.events import (
 )
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.messages import (
+    Describe,
     FromSyncer,
     HeldFragment,
     Leave,
@@ -292,7 +294,7 @@ class ClientLoop:
 
     def _heed(self, message: FromSyncer) -> None:
         """What a message of this learner's syncer asks of this thread, beside what the rules make of it."""
-        if isinstance(message, Welcome | Recall) and message.shards:
+        if isinstance(message, Welcome | Recall | Describe) and message.shards:
             self._dial(message.shards[0].bulk_endpoint)
         elif isinstance(message, SendState):
             self._joining.send_state()
@@ -327,6 +329,8 @@ class ClientLoop:
             self._joining.describe()
         elif isinstance(action, SendHeld):
             self._send_held(action.header)
+        elif isinstance(action, SendDescription):
+            self._joining.describe_again(action)
         elif isinstance(action, UnsayLeave):
             self.reports.leave = None
         elif isinstance(action, DropPrepared):

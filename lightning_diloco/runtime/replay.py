@@ -156,6 +156,10 @@ def _plan(tape: Path, number: int, job: JobRecord) -> _Plan:
             f"{tape.parent}: this job ran with tape_payloads=False, so its contributions were not kept and there is nothing to replay. "
             "Pass tape_payloads=True to the strategy in the next run."
         )
+    if job.is_rebuilt:
+        raise ConfigurationError(
+            f"{tape.parent}: this job was rebuilt from its learners, and what it began with was not kept. Nothing to replay."
+        )
     if job.payload_at is None:
         raise ReplayError(f"{tape}, line {number}: the founding has no payloads: the disk failed when they were to be kept.")
     if len(job.founded_n) != len(job.fragments):

@@ -52,6 +52,7 @@ from lightning_diloco.runtime.counters import CounterFileError, read_counters
 from lightning_diloco.runtime.intake import MIN_DECODING, Intake
 from lightning_diloco.runtime.opening import open_job
 from lightning_diloco.runtime.performer import Performer
+from lightning_diloco.runtime.rebuilding import Rebuilding
 from lightning_diloco.runtime.rundir import lock_run_dir
 from lightning_diloco.runtime.snapshot import SnapshotStore
 from lightning_diloco.runtime.store import Closed
@@ -88,6 +89,7 @@ class ServiceOptions:
         num_slots: configured learners (None: open membership).
         supervised: somebody else decides the end (`finish`) and writes `summary.json`.
         resume: the job in the folder goes on.
+        rebuild: nothing of the job is left but its learners: they dial `bind`, and the folder is written from what they tell.
         bulk: bulk endpoint to bind ("": any free port beside `bind`).
     """
 
@@ -99,6 +101,7 @@ class ServiceOptions:
     num_slots: int | None = None
     supervised: bool = False
     resume: bool = False
+    rebuild: bool = False
 
 
 class SyncerService:
@@ -121,6 +124,7 @@ class SyncerService:
         self.status: Literal["finished", "stopped", "failed"] | None = None
         self._start_s = time.monotonic()
         self._transport = SyncerTransport(options.bind, options.bulk or None, accept=self._accept, context=context)
+        self._rebuilding: Rebuilding | None = None
         self._results: deque[Callable[[], None]] = deque()
         self._failures: dict[str, int] = {}
         self._complain_at_s = 0.0
@@ -148,10 +152,16 @@ class SyncerService:
         return self._transport.control_endpoint
 
     def _open(self) -> None:
-        run_dir = self.options.run_dir
-        opening = open_job(run_dir, SnapshotStore(run_dir), resume=self.options.resume)
+        run_dir, options = self.options.run_dir, self.options
+        if options.rebuild:
+            self._transport.bind()
+            self._rebuilding = Rebuilding(self._transport, token=options.token, num_slots=options.num_slots)
+            self._rebuilding.run(run_dir)
+            self._rebuilding = None
+        opening = open_job(run_dir, SnapshotStore(run_dir), resume=options.resume or options.rebuild)
         (run_dir / "counters").mkdir(exist_ok=True)
-        self._transport.bind()
+        if not options.rebuild:
+            self._transport.bind()
         self._tape = TapeWriter(run_dir / TAPE_NAME, t0_s=self._start_s - opening.elapsed_s)
         self._performer = Performer(
             options=self.options,
@@ -303,6 +313,8 @@ class SyncerService:
         self._numerics.submit(run)
 
     def _accept(self, peer: bytes, header: bytes, total_bytes: int) -> bool | str:
+        if self._rebuilding is not None:
+            return self._rebuilding.accept(peer, header, total_bytes)
         return self._intake.accepts(peer, header, total_bytes)
 
     def _take(self, event: TransportEvent) -> None:

@@ -38,6 +38,8 @@ def check_learner(pair: Pair, node: Node) -> None:
         assert node.theta[i] == node.base[i] + Counter(unmerged), "theta is not base plus what is not merged"
         counted = sum(pair.tokens_of[a][1] for a in unmerged)
         assert state.tokens - fragment.since_tokens == counted, "the counter is not the work since the base's content"
+        merged = {a for a in node.base[i] if a in node.made}
+        assert fragment.merged_tokens == sum(pair.tokens_of[a][1] for a in merged), "what it says of its share in the base is not true"
         assert fragment.final is None or state.stage not in ("receiving", "joined")
         assert len([k for k in node.payloads if k[0] == i]) <= 2, "decoded contributions pile up"
 

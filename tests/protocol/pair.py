@@ -101,6 +101,7 @@ class Pair(Readings):
         """One inner step: a new atom in every fragment, then the boundary."""
         atom = next(self._atoms)
         self.tokens_of[atom] = (node.learner_id, tokens)
+        node.made.add(atom)
         for fragment_id in range(self.num_fragments):
             node.theta[fragment_id] = bag_sum((1, node.theta[fragment_id]), (1, Counter({atom: 1})))
             node.live[fragment_id].add(atom)

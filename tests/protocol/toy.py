@@ -44,6 +44,8 @@ class Node:
     published: list[Bag]
     live: list[set[int]]
     """Per fragment: atoms of this life that were neither healed nor overwritten away."""
+    made: set[int] = field(default_factory=set)
+    """All atoms of this life."""
     references: dict[int, Bag] = field(default_factory=dict)
     payloads: dict[tuple[int, int], tuple[Bag, bool, float]] = field(default_factory=dict)
     to_encode: deque[act.Snapshot] = field(default_factory=deque)

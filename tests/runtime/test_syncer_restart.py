@@ -83,7 +83,7 @@ class Trainer:
 
     def __init__(self, client: LearnerClient) -> None:
         self.client = client
-        self.is_over = False
+        self.is_over = self.is_dying = False
         self.longest_s = 0.0
         self.steps = 0
         self.run = Background(self._train)
@@ -98,13 +98,19 @@ class Trainer:
             time.sleep(0.005)
             client.boundary(tokens=16)
             self.longest_s, self.steps = max(self.longest_s, time.monotonic() - start_s), self.steps + 1
-        client.leave("limit")
-        client.weights.load_global()
+        if not self.is_dying:
+            client.leave("limit")
+            client.weights.load_global()
         client.close()
 
     def end(self) -> None:
         self.is_over = True
         self.run.result()
+
+    def die(self) -> None:
+        """Go without a word."""
+        self.is_dying = True
+        self.end()
 
 
 def versions(syncer: Syncer, fragment_id: int = 0) -> list[tuple[int, int]]:

@@ -190,7 +190,7 @@ class LearnerTransport(Transport):
         self._hang_up(self._bulk)
         self._bulk, self._bulk_endpoint = bulk, endpoint
         for outgoing in self._outgoing.values():
-            outgoing.unblock()
+            outgoing.offer_again()
 
     def _hang_up(self, sock: zmq.Socket[bytes] | None) -> None:
         if sock is not None:

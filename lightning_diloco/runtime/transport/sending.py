@@ -192,6 +192,13 @@ class OutgoingTransfers:
         self._blocked_s = 0.0
         self._blocked_until_s = None
 
+    def offer_again(self) -> None:
+        """The peer has another address: whoever had the offer is not there, so it is made again at once, and waits begin short."""
+        self.unblock()
+        if self._queue and self._queue[0].is_offered:
+            self._repeat(self._queue[0])
+            self._queue[0].misses = 0
+
     def on_time(self, now_s: float) -> None:
         """Offer the payload again when it made no progress for too long.
 
@@ -201,7 +208,9 @@ class OutgoingTransfers:
         deadline_s = self._resend_deadline_s()
         if deadline_s is None or now_s < deadline_s:
             return
-        head = self._queue[0]
+        self._repeat(self._queue[0])
+
+    def _repeat(self, head: _Transfer) -> None:
         head.attempt += 1
         head.misses += 1
         head.is_offered = head.is_granted = False
