@@ -77,7 +77,8 @@ class SyncConfig:
     rejoin_every_steps: int = 50
     """Inner steps in which a learner saves its whole inner optimizer state once, a fragment at a time, for a life after this one."""
     max_offline_steps: int | None = None
-    """A learner without a syncer ends after so many inner steps (None: it goes on to its own limit)."""
+    """A learner whose syncer was silent for ten heartbeats (10 s at least) ends when it has done so many inner steps since the last word
+    (None: it goes on to its own limit)."""
     lr_clock: Literal["job", "local"] = "job"
     """Whether a late joiner's schedules start at the job's step or at its own zero."""
     include_frozen: bool = False
@@ -156,8 +157,6 @@ class SyncConfig:
     def _refuse_what_is_not_there_yet(self) -> None:
         if self.wire_dtype == "int4":
             raise not_there_yet("wire_dtype='int4'", "Use 'bf16' or 'fp32'.")
-        if self.max_offline_steps is not None:
-            raise not_there_yet(f"max_offline_steps={self.max_offline_steps!r}", "Leave it at None.")
 
 
 def need_int(name: str, value: Any, at_least: int) -> None:

@@ -37,7 +37,6 @@ WRONG = [
 ]
 NOT_THERE_YET = [
     {"wire_dtype": "int4"},
-    {"max_offline_steps": 100},
 ]
 
 

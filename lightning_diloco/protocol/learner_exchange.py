@@ -206,6 +206,7 @@ class Exchange:
             fragment.discard("overwritten", pending.header.tokens)
         elif by_value and self._state.stage == "leaving":
             fragment.discard("nonfinite" if message.reason == "nonfinite" else "norm", pending.header.tokens)
+            fragment.discarded_in_place += pending.header.tokens
         elif message.reason == "nonfinite" and pending.is_mended:
             fragment.discard("nonfinite", pending.header.tokens)
             fragment.since_step += pending.header.steps

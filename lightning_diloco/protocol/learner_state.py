@@ -54,7 +54,8 @@ class FragmentState:
 
     Invariant: `base` <= `held`; `held` > `base` means that a version was received and not adopted. `settled`: (seq, tokens) of own
     contributions that were adopted, newest last, for the case that a syncer comes back without them. `is_handed_over`: the final
-    contribution turned out to be merged, so nothing local is left.
+    contribution turned out to be merged, so nothing local is left. `discarded_in_place`: of the discarded tokens those whose work still
+    stands in the parameters, because it was refused for its values while the learner leaves.
     """
 
     fragment_id: int
@@ -75,6 +76,7 @@ class FragmentState:
     is_missed: bool = False
     is_handed_over: bool = False
     discarded: dict[DiscardReason, int] = field(default_factory=dict)
+    discarded_in_place: int = 0
 
     @property
     def is_behind(self) -> bool:
@@ -90,7 +92,7 @@ class FragmentState:
     def merged_tokens(self) -> int:
         """Tokens of this life that are in the base."""
         kept = self.unresolved.header.tokens if self.unresolved is not None and not self.unresolved.in_counters else 0
-        return self.since_tokens - sum(self.discarded.values()) - kept
+        return self.since_tokens - (sum(self.discarded.values()) - self.discarded_in_place) - kept
 
     def contains(self, merged: MergedThrough) -> int:
         """The seq of the unresolved contribution if a version with this merged_through has it in it, else 0."""

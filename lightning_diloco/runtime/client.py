@@ -314,8 +314,8 @@ class LearnerClient:
 
     @property
     def stop_reason(self) -> str | None:
-        """Why the job ends for all, or None."""
-        return self._loop.stop_reason
+        """Why the job ends for all, or for this learner, or None."""
+        return self._loop.stop_reason or self._loop.reports.offline_stop
 
     def version(self, fragment_id: int) -> Version:
         """The newest version of a fragment that has been received."""

@@ -152,7 +152,7 @@ class Rebuilding:
             self._hello(peer, envelope, message)
         elif witness is None and envelope.lineage:
             self._say(peer, envelope, WhoAreYou())
-        elif witness is not None and isinstance(message, Description):
+        elif witness is not None and isinstance(message, Description) and _is_sound(message, witness.hello):
             witness.description = message
 
     def _hello(self, peer: bytes, envelope: Envelope, hello: Hello) -> None:
@@ -191,6 +191,9 @@ class Rebuilding:
             deadline_s = time.monotonic() + COLLECT_S
             while time.monotonic() < deadline_s and not self._is_described(everyone=True):
                 self._poll()
+            self._agree()
+            if not self._is_described():
+                _log.warning("No learner has described the job within %.0f s; they are asked again.", COLLECT_S)
 
     def _ask(self, peer: bytes, witness: _Witness, *, with_static: bool) -> None:
         shards = (ShardAddress(bulk_endpoint=self._transport.bulk_endpoint),)
@@ -268,6 +271,10 @@ def _is_possible(envelope: Envelope, hello: Hello) -> bool:
     numbers = [hello.tokens, hello.inner_step, hello.joined_at_step, envelope.epoch, envelope.incarnation]
     numbers += [x for v in hello.versions for x in (v.epoch, v.n)]
     return (hello.learner_id or 0) < MAX_IDS and max(numbers) <= MAX_NUMBER
+
+
+def _is_sound(description: Description, hello: Hello) -> bool:
+    return len(description.earlier) == len(hello.versions) and max(description.earlier) <= MAX_NUMBER
 
 
 def _read_layout(witness: _Witness) -> Layout:

@@ -43,6 +43,9 @@ class Reports:
         self._due_s = 0.0
         self._is_taken = True
         self._pings = 0
+        self.offline_stop: str | None = None
+        """Why this learner ends by itself: there was no syncer for `max_offline_steps`."""
+        self._seen_s, self._heard_step = self.heard_s, 0
 
     def tick(self, now_s: float) -> None:
         """Report if it is time, or if many steps wait."""
@@ -50,6 +53,17 @@ class Reports:
         is_early = self._times.is_full and self._is_taken and self.leave is None
         if now_s >= self._due_s or is_early:
             self._report(now_s)
+        self._count_offline_steps()
+
+    def _count_offline_steps(self) -> None:
+        inner_step, limit = self._machine.state.inner_step, self._config.max_offline_steps
+        if self.heard_s > self._seen_s:
+            self._seen_s, self._heard_step = self.heard_s, inner_step
+        steps = inner_step - self._heard_step
+        # Steps may be much shorter than the time between two words of a syncer that is well: it has to count as lost first.
+        if limit is not None and self.lost_syncer and self.offline_stop is None and steps >= limit:
+            self.offline_stop = f"no syncer for {steps} inner steps (max_offline_steps={limit})"
+            _log.error("This learner ends: %s. It keeps the published parameters that it has.", self.offline_stop)
 
     def is_heard(self, now_s: float) -> bool:
         """Whether the syncer answers; if not, what is out of date by then would push the reports out of the socket's queue."""
