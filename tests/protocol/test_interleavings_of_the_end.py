@@ -122,6 +122,7 @@ def test_a_full_staging_queue_answers_busy_and_drops_nothing(pair):
     pair.tokens_of[1000] = (0, TOKENS)
     a.theta[0][1000] += 1
     a.live[0].add(1000)
+    a.made.add(1000)
     pair.feed(a, ev.Boundary(tokens=TOKENS, can_snapshot=False))
     assert [m for m in up(a) if isinstance(m, Busy)]
     pair.settle()
