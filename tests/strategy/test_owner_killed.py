@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_diloco import DecoupledDiLoCoStrategy
 from tests.strategy.kit import TinyModel, equal, global_parameters, latest, loader, parameters_of, quiet
@@ -52,14 +53,15 @@ def test_a_fit_whose_learner_zero_is_killed_has_its_checkpoints_and_its_whole_lo
     strategy = DecoupledDiLoCoStrategy(**FAST)
     best = ModelCheckpoint(dirpath=tmp_path / "best", monitor="val_loss", save_top_k=2)
     options = quiet(devices=2, max_steps=600, strategy=strategy, callbacks=[best], val_check_interval=50, num_sanity_val_steps=0)
-    del options["logger"], options["enable_checkpointing"]
+    del options["enable_checkpointing"]
+    options["logger"] = CSVLogger(tmp_path / "csv")
     trainer, model = Trainer(**options, log_every_n_steps=10), OwnerKilled()
     trainer.fit(model, loader(8192), loader(16))
     assert "learner 0 was ended by SIGKILL; restart 1 of at most 3" in caplog.text
     assert strategy.summary["status"] == "finished" and strategy.summary["restarts"]["learners"] == 1
     state = torch.load(best.best_model_path, weights_only=True)
     assert 0 < state["global_step"] <= 600 and best.best_model_score is not None
-    (metrics,) = (latest(tmp_path) / "logs").rglob("metrics.csv")
+    (metrics,) = (tmp_path / "csv").rglob("metrics.csv")
     for name in ("train_loss", "val_loss"):
         steps = [step for step, _ in rows_of(metrics, name)]
         assert min(steps) < KILLED_AT < max(steps), f"{name}: {steps}"
@@ -79,7 +81,9 @@ def test_a_fit_whose_learner_zero_is_killed_has_its_checkpoints_and_its_whole_lo
 def test_a_decision_to_stop_ends_the_job_for_all_in_bounded_time(callback, least, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     strategy = DecoupledDiLoCoStrategy(**FAST)
-    options = quiet(devices=2, max_steps=100_000, min_steps=least, strategy=strategy, callbacks=[callback()], val_check_interval=40)
+    options = quiet(
+        devices=2, max_steps=100_000, min_steps=least, min_epochs=0, strategy=strategy, callbacks=[callback()], val_check_interval=40
+    )
     start_s, model = time.monotonic(), TinyModel(step_s=0.01)
     Trainer(**options).fit(model, loader(400_000), loader(16))
     steps = [learner["inner_steps"] for learner in strategy.summary["learners"]]
