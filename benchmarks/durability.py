@@ -63,10 +63,13 @@ def main() -> int:
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds}: at least 1.")
     jobs: list[dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
+    options = {"params": arguments.params, "seconds": arguments.seconds, "interval": arguments.interval}
+    if any(row["options"] != options for row in jobs):
+        parser.error(f"{arguments.json} holds jobs of other options than {options}. Give another file.")
     # `none` stands first and last, so that every other job has one on both sides.
     order = [kind for _ in range(arguments.rounds) for other in KINDS[1:] for kind in ("none", other)] + ["none"]
     for kind in order[len(jobs) :]:
-        jobs.append(run(kind, arguments))
+        jobs.append({"options": options, **run(kind, arguments)})
         print(f"... {kind}: {jobs[-1]['steps_per_s']:.2f} steps/s, {len(jobs[-1]['delays_s'])} publications", flush=True)
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(jobs) + "\n")

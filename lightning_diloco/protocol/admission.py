@@ -120,7 +120,7 @@ class Admission:
         return self._difference(hello)
 
     def _difference(self, hello: Hello) -> tuple[str, str] | None:
-        config = _read_config(hello.config)
+        config = read_config(hello.config)
         if isinstance(config, str):
             return "config", config
         field = self._job.config.first_difference(config)
@@ -246,7 +246,7 @@ class Admission:
         member = self._job.members.of(session)
         if member is None or member.stage != "founding" or self._job.is_founded:
             return []
-        config = _read_config(self._hellos[session].config)
+        config = read_config(self._hellos[session].config)
         if isinstance(config, str):
             return self._turn_away(member, "config", config, now_s)
         ids = [f.fragment_id for f in message.fragments]
@@ -382,7 +382,7 @@ class Admission:
         return Reply(session=member.session, message=message, incarnation=member.incarnation)
 
 
-def _read_config(data: bytes) -> SyncConfig | str:
+def read_config(data: bytes) -> SyncConfig | str:
     """The configuration in a hello, or the sentence that says why it cannot be read."""
     try:
         return SyncConfig.from_options(json.loads(data))

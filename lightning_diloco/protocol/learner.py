@@ -375,7 +375,7 @@ class LearnerMachine:
         """A syncer has nothing but its members to go on from."""
         if self.state.stage not in ("joined", "leaving"):
             return []
-        earlier = tuple(max(0, f.base_content.mine.tokens - f.merged_tokens) for f in self.state.fragments)
+        earlier = tuple(max(0, f.held_content.mine.tokens - f.merged_tokens - f.tokens_on_hand) for f in self.state.fragments)
         return [SendDescription(earlier=earlier, with_static=message.with_static)]
 
     def _left(self, message: Left) -> list[LearnerAction]:

@@ -272,8 +272,6 @@ class Description(Message, frozen=True, kw_only=True):
     """
 
     layout: Annotated[bytes, Meta(max_length=1 << 20)]
-    static_bytes: Count
-    static_crc: Count
     earlier: PerFragment
 
 

@@ -94,6 +94,12 @@ class FragmentState:
         kept = self.unresolved.header.tokens if self.unresolved is not None and not self.unresolved.in_counters else 0
         return self.since_tokens - (sum(self.discarded.values()) - self.discarded_in_place) - kept
 
+    @property
+    def tokens_on_hand(self) -> int:
+        """Tokens of this life that are in the version received and not in the base."""
+        seq = self.held_content.mine.seq if self.held != self.base else 0
+        return sum(p.header.tokens for p in (self.unresolved, self.final) if p is not None and seq >= p.header.seq)
+
     def contains(self, merged: MergedThrough) -> int:
         """The seq of the unresolved contribution if a version with this merged_through has it in it, else 0."""
         if self.unresolved is not None and merged.seq >= self.unresolved.header.seq:

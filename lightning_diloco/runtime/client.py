@@ -317,6 +317,11 @@ class LearnerClient:
         """Why the job ends for all, or for this learner, or None."""
         return self._loop.stop_reason or self._loop.reports.offline_stop
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether this learner ends because there is no syncer."""
+        return self._loop.reports.offline_stop is not None
+
     def version(self, fragment_id: int) -> Version:
         """The newest version of a fragment that has been received."""
         return self._machine.state.fragments[fragment_id].held or Version(0, 0)

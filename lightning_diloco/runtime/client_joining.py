@@ -13,7 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_diloco.errors import DiLoCoError
 from lightning_diloco.outer import buffer_of, load_static, pack_static
+from lightning_diloco.outer.static import static_bytes
 from lightning_diloco.protocol.actions import SendDescription
 from lightning_diloco.protocol.events import JoinRequested, LearnerEvent, StaticInstalled
 from lightning_diloco.protocol.identity import FragmentInfo
@@ -111,11 +113,15 @@ class Joining:
         Frozen parameters are as they were; buffers are this learner's of now, and serve newcomers as a beginning.
         """
         layout = self._store.layout
-        static = pack_static(self._module, layout)
-        crc = crc32(static)
-        self._send(Description(layout=layout.to_bytes(), static_bytes=static.numel(), static_crc=crc, earlier=action.earlier))
-        if action.with_static and static.numel():
-            self._send_payload(FoundingStatic(crc=crc), buffer_of(static))
+        self._send(Description(layout=layout.to_bytes(), earlier=action.earlier))
+        if not action.with_static or not static_bytes(layout):
+            return
+        try:
+            static = pack_static(self._module, layout)
+        except DiLoCoError as error:
+            _log.warning("The syncer asks for the static state, and it cannot be given: %s Another learner will be asked.", error)
+        else:
+            self._send_payload(FoundingStatic(crc=crc32(static)), buffer_of(static))
 
     def send_state(self) -> None:
         """The syncer is ready for the founding state (it says so again if it had to begin anew)."""

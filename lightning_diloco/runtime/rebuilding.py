@@ -5,9 +5,9 @@ All but the outer momentum is held by every member. This module asks for the fir
 them down as a run directory in which a syncer was killed before its first snapshot. Everything after that is the recovery that exists
 (`protocol/recovery.py`): it recalls each fragment from whoever holds the highest version, and the momentum begins at zero.
 
-    listening    learners that speak are asked who they are; each `Hello` with versions is kept, newcomers wait
-    describing   `COLLECT_S` after the first one each of them is asked for a `Description`, one of them for the static state too
-    writing      identity, founding and the first lines of the tape are written; all answers are here, or `COLLECT_S` is over again
+Whoever speaks is asked who it is. Each `Hello` with versions makes a witness, who is asked for a `Description`, the first one for the
+static state too; newcomers wait. `LISTEN_S` after the first one the run directory is written, as soon as all witnesses that are heard have
+answered. Who comes later and is in a version is taken for ended, and told so.
 
 What the learners tell must agree: two histories, configurations or layouts are an error that names both, and nothing is written.
 
@@ -18,7 +18,6 @@ what versions name of them (`recovery._close_accounts`). The tape begins again a
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -31,8 +30,9 @@ from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError, RemoteProtocolError
 from lightning_diloco.outer import Layout
 from lightning_diloco.outer.static import static_bytes
+from lightning_diloco.protocol.admission import read_config
 from lightning_diloco.protocol.identity import FragmentInfo
-from lightning_diloco.protocol.members import MAX_IDS
+from lightning_diloco.protocol.members import MAX_IDS, SILENT_S
 from lightning_diloco.protocol.messages import (
     PROTOCOL_VERSION,
     Describe,
@@ -47,19 +47,39 @@ from lightning_diloco.protocol.messages import (
     WhoAreYou,
 )
 from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, JobRecord, JoinRecord, LeaveRecord, Record
-from lightning_diloco.protocol.recovery import COLLECT_S, MAX_NUMBER
+from lightning_diloco.protocol.recovery import MAX_NUMBER
 from lightning_diloco.protocol.wire import decode_from_learner, decode_learner_header, encode
 from lightning_diloco.runtime.checksum import crc32
+from lightning_diloco.runtime.complaints import Complaints
 from lightning_diloco.runtime.snapshot import Founding, Identity, SnapshotStore
 from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES
 from lightning_diloco.runtime.tape import TAPE_NAME, TapeWriter
+from lightning_diloco.runtime.telling import package_versions
 from lightning_diloco.runtime.transport import ControlReceived, PayloadReceived, SyncerTransport, TransportEvent
 
-__all__ = ["Rebuilding"]
+__all__ = ["Rebuilding", "refuse_a_folder_in_use"]
 
 _log = logging.getLogger(__name__)
 
+LISTEN_S = 15.0
+"""Learners that live have said hello by then: their transport reconnects within a second, and they speak at every step."""
+AGAIN_S = 5.0
+"""Who has not answered is asked again."""
+STATIC_S = 120.0
+"""After so long another one is asked for the static state, which can be large; sooner, if the one that was asked is silent."""
 COMPLAIN_S = 10.0
+
+
+def refuse_a_folder_in_use(run_dir: Path) -> None:
+    """A job that is there is gone on with, not rebuilt.
+
+    Raises:
+        ConfigurationError: the directory holds a job, or what is left of one.
+    """
+    if SnapshotStore(run_dir).read_identity() is not None:
+        raise ConfigurationError(f"--rebuild: {run_dir} holds a job. Go on with it by --resume {run_dir}, or give a new directory.")
+    if (run_dir / TAPE_NAME).exists():
+        raise ConfigurationError(f"--rebuild: {run_dir} holds the tape of a job, and no more of it. Give a new directory.")
 
 
 @dataclass(slots=True)
@@ -68,7 +88,10 @@ class _Witness:
 
     envelope: Envelope
     hello: Hello
-    description: Description | None = None
+    heard_s: float
+    asked_s: float = 0.0
+    layout: Layout | None = None
+    earlier: tuple[int, ...] = ()
 
 
 class Rebuilding:
@@ -83,82 +106,85 @@ class Rebuilding:
     def __init__(self, transport: SyncerTransport, *, token: str, num_slots: int | None) -> None:
         self._transport, self._token, self._num_slots = transport, token, num_slots
         self._witnesses: dict[bytes, _Witness] = {}
-        self._static: tuple[int, memoryview] | None = None
-        self._static_from: bytes | None = None
-        self._deadline_s: float | None = None
+        self._first_s: float | None = None
+        self._static: memoryview | None = None
+        self._asked_for_static: dict[bytes, float] = {}
+        self._complain_at_s = 0.0
+        self._complaints = Complaints(_log)
 
     def accept(self, peer: bytes, header: bytes, total_bytes: int) -> bool | str:
         """Whether memory may be given to a payload: to the static state that was asked for, and nothing else."""
         witness = self._witnesses.get(peer)
-        if peer != self._static_from or witness is None or witness.description is None:
+        if self._static is not None or peer not in self._asked_for_static or witness is None or witness.layout is None:
             return "refused"
         try:
             _, message = decode_learner_header(header)
         except RemoteProtocolError:
             return "refused"
-        return (isinstance(message, FoundingStatic) and total_bytes == witness.description.static_bytes) or "refused"
+        return (isinstance(message, FoundingStatic) and total_bytes == static_bytes(witness.layout)) or "refused"
 
     def run(self, run_dir: Path) -> None:
         """Wait for learners, ask them, and write what they tell.
 
         Args:
-            run_dir: locked by the caller; must not hold a job.
+            run_dir: locked by the caller; holds no job (`refuse_a_folder_in_use`).
 
         Raises:
-            ConfigurationError: it holds one, or the learners hold more than one.
+            ConfigurationError: the learners hold more than one job, or none that can be read.
             OSError: the disk failed.
         """
-        snapshots = SnapshotStore(run_dir)
-        if (run_dir / TAPE_NAME).exists() or snapshots.read_identity() is not None:
-            raise ConfigurationError(
-                f"--rebuild: {run_dir} holds a job already. Go on with it by --resume {run_dir}, or give a new directory."
-            )
-        self._listen(run_dir)
-        self._describe()
-        self._write(run_dir, snapshots)
-
-    # ---- listening ----------------------------------------------------------------------------------------------------------
-
-    def _listen(self, run_dir: Path) -> None:
         _log.warning("Rebuilding in %s: waiting at %s for learners that hold the job.", run_dir, self._transport.control_endpoint)
-        complain_at_s = time.monotonic() + COMPLAIN_S
-        while self._deadline_s is None or time.monotonic() < self._deadline_s:
-            self._poll()
-            if self._deadline_s is None and time.monotonic() >= complain_at_s:
-                complain_at_s = time.monotonic() + COMPLAIN_S
-                _log.warning("No learner that holds the job has come yet to %s. Is it where they dial?", self._transport.control_endpoint)
+        while not self._is_complete(time.monotonic()):
+            for event in self._transport.poll(0.25):
+                self._take(event, time.monotonic())
+            self._agree()
+            self._ask(time.monotonic())
+            self._complain(time.monotonic())
+        self._write(run_dir, SnapshotStore(run_dir))
 
-    def _poll(self) -> None:
-        for event in self._transport.poll(0.25):
-            self._take(event)
+    # ---- asking -------------------------------------------------------------------------------------------------------------
 
-    def _take(self, event: TransportEvent) -> None:
+    def _is_complete(self, now_s: float) -> bool:
+        if self._first_s is None or now_s < self._first_s + LISTEN_S or self._awaited(now_s):
+            return False
+        told = [w.layout for w in self._witnesses.values() if w.layout is not None]
+        return bool(told) and (static_bytes(told[0]) == 0 or self._static is not None)
+
+    def _awaited(self, now_s: float) -> list[int]:
+        """Ids of witnesses that are heard and have not described the job."""
+        return [w.hello.learner_id or 0 for w in self._witnesses.values() if w.layout is None and now_s - w.heard_s < SILENT_S]
+
+    def _take(self, event: TransportEvent, now_s: float) -> None:
         try:
             if isinstance(event, ControlReceived):
-                self._control(event.peer, *decode_from_learner(event.data))
+                self._control(event.peer, *decode_from_learner(event.data), now_s)
             elif isinstance(event, PayloadReceived):
                 _, header = decode_learner_header(event.header)
                 if isinstance(header, FoundingStatic) and crc32(event.payload) == header.crc:
-                    self._static = (header.crc, event.payload)
-        except RemoteProtocolError:
-            return  # a stranger's bytes
+                    self._static = event.payload
+        except RemoteProtocolError as error:
+            self._complaints.add(f"A message of session {event.peer.hex()[:8]}", error)
 
-    def _control(self, peer: bytes, envelope: Envelope, message: Message) -> None:
+    def _control(self, peer: bytes, envelope: Envelope, message: Message, now_s: float) -> None:
         witness = self._witnesses.get(peer)
+        if witness is not None:
+            witness.heard_s = now_s
         if isinstance(message, Ping):
             # Newcomers see that somebody is there, and wait.
             self._say(peer, envelope, Pong(number=message.number))
         elif isinstance(message, Hello):
-            self._hello(peer, envelope, message)
+            self._hello(peer, envelope, message, now_s)
         elif witness is None and envelope.lineage:
             self._say(peer, envelope, WhoAreYou())
-        elif witness is not None and isinstance(message, Description) and _is_sound(message, witness.hello):
-            witness.description = message
+        elif witness is not None and isinstance(message, Description):
+            _describe(witness, message)
 
-    def _hello(self, peer: bytes, envelope: Envelope, hello: Hello) -> None:
+    def _hello(self, peer: bytes, envelope: Envelope, hello: Hello, now_s: float) -> None:
         holds_all = bool(hello.lineage) and hello.lineage == envelope.lineage and hello.learner_id is not None and bool(hello.versions)
-        is_ours = hello.protocol_version == PROTOCOL_VERSION and (not self._token or hello.token == self._token)
-        if not holds_all or not is_ours or not _is_possible(envelope, hello):
+        why = self._why_not(envelope, hello)
+        if not holds_all or why:
+            if holds_all:
+                self._complaints.add(f"The hello of session {peer.hex()[:8]}", why)
             return
         who = (hello.learner_id, hello.lineage)
         same_id = next((p for p, w in self._witnesses.items() if (w.hello.learner_id, w.hello.lineage) == who and p != peer), None)
@@ -166,44 +192,56 @@ class Rebuilding:
             if self._witnesses[same_id].envelope.incarnation >= envelope.incarnation:
                 return  # an old life woke beside its successor
             del self._witnesses[same_id]
-        self._witnesses[peer] = _Witness(envelope, hello)
-        if self._deadline_s is None:
-            self._deadline_s = time.monotonic() + COLLECT_S
+        if peer in self._witnesses:
+            self._witnesses[peer].envelope, self._witnesses[peer].hello = envelope, hello
+        elif len(self._witnesses) < MAX_IDS:
+            self._witnesses[peer] = _Witness(envelope, hello, now_s)
+            _log.warning("Learner %d holds the job %s.", hello.learner_id, envelope.job_id)
+        self._first_s = now_s if self._first_s is None else self._first_s
+
+    def _why_not(self, envelope: Envelope, hello: Hello) -> str:
+        if hello.protocol_version != PROTOCOL_VERSION:
+            return f"protocol_version={hello.protocol_version}, and this syncer speaks {PROTOCOL_VERSION}: install the same release"
+        if self._token and hello.token != self._token:
+            return "its token is not this job's"
+        numbers = [hello.tokens, hello.inner_step, hello.joined_at_step, envelope.epoch, envelope.incarnation]
+        numbers += [x for v in hello.versions for x in (v.epoch, v.n)]
+        is_possible = (hello.learner_id or 0) < MAX_IDS and max(numbers) <= MAX_NUMBER
+        return "" if is_possible else "it shows an id, versions or totals that no learner can have"
+
+    def _ask(self, now_s: float) -> None:
+        """Everyone for a description, and one for the static state."""
+        needs_static = self._static is None and not any(
+            now_s < asked_s + STATIC_S and now_s < self._witnesses[peer].heard_s + SILENT_S
+            for peer, asked_s in self._asked_for_static.items()
+            if peer in self._witnesses
+        )
+        for peer, witness in self._witnesses.items():
+            with_static = needs_static and now_s < witness.heard_s + SILENT_S and peer not in self._asked_for_static
+            if with_static:
+                needs_static, self._asked_for_static[peer] = False, now_s
+            if with_static or (witness.layout is None and now_s >= witness.asked_s + AGAIN_S):
+                witness.asked_s = now_s
+                shards = (ShardAddress(bulk_endpoint=self._transport.bulk_endpoint),)
+                self._say(peer, witness.envelope, Describe(with_static=with_static, shards=shards))
+        if needs_static and self._witnesses:
+            self._asked_for_static.clear()  # all have been asked: from the beginning
 
     def _say(self, peer: bytes, envelope: Envelope, message: Message) -> None:
         """In the learner's own envelope: it heeds no other."""
         self._transport.send_control(peer, encode(envelope, message))
 
-    # ---- describing ---------------------------------------------------------------------------------------------------------
-
-    def _describe(self) -> None:
-        """Ask everyone, and another one for the static state if the first one falls silent."""
-        self._agree()
-        while not self._is_described():
-            for peer, witness in self._witnesses.items():
-                if witness.description is None:
-                    self._ask(peer, witness, with_static=False)
-            if self._static is None:
-                order = list(self._witnesses)
-                following = order.index(self._static_from) + 1 if self._static_from in order else 0
-                self._static_from = order[following % len(order)]
-                self._ask(self._static_from, self._witnesses[self._static_from], with_static=True)
-            deadline_s = time.monotonic() + COLLECT_S
-            while time.monotonic() < deadline_s and not self._is_described(everyone=True):
-                self._poll()
-            self._agree()
-            if not self._is_described():
-                _log.warning("No learner has described the job within %.0f s; they are asked again.", COLLECT_S)
-
-    def _ask(self, peer: bytes, witness: _Witness, *, with_static: bool) -> None:
-        shards = (ShardAddress(bulk_endpoint=self._transport.bulk_endpoint),)
-        self._say(peer, witness.envelope, Describe(with_static=with_static, shards=shards))
-
-    def _is_described(self, *, everyone: bool = False) -> bool:
-        told = [w.description for w in self._witnesses.values() if w.description is not None]
-        if not told or (everyone and len(told) < len(self._witnesses)):
-            return False
-        return told[0].static_bytes == 0 or (self._static is not None and len(self._static[1]) == told[0].static_bytes)
+    def _complain(self, now_s: float) -> None:
+        if self._complain_at_s == 0.0:
+            self._complain_at_s = now_s + COMPLAIN_S
+        if now_s < self._complain_at_s:
+            return
+        self._complain_at_s = now_s + COMPLAIN_S
+        if self._first_s is None:
+            _log.warning("No learner that holds the job has come yet to %s. Is it where they dial?", self._transport.control_endpoint)
+        elif now_s >= self._first_s + LISTEN_S:
+            awaited = self._awaited(now_s)
+            _log.warning("Waiting for %s.", f"what learners {awaited[:20]} know of the job" if awaited else "the static state")
 
     def _agree(self) -> None:
         """One job, or an error that names what differs."""
@@ -222,14 +260,13 @@ class Rebuilding:
     # ---- writing ------------------------------------------------------------------------------------------------------------
 
     def _write(self, run_dir: Path, snapshots: SnapshotStore) -> None:
-        witnesses = [w for w in self._witnesses.values() if w.description is not None]
-        first = witnesses[0]
-        layout, config = _read_layout(first), _read_config(first)
-        static = torch.frombuffer(self._static[1], dtype=torch.uint8) if self._static is not None else torch.empty(0, dtype=torch.uint8)
-        if static.numel() != static_bytes(layout):
-            raise ConfigurationError("--rebuild: the static state is not the layout's. Install the same release everywhere.")
-        shown = [(w.envelope.epoch, *(v.epoch for v in w.hello.versions)) for w in self._witnesses.values()]
-        epoch = max(max(epochs) for epochs in shown)
+        first = next(w for w in self._witnesses.values() if w.layout is not None)
+        layout, config = first.layout, read_config(first.hello.config)
+        assert layout is not None
+        if isinstance(config, str):
+            raise ConfigurationError(f"--rebuild: {config} Install the same release everywhere.")
+        static = torch.empty(0, dtype=torch.uint8) if self._static is None else torch.frombuffer(self._static, dtype=torch.uint8)
+        epoch = max(max(w.envelope.epoch, *(v.epoch for v in w.hello.versions)) for w in self._witnesses.values())
         job_id, lineage = first.envelope.job_id, first.envelope.lineage
         snapshots.folder.mkdir(exist_ok=True)
         snapshots.write_founding(Founding(config=config, fingerprint=first.hello.fingerprint, layout=layout, static=static))
@@ -256,55 +293,37 @@ class Rebuilding:
             job_id=first.envelope.job_id,
             lineage=first.envelope.lineage,
             epoch=epoch,
-            config=config.as_dict(),
+            config={**config.as_dict(), "num_fragments": sum(f.kind == "parameters" for f in layout.fragments)},
             fingerprint=layout.fingerprint(),
             fragments=tuple(FragmentInfo(fragment_id=f.fragment_id, num_params=f.num_params, kind=f.kind) for f in layout.fragments),
             founded_n=tuple(v.n for v in newest),
             founder_id=first.hello.learner_id or 0,
             founding_bytes=0,
             num_slots=self._num_slots,
+            versions=package_versions(),
             is_rebuilt=True,
         )
 
 
-def _is_possible(envelope: Envelope, hello: Hello) -> bool:
-    numbers = [hello.tokens, hello.inner_step, hello.joined_at_step, envelope.epoch, envelope.incarnation]
-    numbers += [x for v in hello.versions for x in (v.epoch, v.n)]
-    return (hello.learner_id or 0) < MAX_IDS and max(numbers) <= MAX_NUMBER
+def _describe(witness: _Witness, description: Description) -> None:
+    """Keep what a witness tells of its layout, if it is the one that it trains.
 
-
-def _is_sound(description: Description, hello: Hello) -> bool:
-    return len(description.earlier) == len(hello.versions) and max(description.earlier) <= MAX_NUMBER
-
-
-def _read_layout(witness: _Witness) -> Layout:
-    assert witness.description is not None
-    try:
-        layout = Layout.from_bytes(witness.description.layout, max_bytes=MAX_LAYOUT_BYTES)
-    except RemoteProtocolError as error:
-        raise ConfigurationError(
-            f"--rebuild: the learners' layout cannot be read ({error}). Install the same release everywhere."
-        ) from error
-    if layout.fingerprint() != witness.hello.fingerprint or len(layout.fragments) != len(witness.hello.versions):
-        raise ConfigurationError(
-            "--rebuild: a learner describes another layout than the one it trains. Install the same release everywhere."
-        )
-    return layout
-
-
-def _read_config(witness: _Witness) -> SyncConfig:
-    try:
-        return SyncConfig.from_options(json.loads(witness.hello.config))
-    except (ConfigurationError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"--rebuild: the learners' configuration cannot be read ({error}).") from error
+    Raises:
+        RemoteProtocolError: it is none.
+    """
+    layout = Layout.from_bytes(description.layout, max_bytes=MAX_LAYOUT_BYTES)
+    count = len(layout.fragments)
+    if layout.fingerprint() != witness.hello.fingerprint or not count == len(witness.hello.versions) == len(description.earlier):
+        raise RemoteProtocolError("wrong_layout", "it describes another layout than the one it trains")
+    if max(description.earlier) > MAX_NUMBER:
+        raise RemoteProtocolError("wrong_layout", "it tells of more tokens than a learner can have trained")
+    witness.layout, witness.earlier = layout, description.earlier
 
 
 def _lives(session: str, witness: _Witness) -> Iterator[Record]:
     """What the tape tells of one learner: its ended lives as one, and its running one."""
-    hello, incarnation = witness.hello, witness.envelope.incarnation
-    learner_id = hello.learner_id or 0
-    earlier = witness.description.earlier if witness.description is not None else ()
-    most = max(earlier, default=0)
+    hello, incarnation, earlier = witness.hello, witness.envelope.incarnation, witness.earlier
+    learner_id, most = hello.learner_id or 0, max(witness.earlier, default=0)
     if most and incarnation:
         yield JoinRecord(learner_id=learner_id, incarnation=incarnation - 1, role="earlier")
         yield CountersRecord(learner_id=learner_id, incarnation=incarnation - 1, inner_steps=0, tokens=most)

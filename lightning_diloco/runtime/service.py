@@ -52,7 +52,7 @@ from lightning_diloco.runtime.counters import CounterFileError, read_counters
 from lightning_diloco.runtime.intake import MIN_DECODING, Intake
 from lightning_diloco.runtime.opening import open_job
 from lightning_diloco.runtime.performer import Performer
-from lightning_diloco.runtime.rebuilding import Rebuilding
+from lightning_diloco.runtime.rebuilding import Rebuilding, refuse_a_folder_in_use
 from lightning_diloco.runtime.rundir import lock_run_dir
 from lightning_diloco.runtime.snapshot import SnapshotStore
 from lightning_diloco.runtime.store import Closed
@@ -154,6 +154,7 @@ class SyncerService:
     def _open(self) -> None:
         run_dir, options = self.options.run_dir, self.options
         if options.rebuild:
+            refuse_a_folder_in_use(run_dir)
             self._transport.bind()
             self._rebuilding = Rebuilding(self._transport, token=options.token, num_slots=options.num_slots)
             self._rebuilding.run(run_dir)

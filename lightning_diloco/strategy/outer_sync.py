@@ -236,7 +236,8 @@ class OuterSync(Callback):
             return
         assert self._client is not None
         self._pass_on_stop(trainer)
-        self._leave("stopped" if trainer.should_stop else "limit")
+        # Who ends because there is no syncer says nothing of the job: should it hear from one after all, that job goes on.
+        self._leave("signal" if self._client.is_offline else "stopped" if trainer.should_stop else "limit")
         local = {} if self.validated is None else self._client.weights.local_tensors()
         self._saved = self._client.weights.load_global()
         if local and not all_close(local, self._client.weights.local_tensors()):

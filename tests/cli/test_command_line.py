@@ -63,7 +63,7 @@ def test_help_names_the_help_of_a_command_and_what_the_default_is(capsys):
     with pytest.raises(SystemExit):
         main(["syncer", "--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "usage: lightning-diloco syncer (--run-dir DIR | --resume RUN_DIR) [--bind ENDPOINT] [--verbose]" in words
+    assert "usage: lightning-diloco syncer (--run-dir DIR [--rebuild] | --resume RUN_DIR) [--bind ENDPOINT] [--verbose]" in words
     assert "(default tcp://127.0.0.1:0, any free port)" in words and "--keys DIR" in words and "issue" not in words
 
 
@@ -94,7 +94,7 @@ def test_version_is_that_of_the_package(capsys):
         (["syncer", "--resume"], "--resume: expected one argument"),
         (["syncer", "--resume", "x"], "--resume x: there is no such folder"),
         (["syncer", "--run-dir", "x", "--resume", "y"], "--run-dir x is another one"),
-        (["syncer", "--run-dir", "x", "--rebuild"], "--rebuild is not there yet"),
+        (["syncer", "--run-dir", "x", "--rebuild"], "--rebuild --bind tcp://127.0.0.1:0: the job's learners go on dialling the address"),
         (["syncer", "--run-dir", "x", "--insecure"], "--insecure is not there yet"),
         (["replay"], "required: RUN_DIR"),
         (["replay", "x"], "x: there is no such folder"),

@@ -169,5 +169,5 @@ def test_wrong_use_is_one_sentence(options, words, tmp_path, capsys):
 
 def test_a_folder_that_holds_a_job_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "tape.jsonl").write_text("")
-    assert main(["syncer", "--rebuild", "--run-dir", str(tmp_path), "--bind", "tcp://127.0.0.1:0".replace(":0", ":48113")]) == 2
-    assert "holds a job already" in capsys.readouterr().err
+    assert main(["syncer", "--rebuild", "--run-dir", str(tmp_path), "--bind", "tcp://127.0.0.1:1"]) == 2
+    assert "holds the tape of a job" in capsys.readouterr().err

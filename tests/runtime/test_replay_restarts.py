@@ -263,6 +263,33 @@ def test_a_syncer_that_was_killed_and_started_again_is_replayed(tmp_path, capsys
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.timeout(300)
+def test_a_syncer_that_was_killed_before_its_restart_was_on_the_tape_is_replayed(tmp_path, capsys):
+    """The snapshot of the new epoch is there, its line is not, and nobody has heard of it: as if it had been killed between the two."""
+    with syncer(tmp_path / "run", KEPT) as job:
+        learner = Trainer(job.client(0))
+        eventually(lambda: bool(job.tape("merge")) and versions(job)[-1][1] >= 12)
+        job.kill()
+        last_known = max(n for _, n in versions(job))
+        endpoint, job.endpoint = job.endpoint, "tcp://127.0.0.1:0"
+        job.resume()  # elsewhere, so that the learner does not hear of it: its snapshot serves
+        eventually(lambda: bool(job.tape("restart")))
+        job.kill()
+        job.endpoint, tape = endpoint, job.run_dir / "tape.jsonl"
+        lines = tape.read_bytes().splitlines(keepends=True)
+        cut = next(i for i, line in enumerate(lines) if b'"event":"restart"' in line)
+        tape.write_bytes(b"".join(lines[:cut]))
+        job.resume()
+        eventually(lambda: versions(job)[-1][0] == 2 and versions(job)[-1][1] >= last_known)
+        learner.end()
+        assert job.process.wait(30) == 0, job.log
+        (restart,) = job.tape("restart")
+        assert restart["epoch"] == 2 and {epoch for epoch, _ in restart["origins"]} == {0}, "what the first epoch made, by its own names"
+        is_replayed(job.run_dir, capsys, restarts=1)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.timeout(300)
 def test_a_syncer_without_snapshots_is_replayed(tmp_path, capsys):
     with syncer(tmp_path / "run", KEPT) as job:
         learner = Trainer(job.client(0))

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.outer import FragmentState, pack_static, plan_layout
-from lightning_diloco.protocol.identity import MergedThrough, Version
+from lightning_diloco.protocol.identity import MergedThrough, Origin, Version
 from lightning_diloco.runtime import snapshot
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.snapshot import Founding, FragmentSnapshot, Identity, SnapshotError, SnapshotStore
@@ -46,6 +47,15 @@ def test_what_was_written_is_read_bit_for_bit_and_is_a_safetensors_file(tmp_path
     assert same(first, fragment(4)) and same(second, fragment(7))
     tensors = load_file(path / "fragment_0001.safetensors")
     assert torch.equal(tensors["momentum"], fragment(7).state.momentum)
+
+
+@pytest.mark.parametrize(
+    "origin", [None, Origin(version=Version(0, 4), momentum=None, is_recalled=True), Origin(version=Version(2, 4), momentum=Version(0, 1))]
+)
+def test_what_a_fragment_was_before_a_restart_is_kept_with_it(origin, tmp_path):
+    SnapshotStore(tmp_path).write([lambda: replace(fragment(4, epoch=3), origin=origin)])
+    (found,) = SnapshotStore(tmp_path).read(ONE)
+    assert found is not None and found.origin == origin and same(found, fragment(4, epoch=3))
 
 
 def test_the_last_two_are_kept_and_what_did_not_change_is_not_written_again(tmp_path):

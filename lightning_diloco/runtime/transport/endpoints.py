@@ -174,7 +174,9 @@ class LearnerTransport(Transport):
         self._control = self._dial(self._control_endpoint, CONTROL_PREFIX)
 
     def connect_bulk(self, endpoint: str) -> None:
-        """Dial bulk; a second call with another address replaces the first, with the same one does nothing.
+        """Dial bulk; a second call with another address replaces the first.
+
+        What is on its way is offered again at once: whoever had the offer may have been another process, also at the same address.
 
         Args:
             endpoint: as told by the syncer in the handshake.
@@ -184,11 +186,10 @@ class LearnerTransport(Transport):
             LocalProtocolError: not connected or closed.
         """
         self._require_open()
-        if endpoint == self._bulk_endpoint:
-            return
-        bulk = self._dial(endpoint, BULK_PREFIX)
-        self._hang_up(self._bulk)
-        self._bulk, self._bulk_endpoint = bulk, endpoint
+        if endpoint != self._bulk_endpoint:
+            bulk = self._dial(endpoint, BULK_PREFIX)
+            self._hang_up(self._bulk)
+            self._bulk, self._bulk_endpoint = bulk, endpoint
         for outgoing in self._outgoing.values():
             outgoing.offer_again()
 
