@@ -5,9 +5,9 @@ All but the outer momentum is held by every member. This module asks for the fir
 them down as a run directory in which a syncer was killed before its first snapshot. Everything after that is the recovery that exists
 (`protocol/recovery.py`): it recalls each fragment from whoever holds the highest version, and the momentum begins at zero.
 
-Whoever speaks is asked who it is. Each `Hello` with versions makes a witness, who is asked for a `Description`, the first one for the
-static state too; newcomers wait. `LISTEN_S` after the first one the run directory is written, as soon as all witnesses that are heard have
-answered. Who comes later and is in a version is taken for ended, and told so.
+Whoever speaks is asked who it is. Each `Hello` with versions makes a witness, who is asked for a `Description`; the first one that gives
+it is asked for the static state too; newcomers wait. `LISTEN_S` after the first one the run directory is written, as soon as all witnesses
+that are heard have answered. Who comes later and is in a version is taken for ended, and told so.
 
 What the learners tell must agree: two histories, configurations or layouts are an error that names both, and nothing is written.
 
@@ -210,22 +210,22 @@ class Rebuilding:
         return "" if is_possible else "it shows an id, versions or totals that no learner can have"
 
     def _ask(self, now_s: float) -> None:
-        """Everyone for a description, and one for the static state."""
-        needs_static = self._static is None and not any(
-            now_s < asked_s + STATIC_S and now_s < self._witnesses[peer].heard_s + SILENT_S
-            for peer, asked_s in self._asked_for_static.items()
-            if peer in self._witnesses
-        )
+        """Everyone for a description; of those who have given one, one for the static state (before that its size is not known here)."""
         for peer, witness in self._witnesses.items():
-            with_static = needs_static and now_s < witness.heard_s + SILENT_S and peer not in self._asked_for_static
-            if with_static:
-                needs_static, self._asked_for_static[peer] = False, now_s
-            if with_static or (witness.layout is None and now_s >= witness.asked_s + AGAIN_S):
+            if witness.layout is None and now_s >= witness.asked_s + AGAIN_S:
                 witness.asked_s = now_s
-                shards = (ShardAddress(bulk_endpoint=self._transport.bulk_endpoint),)
-                self._say(peer, witness.envelope, Describe(with_static=with_static, shards=shards))
-        if needs_static and self._witnesses:
-            self._asked_for_static.clear()  # all have been asked: from the beginning
+                self._say(peer, witness.envelope, Describe(shards=self._shards()))
+        can_give = [
+            p for p, w in self._witnesses.items() if w.layout is not None and now_s < w.heard_s + SILENT_S and static_bytes(w.layout)
+        ]
+        if self._static is not None or not can_give or any(now_s < self._asked_for_static.get(p, -STATIC_S) + STATIC_S for p in can_give):
+            return
+        peer = min(can_give, key=lambda p: self._asked_for_static.get(p, 0.0))
+        self._asked_for_static[peer] = now_s
+        self._say(peer, self._witnesses[peer].envelope, Describe(with_static=True, shards=self._shards()))
+
+    def _shards(self) -> tuple[ShardAddress, ...]:
+        return (ShardAddress(bulk_endpoint=self._transport.bulk_endpoint),)
 
     def _say(self, peer: bytes, envelope: Envelope, message: Message) -> None:
         """In the learner's own envelope: it heeds no other."""

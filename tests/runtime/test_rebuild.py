@@ -78,12 +78,14 @@ def test_a_job_whose_run_directory_is_lost_goes_on_from_its_learners(tmp_path):
         lineage, before = job.tape("job")[0]["lineage"], newest(job)
         lose(job)
         with rebuilt(job, tmp_path / "again") as again:
+            # A fresh learner comes before there is a job (PROTOCOL.md section 12, interleaving 7): it waits, and founds nothing.
+            (again.run_dir / "counters").mkdir(parents=True, exist_ok=True)
+            late = Trainer(again.client(2))
             again.wait_until_it_serves()
             (founding,), (restart,) = again.tape("job"), again.tape("restart")
             assert founding["lineage"] == lineage and founding["is_rebuilt"] and restart["epoch"] == 1
             assert all(n >= before[i] - 2 for i, (_, n) in enumerate(restart["versions"])), "a merge or two were not published"
             assert restart["momenta"] == [None] * len(restart["versions"])
-            late = Trainer(again.client(2))
             until(lambda: bool(again.tape("merge")) and versions(again)[-1][1] >= restart["versions"][0][1] + 10, 60)
             until(lambda: any(e["learner_id"] == 2 and e["role"] == "joiner" for e in again.tape("join")), 60)
             for learner in (*learners, late):

@@ -24,7 +24,6 @@ from lightning_diloco.protocol.messages import (
     Description,
     Envelope,
     FoundingStatic,
-    Heartbeat,
     Ping,
     Pong,
     WhoAreYou,
@@ -123,11 +122,15 @@ def test_one_witness_is_enough_and_strangers_change_nothing(question):
         say_hello(stranger, versions=(Version(2**60, 1),))
         assert question.rebuilding._witnesses == {}
         with witness(question, module) as peer:
-            assert give_static(peer, module) == "refused", "before the layout is known no memory is given"
+            asked = peer.hear(Describe)
+            assert not asked.with_static, "how large it is is not known yet"
+            peer.transport.connect_bulk(asked.shards[0].bulk_endpoint)
+            static = pack_static(module, peer.layout)
+            assert peer.end_of(peer.offer(FoundingStatic(crc=crc32(static)), buffer_of(static))) == "refused"
             describe(peer)
+            peer.hear(Describe, with_static=True)
             stranger.transport.connect_bulk(question.transport.bulk_endpoint)
             assert stranger.end_of(stranger.offer(FoundingStatic(crc=1), bytes(8))) == "refused"
-            static = pack_static(module, peer.layout)
             wrong = torch.zeros(static_bytes(peer.layout) + 1, dtype=torch.uint8)
             assert peer.end_of(peer.offer(FoundingStatic(crc=crc32(wrong)), buffer_of(wrong))) == "refused"
             assert peer.end_of(peer.offer(FoundingStatic(crc=crc32(static)), buffer_of(static))) is None
@@ -170,10 +173,7 @@ def test_a_life_that_woke_beside_its_successor_is_not_listened_to(question):
             older.hear(Pong)
             assert list(question.rebuilding._witnesses) == [newer.nonce]
             describe(newer)
-            newer.say(Heartbeat(inner_step=9, tokens=90))
-            newer.transport.connect_bulk(question.transport.bulk_endpoint)
-            static = pack_static(module, newer.layout)
-            assert newer.end_of(newer.offer(FoundingStatic(crc=crc32(static)), buffer_of(static))) is None
+            assert give_static(newer, module) is None
             assert question.ended() is None
 
 
@@ -207,9 +207,7 @@ def test_a_configuration_that_cannot_be_read_ends_it_with_a_sentence(config, que
     with witness(question, module, config=config) as peer:
         peer.hear(Describe)
         describe(peer)
-        peer.transport.connect_bulk(question.transport.bulk_endpoint)
-        static = pack_static(module, peer.layout)
-        assert peer.end_of(peer.offer(FoundingStatic(crc=crc32(static)), buffer_of(static))) is None
+        assert give_static(peer, module) is None
         error = question.ended()
     assert isinstance(error, ConfigurationError) and "--rebuild: The configuration cannot be read" in str(error)
     assert not question.has_written
