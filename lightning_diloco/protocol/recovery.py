@@ -91,6 +91,7 @@ class Recovery:
         self._asked: dict[int, tuple[str, Version, float]] = {}
         self._useless: set[tuple[str, int]] = set()
         self._recalled: set[int] = set()
+        self._closed: set[int] = set()
         self._finish: Callable[[float], list[SyncerAction]] | None = None
         self._in_snapshot = list(resumption.currents)
         self._untold = resumption.origins or (None,) * len(resumption.currents)
@@ -197,6 +198,8 @@ class Recovery:
         job, learner_id, incarnation = self._job, hello.learner_id, event.envelope.incarnation
         if learner_id is None or learner_id >= job.num_ids or self._admission.farewell(event.session) is not None:
             return None
+        if learner_id in self._closed:
+            return None  # what is merged of it was put down as an ended life's, and would count twice
         if job.members.by_id(learner_id) is not None or incarnation < job.members.next_incarnation(learner_id):
             return None
         member = Member(learner_id, incarnation, event.session, "joined", hello.device, hello.batch_size, hello.tokens_per_step)
@@ -380,6 +383,7 @@ class Recovery:
         # Of an ended life: a life of its own on the tape, or nobody who reads it would know whose tokens these are.
         incarnation = job.members.next_incarnation(learner_id)
         job.members.seen(learner_id, incarnation + 1)
+        self._closed.add(learner_id)
         joined = JoinRecord(learner_id=learner_id, incarnation=incarnation, role="earlier")
         counters = CountersRecord(learner_id=learner_id, incarnation=incarnation, inner_steps=0, tokens=lacking)
         left = LeaveRecord(learner_id=learner_id, incarnation=incarnation, reason="died")
