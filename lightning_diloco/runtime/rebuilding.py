@@ -251,7 +251,7 @@ class Rebuilding:
             ("layouts", {w.hello.fingerprint for w in self._witnesses.values()}),
         ):
             if len(told) > 1:
-                shown = " and ".join(repr(x) for x in sorted(told, key=str)[:2])
+                shown = " and ".join(repr(x)[:300] for x in sorted(told, key=str)[:2])
                 raise ConfigurationError(
                     f"--rebuild: the learners at this address hold {len(told)} {what}: {shown}. One syncer serves one job: end those "
                     "of the other one, and start again."

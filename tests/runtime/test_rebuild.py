@@ -7,8 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from lightning_diloco.cli.main import main
 from lightning_diloco.protocol.members import SILENT_S
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
 from tests.runtime.job_helpers import make_module, until
-from tests.runtime.test_syncer_restart import Syncer, Trainer, syncer, versions
+from tests.runtime.test_syncer_restart import Syncer, Trainer, ending, syncer, versions
 from tests.runtime.transport_proxy import TransportProxy
 from tests.tape_checker import check_run
 
@@ -40,14 +39,8 @@ class Rebuilt(Syncer):
         assert self.process.poll() is None, self.log
 
 
-@contextmanager
-def rebuilt(lost: Syncer, run_dir: Path) -> Iterator[Rebuilt]:
-    started = Rebuilt(lost, run_dir)
-    try:
-        yield started
-    finally:
-        if started.process.poll() is None:
-            started.kill()
+def rebuilt(lost: Syncer, run_dir: Path) -> AbstractContextManager[Rebuilt]:
+    return ending(Rebuilt(lost, run_dir))
 
 
 def lose(job: Syncer) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -28,6 +28,9 @@ pytestmark = pytest.mark.process
 
 CONFIG = replace(SMALL, outer_lr=0.5, outer_momentum=0.3)
 """An outage is hundreds of steps of this toy: what comes after it must not be taken too far."""
+
+
+S = TypeVar("S", bound="Syncer")
 
 
 class Syncer:
@@ -70,7 +73,13 @@ class Syncer:
 
 @contextmanager
 def syncer(run_dir: Path, config: SyncConfig = CONFIG) -> Iterator[Syncer]:
-    started = Syncer(run_dir, config)
+    with ending(Syncer(run_dir, config)) as started:
+        yield started
+
+
+@contextmanager
+def ending(started: S) -> Iterator[S]:
+    """Whatever happens, its process ends."""
     try:
         yield started
     finally:
