@@ -25,9 +25,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from lightning_diloco.metrics.sample import SortedSample
-from lightning_diloco.protocol.records import JoinRecord, LeaveRecord, ProgressRecord
+from lightning_diloco.protocol.records import BatchRecord, JoinRecord, LeaveRecord, ProgressRecord
 
 __all__ = ["Activity", "ALWAYS_SHORT_S", "GAP_FACTOR", "union_length_s"]
 
@@ -35,6 +36,8 @@ ALWAYS_SHORT_S = 1.0
 """A gap of at most this many seconds never breaks uptime."""
 GAP_FACTOR = 3.0
 """Nor does one of at most this many median step times."""
+KEPT_CHOICES = 20
+"""Changes of a learner's batch that the summary tells; all of them are on the tape."""
 
 Interval = tuple[float, float]
 
@@ -101,6 +104,7 @@ class _Learner:
     stall_s: float = 0.0
     stalls_s: SortedSample = field(default_factory=SortedSample)
     batch_size: int = 0
+    batches: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Activity:
@@ -145,6 +149,26 @@ class Activity:
         learner.stalls_s.extend(record.stalls_s)
         learner.stall_s += sum(record.stalls_s)
         learner.batch_size = record.batch_size or learner.batch_size
+
+    def chose(self, record: BatchRecord) -> None:
+        """A learner has changed its batch; the first choice and the last ones are kept."""
+        learner = self._learner(record.learner_id)
+        learner.batch_size = record.batch_size
+        learner.batches.append(
+            {
+                "inner_step": record.inner_step,
+                "batch_size": record.batch_size,
+                "accumulate": record.accumulate,
+                "lr_factor": record.lr_factor,
+                "reason": record.reason,
+            }
+        )
+        if len(learner.batches) > KEPT_CHOICES:
+            del learner.batches[1]
+
+    def batches(self, learner_id: int) -> list[dict[str, Any]]:
+        """What it chose and when, oldest first; empty where the batch is the loader's."""
+        return list(self._learners[learner_id].batches)
 
     def learner_ids(self) -> list[int]:
         """Every learner that joined, sorted."""

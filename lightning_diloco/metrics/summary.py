@@ -14,6 +14,7 @@ from lightning_diloco.metrics.accounts import TokenAccounts
 from lightning_diloco.metrics.activity import Activity
 from lightning_diloco.metrics.participation import MergeLog
 from lightning_diloco.protocol.records import (
+    BatchRecord,
     ContributionRecord,
     CountersRecord,
     DiscardRecord,
@@ -67,6 +68,8 @@ class SummaryFold:
             case ProgressRecord() as record:
                 self._activity.progress(t_s, record)
                 self._accounts.report(record.learner_id, record.incarnation, record.inner_steps, record.tokens)
+            case BatchRecord() as record:
+                self._activity.chose(record)
             case CountersRecord() as record:
                 self._accounts.report(record.learner_id, record.incarnation, record.inner_steps, record.tokens)
             case LeaveRecord() as record:
@@ -197,5 +200,6 @@ class SummaryFold:
             "rounds_eligible": merges.rounds_eligible(learner_id),
             "participation": merges.participation(learner_id),
             "batch_size": activity.batch_size(learner_id),
+            "batches": activity.batches(learner_id),
             "discarded": accounts.discarded(learner_id),
         }

@@ -166,7 +166,7 @@ class LearnerMachine:
             last_step_age_s=last_step_age_s,
             clock_s=clock_s,
             is_paused=self.state.is_paused,
-            batch_size=self.state.options.batch_size,
+            batch_size=self.state.batch_size,
         )
 
     # ---- joining ------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ class LearnerMachine:
             inner_step=self.state.inner_step,
             tokens=self.state.tokens,
             device=options.device,
-            batch_size=options.batch_size,
+            batch_size=self.state.batch_size,
             tokens_per_step=options.tokens_per_step,
             joined_at_step=self.state.joined_at_step,
             life=options.life,

@@ -12,6 +12,7 @@ from lightning_diloco.protocol.message_base import MAX_FRAGMENTS, Message, Name,
 
 __all__ = [
     "Adopted",
+    "BatchChosen",
     "Busy",
     "Contribution",
     "Description",
@@ -143,6 +144,20 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     clock_s: Seconds = 0.0
     is_paused: bool = False
     batch_size: Count = 0
+
+
+class BatchChosen(Message, frozen=True, kw_only=True):
+    """The learner's batches have another size from now on, for the records.
+
+    `batch_size`: samples of a micro-batch; `accumulate`: micro-batches of an inner step; `lr_factor`: what the inner learning rate is
+    multiplied by; `reason`: why, in a few words.
+    """
+
+    inner_step: Count
+    batch_size: Annotated[int, Meta(ge=1, le=2**53)]
+    accumulate: Annotated[int, Meta(ge=1, le=2**53)]
+    lr_factor: Annotated[float, Meta(gt=0, le=1e9)]
+    reason: Name
 
 
 class Busy(Message, frozen=True, kw_only=True):
@@ -288,6 +303,7 @@ FromLearner = (
     | Ready
     | Progress
     | Heartbeat
+    | BatchChosen
     | Busy
     | Adopted
     | NeedFull

@@ -214,6 +214,7 @@ class LearnerState:
         self.joined_at_step = 0
         self.inner_step = 0
         self.tokens = 0
+        self.batch_size = options.batch_size
         self.is_paused = False
         self.leave_reason: Literal["limit", "signal", "stopped"] | None = None
         self.said_leave: Literal["limit", "signal", "stopped"] | None = None

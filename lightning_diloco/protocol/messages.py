@@ -13,6 +13,7 @@ import msgspec
 from lightning_diloco.protocol.identity import Count
 from lightning_diloco.protocol.learner_messages import (
     Adopted,
+    BatchChosen,
     Busy,
     Contribution,
     Description,
@@ -64,6 +65,7 @@ from lightning_diloco.protocol.syncer_messages import (
 
 __all__ = [
     "Adopted",
+    "BatchChosen",
     "Busy",
     "Contribution",
     "Describe",
@@ -114,7 +116,7 @@ __all__ = [
     "WhoAreYou",
 ]
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised by one whenever a message changes; both sides must speak the same."""
 
 Header = LearnerHeader | SyncerHeader

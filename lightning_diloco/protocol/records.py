@@ -14,6 +14,7 @@ import msgspec
 from lightning_diloco.protocol.identity import Count, DiscardReason, FragmentInfo, LeaveReason, MergedThrough, Refusal, Version
 
 __all__ = [
+    "BatchRecord",
     "ContributionRecord",
     "CountersRecord",
     "DiscardRecord",
@@ -97,6 +98,22 @@ class ProgressRecord(_Base, frozen=True, kw_only=True, tag="progress"):
     last_step_age_s: float = 0.0
     is_paused: bool = False
     batch_size: int = 0
+
+
+class BatchRecord(_Base, frozen=True, kw_only=True, tag="batch"):
+    """A learner has changed its batch. `target_step_s`: what a step was to take (0: nothing was said).
+
+    `batch_size`: samples of a micro-batch; `accumulate`: micro-batches of an inner step; `lr_factor`: of the inner learning rate.
+    """
+
+    learner_id: int
+    incarnation: int
+    inner_step: int
+    batch_size: int
+    accumulate: int
+    lr_factor: float
+    reason: str
+    target_step_s: float = 0.0
 
 
 class CountersRecord(_Base, frozen=True, kw_only=True, tag="counters"):
@@ -255,6 +272,7 @@ Record = (
     JobRecord
     | JoinRecord
     | ProgressRecord
+    | BatchRecord
     | CountersRecord
     | LeaveRecord
     | RoundOpenRecord

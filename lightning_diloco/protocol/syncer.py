@@ -16,7 +16,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, get_args
 
 from lightning_diloco.protocol.actions import CloseSession, DropPayload, Reply, SyncerAction, Tape
 from lightning_diloco.protocol.admission import Admission
@@ -38,13 +37,14 @@ from lightning_diloco.protocol.events import (
     SyncerEvent,
     Tick,
 )
-from lightning_diloco.protocol.identity import ContributionKey, DiscardReason, Version
+from lightning_diloco.protocol.faults import fault_in
+from lightning_diloco.protocol.identity import ContributionKey, Version
 from lightning_diloco.protocol.job import Job, JobOptions
 from lightning_diloco.protocol.members import Member
 from lightning_diloco.protocol.messages import (
     Adopted,
+    BatchChosen,
     Busy,
-    Contribution,
     Found,
     FromLearner,
     Heartbeat,
@@ -66,13 +66,9 @@ from lightning_diloco.protocol.messages import (
 from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, ProgressRecord
 from lightning_diloco.protocol.recovery import Recovery, Resumption
 from lightning_diloco.protocol.rounds import Rounds
+from lightning_diloco.protocol.step_target import StepTarget, chosen_record
 
 __all__ = ["SyncerMachine"]
-
-MAX_TOTAL = 2**53
-"""No counter of a learner gets above this: weights are floats, and sums of a few of them must stay within the wire's 62 bits."""
-REPORTED_DISCARDS: Final = ("overwritten", "nonfinite", "norm")
-"""What a learner may say of discarded tokens, and `rollback` after a restart; all other reasons are the syncer's own findings."""
 
 
 class SyncerMachine:
@@ -86,6 +82,7 @@ class SyncerMachine:
     def __init__(self, options: JobOptions, resumption: Resumption | None = None) -> None:
         self.job = Job(options)
         self.rounds = Rounds(self.job)
+        self._target = StepTarget(options)
         self._admission = Admission(self.job, self.rounds)
         self._contributions = Contributions(self.job, self.rounds, self._admission)
         self._departures = Departures(self.job, self.rounds, self._admission)
@@ -116,6 +113,7 @@ class SyncerMachine:
             Paused: self._paused,
             StopRequest: self._stop_request,
             Leave: self._leave,
+            BatchChosen: self._batch_chosen,
         }
 
     def handle(self, event: SyncerEvent, now_s: float) -> list[SyncerAction]:
@@ -167,7 +165,8 @@ class SyncerMachine:
         member = self.job.members.of(session)
         if isinstance(message, Ping):
             num_gaps = member.num_gaps if member is not None and member.incarnation == event.envelope.incarnation else 0
-            return [Reply(session=session, message=Pong(number=message.number, num_gaps=num_gaps))]
+            pong = Pong(number=message.number, num_gaps=num_gaps, target_step_s=self._target.target_s)
+            return [Reply(session=session, message=pong)]
         if member is None or event.envelope.incarnation != member.incarnation:
             # A leave that was completed is told so again: the answer may have been lost.
             return [self._admission.farewell(session) or Reply(session=session, message=WhoAreYou())]
@@ -185,13 +184,13 @@ class SyncerMachine:
             return self._departures.leave_early(member, message, now_s)
         if handler is None or not may_speak:
             return actions
-        fault = self._fault(message)
+        fault = fault_in(self.job, message)
         return actions + (self._close_session(member, "wrong_layout", fault, now_s) if fault else handler(member, message, now_s))
 
     def _of_old_epoch(self, member: Member, message: FromLearner, now_s: float) -> list[SyncerAction]:
         """Of one that does not know yet that this syncer has started again reports count, and nothing else; it is asked who it is."""
         actions: list[SyncerAction] = []
-        if member.stage == "joined" and isinstance(message, Progress | Heartbeat) and not self._fault(message):
+        if member.stage == "joined" and isinstance(message, Progress | Heartbeat) and not fault_in(self.job, message):
             actions += self._progress(member, message, now_s) if isinstance(message, Progress) else self._report(member, message, now_s)
         if member.stage == "joined" and isinstance(message, Heartbeat | Paused):
             member.is_paused = message.is_paused
@@ -201,36 +200,12 @@ class SyncerMachine:
             actions.append(Reply(session=member.session, message=WhoAreYou()))
         return actions
 
-    def _fault(self, message: FromLearner | Contribution) -> str:
-        """What of this message no learner of this job can say, or nothing. The limits of the wire are wider."""
-        report = message.report if isinstance(message, Leave) else message
-        fragment_id = getattr(report, "fragment_id", 0)
-        if fragment_id >= self.job.num_fragments:
-            return f"fragment_id={fragment_id}: the job has {self.job.num_fragments} fragments."
-        for name in ("inner_step", "tokens", "total_tokens", "seq", "first_gap"):
-            if getattr(report, name, 0) > MAX_TOTAL:
-                return f"{name}={getattr(report, name)}: no learner gets above {MAX_TOTAL}; totals must stay exact in 64 bits."
-        return self._false_discards(report) if isinstance(report, Heartbeat) else ""
-
-    def _false_discards(self, report: Heartbeat) -> str:
-        """What is wrong with its list of discarded tokens: a running total for each fragment and reason, and no other reasons."""
-        limit = len(get_args(DiscardReason)) * self.job.num_fragments
-        if len(report.discarded) > limit:
-            return f"discarded: {len(report.discarded)} totals, but {self.job.num_fragments} fragments have at most {limit}."
-        for item in report.discarded:
-            is_possible = item.reason in REPORTED_DISCARDS or (item.reason == "rollback" and self.job.epoch > 0)
-            if item.fragment_id >= self.job.num_fragments or not is_possible:
-                return f"discarded: ({item.fragment_id}, {item.reason!r}) is no fragment or reason that a learner of this job reports."
-        if len({(item.fragment_id, item.reason) for item in report.discarded}) < len(report.discarded):
-            return "discarded: there is one running total for each fragment and reason."
-        return ""
-
     def _contribution(self, event: ContributionArrived, now_s: float) -> list[SyncerAction]:
         member = self.job.members.of(event.session)
         if self.recovery is not None and self.recovery.is_running:
             learner_id = member.learner_id if member is not None else 0
             return [DropPayload(key=ContributionKey(learner_id, event.header.fragment_id, event.header.seq))]
-        fault = self._fault(event.header) if member is not None and member.stage == "joined" else ""
+        fault = fault_in(self.job, event.header) if member is not None and member.stage == "joined" else ""
         if member is None or not fault:
             return self._contributions.arrived(event, now_s)
         key = ContributionKey(member.learner_id, event.header.fragment_id, event.header.seq)
@@ -288,6 +263,7 @@ class SyncerMachine:
             is_paused=message.is_paused,
             batch_size=member.batch_size,
         )
+        self._target.told(member.learner_id, record, self.job.members.active(now_s), now_s)
         actions: list[SyncerAction] = [Tape(record=record)]
         for item in message.discarded:
             new = self.job.ledger.report_discarded(member.learner_id, item)
@@ -301,6 +277,10 @@ class SyncerMachine:
                 )
                 actions.append(Tape(record=discard))
         return actions
+
+    def _batch_chosen(self, member: Member, message: BatchChosen, now_s: float) -> list[SyncerAction]:
+        member.batch_size = message.batch_size
+        return [Tape(record=chosen_record(member, message, self._target.target_s))]
 
     def _end_pull(self, member: Member, message: Busy, now_s: float) -> list[SyncerAction]:
         member.answered()

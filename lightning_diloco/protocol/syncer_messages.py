@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from lightning_diloco.protocol.identity import Count, MergedThrough, Refusal, Version
+from lightning_diloco.protocol.identity import Count, MergedThrough, Refusal, Seconds, Version
 from lightning_diloco.protocol.learner_messages import PeerState
 from lightning_diloco.protocol.message_base import Message, Name, PerFragment, Sentence
 
@@ -136,10 +136,14 @@ class Left(Message, frozen=True, kw_only=True):
 
 
 class Pong(Message, frozen=True, kw_only=True):
-    """Answer to `Ping`; with the number of gaps between steps of this incarnation that are on the tape (0: it is no member)."""
+    """Answer to `Ping`; with the number of gaps between steps of this incarnation that are on the tape (0: it is no member).
+
+    `target_step_s`: the time that a step is to take under ``batch_sizing="auto"`` (0: not known yet).
+    """
 
     number: Count
     num_gaps: Count = 0
+    target_step_s: Seconds = 0.0
 
 
 class LeaseGrant(Message, frozen=True, kw_only=True):

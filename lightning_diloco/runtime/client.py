@@ -31,11 +31,12 @@ from torch import nn
 
 from lightning_diloco.errors import FencedError, SyncerUnavailableError
 from lightning_diloco.outer import plan_layout
-from lightning_diloco.protocol.actions import Adopt, Heal, LearnerAction, Snapshot
+from lightning_diloco.protocol.actions import Adopt, Heal, LearnerAction, Send, Snapshot
 from lightning_diloco.protocol.events import Boundary, JoinRequested, LeaveRequested, PauseChanged, StopRequested
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.learner_state import LearnerOptions
+from lightning_diloco.protocol.messages import BatchChosen
 from lightning_diloco.runtime.client_loop import ClientLoop, Encode
 from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOptions, JoinInfo
 from lightning_diloco.runtime.counters import CounterFile
@@ -263,6 +264,20 @@ class LearnerClient:
         """No inner steps for a while (validation, checkpoint), or on again."""
         self._times.pause(is_paused)
         self._loop.handle(PauseChanged(is_paused=is_paused))
+
+    def batch_chosen(self, *, batch_size: int, accumulate: int, lr_factor: float, reason: str) -> None:
+        """The batches have another size from now on (see `BatchChosen`); for the records. Never waits."""
+        self._machine.state.batch_size = batch_size
+        message = BatchChosen(
+            inner_step=self._inner_steps, batch_size=batch_size, accumulate=accumulate, lr_factor=lr_factor, reason=reason[:200]
+        )
+        self._loop.later(Send(message=message))
+        self._loop.wake()
+
+    @property
+    def target_step_s(self) -> float:
+        """Seconds that a step is to take where batch sizes are found automatically; 0 until the syncer has said it."""
+        return self._loop.reports.target_step_s
 
     def request_stop(self, reason: str) -> None:
         """This learner's `should_stop`; learner 0's ends the job for all."""

@@ -46,6 +46,8 @@ class Reports:
         self.offline_stop: str | None = None
         """Why this learner ends by itself: there was no syncer for `max_offline_steps`."""
         self._seen_s, self._heard_step = self.heard_s, 0
+        self.target_step_s = 0.0
+        """What a step is to take where batch sizes are found automatically; 0 until the syncer has said it."""
 
     def tick(self, now_s: float) -> None:
         """Report if it is time, or if many steps wait."""
@@ -83,8 +85,9 @@ class Reports:
             )
 
     def answered(self, pong: Pong) -> None:
-        """The syncer has said how many steps it has on its tape."""
+        """The syncer has said how many steps it has on its tape, and how long one is to be."""
         self._times.confirm(pong.num_gaps)
+        self.target_step_s = pong.target_step_s or self.target_step_s
 
     def _report(self, now_s: float) -> None:
         self._due_s = now_s + self._config.heartbeat_s

@@ -111,10 +111,6 @@ def refuse_what_is_not_there_yet(
     *,
     keys: Any,
     devices_per_learner: Any,
-    batch_sizing: Any,
-    target_step_s: Any,
-    tokens_per_step: Any,
-    inner_lr_rule: Any,
     data: Any,
 ) -> None:
     """Refuse options of the stable surface that are not there yet.
@@ -125,10 +121,6 @@ def refuse_what_is_not_there_yet(
     later = (
         ("keys", keys, None, "Leave it out; learners and syncer talk over loopback only."),
         ("devices_per_learner", devices_per_learner, 1, "Leave it 1: every learner has one device."),
-        ("batch_sizing", batch_sizing, None, "Leave it out and set the batch size in the DataLoader."),
-        ("target_step_s", target_step_s, None, "Leave it out and set the batch size in the DataLoader."),
-        ("tokens_per_step", tokens_per_step, None, "Leave it out and set the batch size in the DataLoader."),
-        ("inner_lr_rule", inner_lr_rule, "none", "Leave it 'none'."),
         ("data", data, "shard", "Leave it 'shard': every learner trains on its part."),
     )
     for name, value, default, remedy in later:

@@ -32,16 +32,16 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
-from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
 from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.runtime.global_state import GlobalState
 from lightning_diloco.strategy.advice import advise_before
 from lightning_diloco.strategy.assignment import Assignment
-from lightning_diloco.strategy.checks import check_callbacks
+from lightning_diloco.strategy.checks import check_callbacks, check_unfrozen
 from lightning_diloco.strategy.counting import count_tokens
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 from lightning_diloco.strategy.job_clock import JobClock
+from lightning_diloco.strategy.live_batches import present_batch_size
 from lightning_diloco.strategy.own_weights import OWN_WEIGHTS, all_close, checksums
 from lightning_diloco.strategy.rejoin import InnerStateSaver, restore_inner_state
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY, Resumed, outer_state, read_resumed
@@ -98,6 +98,11 @@ class OuterSync(Callback):
         """Leave the Trainer's callbacks: after a fit they are the user's."""
         if self._strategy._trainer is not None:
             _remove_from(self._strategy._trainer)
+
+    @property
+    def client(self) -> LearnerClient | None:
+        """This learner's client; None before the join and after the end."""
+        return self._client
 
     @property
     def is_joined(self) -> bool:
@@ -170,8 +175,8 @@ class OuterSync(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the batch; at the beginning of an epoch, look whether something was unfrozen that nobody would merge."""
-        if batch_idx == 0:
-            self._check_unfrozen()
+        if batch_idx == 0 and self._client is not None and self.is_joined:
+            check_unfrozen(self._client)
         if self._clock is not None:
             self._clock.on_first_batch()
         self._watch.on_batch_start(trainer.scaler)
@@ -179,8 +184,13 @@ class OuterSync(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Pass the boundary if an optimizer was stepped, then obey what the job has decided."""
-        if not self.is_joined or not self._watch.has_stepped(trainer.scaler):
-            return
+        has_stepped, batching = self._watch.has_stepped(trainer.scaler), self._strategy.batching
+        if batching is not None and batching.has_failed:
+            self._tokens = 0
+        elif self.is_joined and has_stepped:
+            self._boundary(trainer)
+
+    def _boundary(self, trainer: pl.Trainer) -> None:
         assert self._client is not None
         self.validated = self._written = None
         self._client.boundary(tokens=self._tokens)
@@ -227,7 +237,8 @@ class OuterSync(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look once more for what nobody would merge, and pass on a stop that was decided outside of a batch."""
-        self._check_unfrozen()
+        if self._client is not None and self.is_joined:
+            check_unfrozen(self._client)
         self._pass_on_stop(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -321,7 +332,7 @@ class OuterSync(Callback):
             takeover_token=assignment.takeover_token,
             life=assignment.life,
             device=str(self._strategy.root_device),
-            batch_size=_batch_size(trainer),
+            batch_size=present_batch_size(trainer),
             counters_path=assignment.counters_path(),
             founding=self._resumed.founding,
             keeps_momentum=self._strategy.is_global_zero,
@@ -332,21 +343,6 @@ class OuterSync(Callback):
         # With several loaders Lightning has those of the last one only at this point.
         if self.is_identity and trainer is not None and trainer._results is not None and len(trainer.num_val_batches) == 1:
             self.validated = {name: float(value) for name, value in trainer._results.metrics(on_step=False)["log"].items()}
-
-    def _check_unfrozen(self) -> None:
-        if self._client is None or not self.is_joined:
-            return
-        names, known = self._client.weights.unmerged_parameters(), {tensor.name for tensor in self._client.layout.static}
-        if added := [name for name in names if name not in known]:
-            raise ConfigurationError(
-                f"{added[0]} (and {len(added) - 1} more) was added to the module after the job had begun: it is not merged, and every "
-                "learner would train its own. Make all parameters before training starts (in __init__, setup or configure_model)."
-            )
-        if names:
-            raise ConfigurationError(
-                f"{names[0]} (and {len(names) - 1} more) became trainable after the job had begun, but what is frozen at its beginning is "
-                "not merged, and every learner would train its own. Pass DecoupledDiLoCoStrategy(include_frozen=True)."
-            )
 
     def _swap_in(self) -> None:
         assert self._client is not None
@@ -389,10 +385,3 @@ class OuterSync(Callback):
 
 def _remove_from(trainer: pl.Trainer) -> None:
     trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, OuterSync)]  # type: ignore[attr-defined]
-
-
-def _batch_size(trainer: pl.Trainer) -> int:
-    combined = trainer.fit_loop._combined_loader
-    loaders = combined.flattened if combined is not None else []
-    size = getattr(loaders[0], "batch_size", None) if loaders else None
-    return size if isinstance(size, int) else 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,7 +25,6 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
@@ -33,13 +32,18 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_diloco.config import SyncConfig
+from lightning_diloco.runtime.client import LearnerClient
 from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.strategy import checks
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
+from lightning_diloco.strategy.batch_options import BatchOptions, LrRule
+from lightning_diloco.strategy.batching import BatchSizing
+from lightning_diloco.strategy.oom_guard import OutOfMemoryGuard
 from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, refuse_what_is_not_there_yet
 from lightning_diloco.strategy.outer_sync import OuterSync
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY
 from lightning_diloco.strategy.streams import share_stream
+from lightning_diloco.strategy.training_state import leave_training_state
 
 __all__ = ["DecoupledDiLoCoStrategy"]
 
@@ -47,7 +51,7 @@ _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
-class DecoupledDiLoCoStrategy(DDPStrategy):
+class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
     """Decoupled DiLoCo as a Lightning strategy: ``Trainer(accelerator="cpu", devices=N, strategy="decoupled_diloco")`` trains N learners.
 
     Args:
@@ -57,10 +61,11 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         launch: ``supervised`` starts learners and syncer as processes; ``inline`` makes this process the only learner.
         learner_id: with `syncer`: the id of this learner (None: the syncer's choice).
         num_learners: with `syncer`: how many learners share the training data (None: this one reads all of it).
-        batch_sizing: not there yet.
-        target_step_s: not there yet.
-        tokens_per_step: not there yet.
-        inner_lr_rule: ``none``; the others are not there yet.
+        batch_sizing: samples of a batch: ``auto``, by device name, by learner, or a function of both (`strategy.batch_options`; None: the
+            DataLoader's).
+        target_step_s: seconds of an inner step under ``auto`` (None: the median of the job's learners).
+        tokens_per_step: tokens of an inner step, kept by gradient accumulation (None: whatever the batches have).
+        inner_lr_rule: how the inner learning rate follows the samples of a step: ``none``, ``sqrt`` or ``linear``.
         data: ``shard``: each learner trains on its part. ``lease`` is not there yet.
         max_restarts: how often a learner that a signal has ended is started again.
         run_dir: where the run's files go (None: ``outputs/DATE_TIME`` under the working directory).
@@ -90,10 +95,10 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         launch: LaunchMode = "supervised",
         learner_id: int | None = None,
         num_learners: int | None = None,
-        batch_sizing: Any = None,
+        batch_sizing: str | Mapping[Any, int] | Callable[[str, int], int] | None = None,
         target_step_s: float | None = None,
         tokens_per_step: int | None = None,
-        inner_lr_rule: Literal["none", "sqrt", "linear"] = "none",
+        inner_lr_rule: LrRule = "none",
         data: Literal["shard", "lease"] = "shard",
         max_restarts: int = 3,
         run_dir: str | Path | None = None,
@@ -112,15 +117,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        refuse_what_is_not_there_yet(
-            keys=keys,
-            devices_per_learner=devices_per_learner,
-            batch_sizing=batch_sizing,
-            target_step_s=target_step_s,
-            tokens_per_step=tokens_per_step,
-            inner_lr_rule=inner_lr_rule,
-            data=data,
-        )
+        refuse_what_is_not_there_yet(keys=keys, devices_per_learner=devices_per_learner, data=data)
         self.sync = SyncConfig.from_options(sync)
         """What the learners of the job agree on."""
         self.process_options = ProcessOptions(
@@ -133,6 +130,10 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
             token_counter=token_counter,
         )
         """What this process was told about its part."""
+        self.batch_options = BatchOptions(
+            sizing=batch_sizing, target_step_s=target_step_s, tokens_per_step=tokens_per_step, lr_rule=inner_lr_rule
+        )
+        """How large the batches are to be."""
         self._reset()
 
     def _reset(self) -> None:
@@ -146,6 +147,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         """Inline: the training state at the end of the fit, for the last checkpoint; None otherwise."""
         self._joined_id = 0
         self._outer_sync: OuterSync | None = None
+        self.batching = None
         self._trainer: pl.Trainer | None = None
         self._wants_sampler: bool | None = None
 
@@ -170,6 +172,11 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
     def figures(self) -> Figures | None:
         """What the learner of this process has exchanged so far; None outside of a fit."""
         return None if self._outer_sync is None else self._outer_sync.figures
+
+    @property
+    def client(self) -> LearnerClient | None:
+        """The client of this process's learner; None unless it has joined a job."""
+        return None if self._outer_sync is None else self._outer_sync.client
 
     @property
     @override
@@ -249,7 +256,9 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         num_learners = 1 if self.assignment is None else self.assignment.num_learners
         # With one learner the user's loader object stays as it is.
         connector.use_distributed_sampler = self._wants_sampler and is_fit and num_learners > 1
-        self._outer_sync = OuterSync.attach(trainer, self) if is_fit and self.assignment is not None else None
+        is_learner = is_fit and self.assignment is not None
+        self._outer_sync = OuterSync.attach(trainer, self) if is_learner else None
+        self.batching = BatchSizing.attach(trainer, self, self.batch_options) if is_learner and self.batch_options.is_active else None
 
     @override
     def setup_distributed(self) -> None:
@@ -275,6 +284,8 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         share = self.distributed_sampler_kwargs
         if self._wants_sampler:
             dataloader = share_stream(dataloader, share["rank"], share["num_replicas"])
+        if self.batching is not None and self._trainer is not None and self._trainer.state.stage == RunningStage.TRAINING:
+            dataloader = self.batching.make_live(dataloader)
         return super().process_dataloader(dataloader)
 
     @override
@@ -285,7 +296,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
     @override
     def on_train_end(self) -> None:
         if self.assignment is not None and self.assignment.launch_dir is not None and self.is_global_zero:
-            self._leave_training_state(self.assignment.launch_dir / CHECKPOINT_DUMP)
+            leave_training_state(self, self.assignment.launch_dir / CHECKPOINT_DUMP)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -297,6 +308,8 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         if self._outer_sync is not None:
             self._outer_sync.close()
             self._outer_sync.detach()
+        if self.batching is not None:
+            self.batching.detach()
         super().teardown()
 
     # -- collectives: a learner stands alone ---------------------------------------------------------------------------------------
@@ -365,23 +378,8 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         # An assignment is one process's own; a callback with a live client cannot travel.
-        state.update(assignment=None, _outer_sync=None, summary=None, is_saving_blocked=False)
+        state.update(assignment=None, _outer_sync=None, batching=None, summary=None, is_saving_blocked=False)
         return state
-
-    # -- helpers -------------------------------------------------------------------------------------------------------------------
-
-    def _leave_training_state(self, path: Path) -> None:
-        """For the calling process, which writes the last checkpoint after the drain; inline that is this one."""
-        assert self._trainer is not None and self._outer_sync is not None and self.assignment is not None
-        try:
-            state = self._outer_sync.training_state(self._trainer)
-            if self.assignment.role == "inline":
-                self.final_state = state
-            else:
-                torch.save(state, path)
-        except Exception as error:
-            path.unlink(missing_ok=True)
-            _log.warning("the training state could not be written, last.ckpt will lack the optimizers: %s", error)
 
 
 def _serve_other_framework() -> None:

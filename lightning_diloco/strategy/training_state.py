@@ -6,11 +6,20 @@ what Lightning knows itself is taken anew; what hooks of the user's have put in 
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 
-__all__ = ["refreshed"]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lightning_diloco.strategy.strategy import DecoupledDiLoCoStrategy
+
+__all__ = ["leave_training_state", "refreshed"]
+
+_log = logging.getLogger(__name__)
 
 
 def refreshed(trainer: pl.Trainer, written: dict[str, Any]) -> dict[str, Any]:
@@ -35,3 +44,22 @@ def refreshed(trainer: pl.Trainer, written: dict[str, Any]) -> dict[str, Any]:
         "optimizer_states": [trainer.strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers],
         "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
     }
+
+
+def leave_training_state(strategy: DecoupledDiLoCoStrategy, path: Path) -> None:
+    """For the calling process, which writes the last checkpoint after the drain; inline that is this one.
+
+    Args:
+        strategy: of learner 0, at the end of its fit.
+        path: where the state goes, if it has to travel.
+    """
+    assert strategy._trainer is not None and strategy._outer_sync is not None and strategy.assignment is not None
+    try:
+        state = strategy._outer_sync.training_state(strategy._trainer)
+        if strategy.assignment.role == "inline":
+            strategy.final_state = state
+        else:
+            torch.save(state, path)
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        _log.warning("the training state could not be written, last.ckpt will lack the optimizers: %s", error)

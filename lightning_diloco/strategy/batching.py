@@ -1,0 +1,291 @@
+"""`BatchSizing`: how large the batches of one learner are, from the join to the end.
+
+| when | what |
+|---|---|
+| a training loader is made | it gets a sampler whose size can change (`live_batches`); a size that is known holds from its first batch |
+| the join | the ceiling is found (`memory_probe`), tokens per sample are counted, the first choice is made |
+| an inner step has ended | its time is noted; if another size would meet the target better, it holds from the next batch that is drawn |
+| memory is full | the batch is given back and half of its size holds (`oom_guard`) |
+| a choice | Lightning's lengths (`loop_lengths`), the inner learning rate (`inner_rate`), a log line, the tape, the summary |
+
+Micro-batches per inner step change only where the count of batches in this epoch is a multiple of the new number: Lightning counts a window
+of accumulation from there, and another window would be scaled wrongly.
+
+With `tokens_per_step` the tokens of a step are fixed and its time follows from the device: the size is then the largest that fits and
+divides the samples of a step into equal micro-batches. Otherwise, under ``auto``, the time is fixed and the tokens follow.
+
+All of this runs on the training thread, between two steps: a few additions, and a sort of at most 32 numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+
+from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.strategy.batch_options import BatchOptions, lr_factor
+from lightning_diloco.strategy.counting import count_tokens
+from lightning_diloco.strategy.inner_rate import InnerRate
+from lightning_diloco.strategy.live_batches import LiveBatchSampler, LiveSize, make_live
+from lightning_diloco.strategy.loop_lengths import is_epoch_over, refresh_lengths
+from lightning_diloco.strategy.memory_probe import MAX_SIZE, largest_that_fits, make_batch, probe_step
+from lightning_diloco.strategy.size_search import SizeSearch
+
+if TYPE_CHECKING:
+    from lightning_diloco.strategy.strategy import DecoupledDiLoCoStrategy
+
+__all__ = ["BatchSizing", "device_name"]
+
+_log = logging.getLogger(__name__)
+
+
+class BatchSizing(Callback):
+    """Chooses and changes the batch of one learner; the strategy attaches it to a fit behind `OuterSync`.
+
+    Args:
+        strategy: of the Trainer that this callback is attached to.
+        options: what the user asked for.
+    """
+
+    def __init__(self, strategy: DecoupledDiLoCoStrategy, options: BatchOptions) -> None:
+        self._strategy, self._options = strategy, options
+        self._size = LiveSize()
+        self._rate = InnerRate()
+        self._search: SizeSearch | None = None
+        self._reference = 0
+        self._samples_per_step = 0
+        self._accumulate = 0
+        self._window: list[list[list[Any]]] = []
+        self._steps = 0
+        self._ended_s: float | None = None
+        self.has_failed = False
+        """The present batch did not fit into memory; no step of it counts."""
+
+    @classmethod
+    def attach(cls, trainer: pl.Trainer, strategy: DecoupledDiLoCoStrategy, options: BatchOptions) -> BatchSizing:
+        """Put a fresh one behind the Trainer's `OuterSync`, which is its first callback."""
+        callback = cls(strategy, options)
+        callback._remove_from(trainer)
+        trainer.callbacks.insert(1, callback)  # type: ignore[attr-defined]
+        return callback
+
+    def detach(self) -> None:
+        """Leave the Trainer's callbacks and optimizers; idempotent."""
+        self._rate.detach()
+        if self._strategy._trainer is not None:
+            self._remove_from(self._strategy._trainer)
+
+    def make_live(self, loader: Any) -> Any:
+        """A training loader that follows the present size.
+
+        Raises:
+            ConfigurationError: it cannot.
+        """
+        live = make_live(loader, self._size)
+        assignment = self._strategy.assignment
+        if assignment is not None and not self._reference:
+            given = self._options.size_for(device_name(self._strategy.root_device), assignment.learner_id if assignment.is_id_given else -1)
+            self._size.size = given or self._size.size
+        return live
+
+    # ---- hooks --------------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the first choice."""
+        if not self._size.reference:
+            return
+        self._check(trainer)
+        self._accumulate = trainer.accumulate_grad_batches
+        self._reference = self._size.reference * self._accumulate
+        self._rate.attach(trainer.optimizers)
+        given = self._options.size_for(device_name(self._strategy.root_device), self._strategy._joined_id)
+        size = given or self._size.size
+        if self._options.is_auto:
+            self._search = SizeSearch(size=size, ceiling=self._ceiling(trainer))
+            size = self._search.size
+        if self._options.tokens_per_step is not None:
+            size = self._plan(trainer, size)
+        self.choose(trainer, size, "at the beginning")
+        self._ended_s = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The lengths of an epoch of the present size; an epoch is also where the number of micro-batches may change."""
+        if self._reference:
+            trainer.accumulate_grad_batches = self._accumulate
+            if is_epoch_over(trainer):
+                for sampler in self._samplers(trainer):
+                    sampler.rewind()
+            refresh_lengths(trainer)
+        self._ended_s = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note which samples this is."""
+        self.has_failed = False
+        self._window.append([sampler.trained() for sampler in self._samplers(trainer)])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """If an inner step has ended, note its time and look whether another size is better."""
+        if self.has_failed:
+            self._give_back(trainer)
+            return
+        figures = self._strategy.figures
+        if figures is None or figures.inner_steps == self._steps:
+            return
+        self._steps = figures.inner_steps
+        now_s = time.monotonic()
+        sizes = {len(samples[0]) for samples in self._window if samples}
+        if self._search is not None and self._ended_s is not None and len(sizes) == 1:
+            self._search.observe(sizes.pop(), now_s - self._ended_s)
+        self._window.clear()
+        self._ended_s = now_s
+        self._follow_time(trainer)
+        self._follow_accumulation(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A validation is no part of a step."""
+        self._ended_s = None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Nor is a checkpoint."""
+        self._ended_s = None
+
+    # ---- memory (called by the strategy, inside a pass) -----------------------------------------------------------------------
+
+    @property
+    def is_guarding(self) -> bool:
+        """Whether an error of memory costs a batch instead of the run."""
+        trainer = self._strategy._trainer
+        return self._search is not None and trainer is not None and bool(trainer.training)
+
+    @property
+    def may_shrink(self) -> bool:
+        """Whether the present batch has more than one sample."""
+        return self._present() > 1
+
+    def on_out_of_memory(self) -> None:
+        """The present batch does not fit; smaller ones hold from the next that is drawn."""
+        if self.has_failed:
+            return
+        assert self._search is not None and self._strategy._trainer is not None
+        self.has_failed = True
+        failed, size = self._present(), self._search.failed(self._present())
+        trainer = self._strategy._trainer
+        if self._samples_per_step:
+            size = self._split(size)
+        _log.warning("A batch of %d did not fit into memory: batches of %d from here on.", failed, size)
+        self.choose(trainer, size, f"a batch of {failed} did not fit into memory")
+
+    def _present(self) -> int:
+        """Samples of the batch that is trained now: of the first loader."""
+        return len(self._window[-1][0]) if self._window and self._window[-1] else 0
+
+    def _give_back(self, trainer: pl.Trainer) -> None:
+        window, self._window = self._window, []
+        self._ended_s = None
+        lost = 0
+        for number, sampler in enumerate(self._samplers(trainer)):
+            samples = [index for batch in window for index in batch[number]]
+            if not sampler.give_back(samples) and number == 0:
+                lost = len(samples)
+        if lost:
+            _log.warning("%d samples that did not fit into memory are not trained in this epoch: nothing of it is drawn any more.", lost)
+        refresh_lengths(trainer)
+
+    # ---- choices ------------------------------------------------------------------------------------------------------------
+
+    def _follow_time(self, trainer: pl.Trainer) -> None:
+        search, client = self._search, self._strategy.client
+        if search is None or client is None or self._samples_per_step:
+            return
+        target_s = self._options.target_step_s or client.target_step_s
+        if not target_s:
+            return
+        before, size = search.size, search.decide(target_s)
+        if size != before:
+            self.choose(trainer, size, f"to meet steps of {1e3 * target_s:.4g} ms")
+
+    def _follow_accumulation(self, trainer: pl.Trainer) -> None:
+        if trainer.accumulate_grad_batches != self._accumulate:
+            if trainer.fit_loop.epoch_loop.batch_progress.current.ready % self._accumulate == 0:
+                trainer.accumulate_grad_batches = self._accumulate
+
+    def choose(self, trainer: pl.Trainer, size: int, reason: str) -> None:
+        """Draw batches of another size from the next one on, and let everybody know."""
+        self._size.size = size
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0 or self._accumulate == trainer.accumulate_grad_batches:
+            trainer.accumulate_grad_batches = self._accumulate
+        self._rate.factor = factor = lr_factor(self._options.lr_rule, size * self._accumulate, self._reference)
+        refresh_lengths(trainer)
+        _log.info("batches of %d, %d to a step, learning rate x %.4g: %s", size, self._accumulate, factor, reason)
+        if self._strategy.client is not None:
+            self._strategy.client.batch_chosen(batch_size=size, accumulate=self._accumulate, lr_factor=factor, reason=reason)
+
+    def _plan(self, trainer: pl.Trainer, size: int) -> int:
+        """Fix the samples of a step by its tokens; returns the size of a micro-batch."""
+        assert self._options.tokens_per_step is not None
+        loader, module = self._loaders(trainer)[0], trainer.lightning_module
+        batch = make_batch(loader, self._size.reference)
+        if batch is None:
+            raise ConfigurationError(
+                f"tokens_per_step={self._options.tokens_per_step} with a stream: how many tokens a sample has is not known before one is "
+                "read. Set accumulate_grad_batches of the Trainer instead."
+            )
+        tokens = count_tokens(batch, module, self._strategy.process_options.token_counter) / self._size.reference
+        self._samples_per_step = max(1, round(self._options.tokens_per_step / max(tokens, 1e-9)))
+        if self._search is not None:
+            return self._split(self._search.ceiling)
+        self._accumulate = max(1, round(self._samples_per_step / size))
+        return size
+
+    def _split(self, ceiling: int) -> int:
+        """The samples of a step in equal micro-batches of at most `ceiling`."""
+        self._accumulate = -(-self._samples_per_step // ceiling)
+        size = max(1, round(self._samples_per_step / self._accumulate))
+        if self._search is not None:
+            self._search.size = size
+        return size
+
+    def _ceiling(self, trainer: pl.Trainer) -> int:
+        """Most samples of a micro-batch of the first loader."""
+        reference = self._size.reference
+        if self._strategy.root_device.type == "cpu":
+            return max(self._options.cpu_ceiling, reference)
+        loaders, module = self._loaders(trainer), trainer.lightning_module
+        if len(loaders) > 1 or not module.automatic_optimization or make_batch(loaders[0], 1) is None:
+            _log.info("the memory is not probed: that needs one loader of a map-style data set, and automatic optimization")
+            return MAX_SIZE
+        ceiling = largest_that_fits(lambda size: probe_step(trainer, make_batch(loaders[0], size)), reference)
+        _log.info("batches of up to %d fit into memory", ceiling)
+        return ceiling
+
+    def _check(self, trainer: pl.Trainer) -> None:
+        if self._options.tokens_per_step is None:
+            return
+        name = f"tokens_per_step={self._options.tokens_per_step}"
+        if not trainer.lightning_module.automatic_optimization:
+            raise ConfigurationError(f"{name} with manual optimization: the module decides when it steps. Leave it out.")
+        if trainer.accumulate_grad_batches != 1 or any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                f"{name} with accumulate_grad_batches: both say how many batches make a step. Leave out one of the two."
+            )
+
+    def _samplers(self, trainer: pl.Trainer) -> list[LiveBatchSampler]:
+        return [loader.batch_sampler for loader in self._loaders(trainer)]
+
+    def _loaders(self, trainer: pl.Trainer) -> list[Any]:
+        combined = trainer.fit_loop._combined_loader
+        return [] if combined is None else list(combined.flattened)
+
+    @staticmethod
+    def _remove_from(trainer: pl.Trainer) -> None:
+        trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, BatchSizing)]  # type: ignore[attr-defined]
+
+
+def device_name(device: torch.device) -> str:
+    """What `batch_sizing` calls a device: the model of a GPU, otherwise the kind (``cpu``)."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

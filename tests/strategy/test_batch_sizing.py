@@ -1,0 +1,158 @@
+"""Batch sizing in whole fits: by time, by memory, by tokens; what the records say of it."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_diloco import DecoupledDiLoCoStrategy
+from lightning_diloco.errors import ConfigurationError
+from tests.strategy.kit import quiet, summary_of
+from tests.strategy.test_live_sizes import Numbers
+
+
+class Slow(pl.LightningModule):
+    """A model whose step takes a + c s seconds on this device, and that can hold so many samples."""
+
+    def __init__(self, per_sample_s: float = 0.0, offset_s: float = 0.0, holds: int = 10**9, fails_in: str = "forward") -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.per_sample_s, self.offset_s, self.holds, self.fails_in = per_sample_s, offset_s, holds, fails_in
+        self.trained: list[list[int]] = []
+        self.rates: list[float] = []
+        self.grads: list[float] = []
+
+    def training_step(self, batch, batch_idx):
+        if len(batch) > self.holds and self.fails_in == "forward":
+            raise torch.OutOfMemoryError("simulated: no memory")
+        time.sleep(self.offset_s + self.per_sample_s * len(batch))
+        self.trained.append(batch.tolist())
+        loss = self.layer(batch.float().unsqueeze(1) * 0 + 1).mean()
+        if len(batch) > self.holds:
+            self.trained.pop()
+            loss.register_hook(_no_memory)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        if self.layer.bias.grad is not None:
+            self.grads.append(float(self.layer.bias.grad))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 1.0), "interval": "step"},
+        }
+
+
+def _no_memory(gradient):
+    raise torch.OutOfMemoryError("simulated: no memory for gradients")
+
+
+def fit(run_dir, module, *, count=400, batch_size=4, max_steps=60, accumulate=1, num_workers=0, **options):
+    strategy = DecoupledDiLoCoStrategy(launch="inline", run_dir=run_dir, num_fragments=1, sync_interval_steps=100, **options)
+    trainer = pl.Trainer(**quiet(), strategy=strategy, devices=1, max_steps=max_steps, max_epochs=-1, accumulate_grad_batches=accumulate)
+    trainer.fit(module, DataLoader(Numbers(count), batch_size=batch_size, shuffle=True, num_workers=num_workers))
+    return trainer
+
+
+def tape_of(run_dir, event):
+    lines = [json.loads(line) for line in (run_dir / "tape.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def test_the_size_meets_the_target(tmp_path):
+    module = Slow(per_sample_s=0.002, offset_s=0.004)
+    fit(tmp_path / "run", module, batch_sizing="auto", target_step_s=0.04, max_steps=120, count=10**6)
+    # 0.04 = 0.004 + 18 * 0.002; sleeping takes a little longer than it is told.
+    assert 12 <= len(module.trained[-1]) <= 19
+    summary = summary_of(tmp_path / "run")
+    (learner,) = summary["learners"]
+    choices = tape_of(tmp_path / "run", "batch")
+    assert [c["batch_size"] for c in choices] == [c["batch_size"] for c in learner["batches"]]
+    assert learner["batch_size"] == choices[-1]["batch_size"]
+    assert choices[0]["batch_size"] == 4 and "beginning" in choices[0]["reason"]
+    assert "40 ms" in choices[-1]["reason"] and choices[-1]["inner_step"] > 8
+
+
+def test_the_ceiling_of_a_cpu_holds(tmp_path):
+    module = Slow()
+    fit(tmp_path / "run", module, batch_sizing="auto:16", target_step_s=10.0, max_steps=80, count=10**6)
+    assert max(len(batch) for batch in module.trained) == 16
+
+
+@pytest.mark.parametrize("fails_in", ["forward", "backward"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_batch_that_does_not_fit_is_trained_in_smaller_ones(tmp_path, fails_in, accumulate, num_workers):
+    module = Slow(holds=6, fails_in=fails_in)
+    strategy = DecoupledDiLoCoStrategy(
+        launch="inline", run_dir=tmp_path / "run", num_fragments=1, sync_interval_steps=100, batch_sizing="auto"
+    )
+    trainer = pl.Trainer(**quiet(), strategy=strategy, devices=1, max_epochs=1, accumulate_grad_batches=accumulate)
+    trainer.fit(module, DataLoader(Numbers(200), batch_size=16, shuffle=True, num_workers=num_workers))
+    seen = sorted(i for batch in module.trained for i in batch)
+    if fails_in == "forward" and accumulate == 1:
+        assert seen == list(range(200))
+    else:
+        assert set(seen) == set(range(200))
+    assert max(len(batch) for batch in module.trained) <= 6
+    summary = summary_of(tmp_path / "run")
+    assert summary["tokens"] == summary["tokens_merged"] == 200
+    assert any("did not fit" in choice["reason"] for choice in summary["learners"][0]["batches"])
+
+
+def test_one_sample_that_does_not_fit_is_an_error(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(tmp_path / "run", Slow(holds=0), batch_sizing="auto")
+
+
+def test_without_auto_an_error_of_memory_is_the_users(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(tmp_path / "run", Slow(holds=6), batch_size=16, batch_sizing={0: 8})
+
+
+def test_tokens_of_a_step_are_kept_by_accumulation(tmp_path):
+    module = Slow()
+    fit(tmp_path / "run", module, tokens_per_step=20, max_steps=6)
+    assert [len(batch) for batch in module.trained] == [4] * 30
+    summary = summary_of(tmp_path / "run")
+    assert (summary["tokens"], summary["learners"][0]["inner_steps"]) == (120, 6)
+    assert summary["learners"][0]["batches"][0]["accumulate"] == 5
+    # The mean over a step's samples of the same gradient: no window is scaled wrongly.
+    assert module.grads == pytest.approx([1.0] * 6)
+
+
+def test_tokens_of_a_step_when_memory_gives_less(tmp_path):
+    module = Slow(holds=6)
+    fit(tmp_path / "run", module, batch_sizing="auto:16", tokens_per_step=24, batch_size=8, max_steps=12, count=10**6)
+    summary = summary_of(tmp_path / "run")
+    last = summary["learners"][0]["batches"][-1]
+    assert last["batch_size"] * last["accumulate"] == 24 and last["batch_size"] <= 6
+    assert module.grads[-3:] == pytest.approx([1.0] * 3)
+
+
+def test_the_learning_rate_follows_the_rule(tmp_path):
+    module = Slow()
+    trainer = fit(tmp_path / "run", module, batch_sizing={0: 16}, inner_lr_rule="sqrt", max_steps=5)
+    assert module.rates == pytest.approx([0.2] * 5)
+    # Schedules, checkpoints and monitors see the user's own.
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1)
+    assert summary_of(tmp_path / "run")["learners"][0]["batches"][0]["lr_factor"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"accumulate": 2, "tokens_per_step": 8}, "accumulate_grad_batches")],
+)
+def test_what_contradicts_itself_is_refused(tmp_path, options, words):
+    with pytest.raises(ConfigurationError, match=words):
+        fit(tmp_path / "run", Slow(), **options)
