@@ -156,3 +156,25 @@ def test_the_learning_rate_follows_the_rule(tmp_path):
 def test_what_contradicts_itself_is_refused(tmp_path, options, words):
     with pytest.raises(ConfigurationError, match=words):
         fit(tmp_path / "run", Slow(), **options)
+
+
+class OfTwoSpeeds(Slow):
+    """The second learner's device takes three times as long."""
+
+    def training_step(self, batch, batch_idx):
+        time.sleep((0.006 if self.trainer.global_rank else 0.002) * len(batch))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.slow
+def test_two_devices_meet_in_the_middle(tmp_path):
+    """Real processes: the syncer finds the target, both learners follow, and the tape tells."""
+    strategy = DecoupledDiLoCoStrategy(run_dir=tmp_path / "run", num_fragments=2, sync_interval_steps=8, batch_sizing="auto")
+    trainer = pl.Trainer(**quiet(), strategy=strategy, devices=2, max_steps=150, max_epochs=-1)
+    trainer.fit(OfTwoSpeeds(offset_s=0.01), DataLoader(Numbers(10**6), batch_size=8, shuffle=True))
+    first, second = summary_of(tmp_path / "run")["learners"]
+    # At batches of 8 they take 26 and 58 ms; 42 ms are 16 samples of the one and 5 of the other.
+    assert first["batch_size"] > 8 > second["batch_size"]
+    targets = {c["target_step_s"] for c in tape_of(tmp_path / "run", "batch")}
+    assert len(targets) == 2 and 0.0 in targets and 0.03 < max(targets)
+    assert first["inner_steps"] == 150 and first["tokens"] > 150 * 8
