@@ -36,7 +36,7 @@ from lightning_diloco.config import SyncConfig
 from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.strategy import checks
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
-from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, refuse_what_is_not_there_yet
+from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, read_keys, refuse_what_is_not_there_yet
 from lightning_diloco.strategy.outer_sync import OuterSync
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY
 from lightning_diloco.strategy.streams import share_stream
@@ -52,7 +52,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
 
     Args:
         syncer: endpoint of a syncer that runs already: this process is then one learner of it. None: the Trainer brings its own.
-        keys: not there yet.
+        keys: with `syncer`: folder of this site's keys (`lightning-diloco keygen`); ``"insecure"``: none, beyond loopback too.
         devices_per_learner: 1; islands of several devices are not there yet.
         launch: ``supervised`` starts learners and syncer as processes; ``inline`` makes this process the only learner.
         learner_id: with `syncer`: the id of this learner (None: the syncer's choice).
@@ -85,7 +85,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         self,
         *,
         syncer: str | None = None,
-        keys: Any = None,
+        keys: str | Path | None = None,
         devices_per_learner: int = 1,
         launch: LaunchMode = "supervised",
         learner_id: int | None = None,
@@ -113,7 +113,6 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
             precision_plugin=precision_plugin,
         )
         refuse_what_is_not_there_yet(
-            keys=keys,
             devices_per_learner=devices_per_learner,
             batch_sizing=batch_sizing,
             target_step_s=target_step_s,
@@ -123,8 +122,11 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         )
         self.sync = SyncConfig.from_options(sync)
         """What the learners of the job agree on."""
+        folder, is_insecure = read_keys(keys)
         self.process_options = ProcessOptions(
             syncer=syncer,
+            keys=folder,
+            is_insecure=is_insecure,
             launch=launch,
             learner_id=learner_id,
             num_learners=num_learners,
