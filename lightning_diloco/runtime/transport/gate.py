@@ -140,7 +140,7 @@ class Gate:
         """
         why = _WHY[reason]
         if reason == "unknown_key" and self._strangers:
-            key = self._strangers.pop().hex()
+            key = self._strangers.popleft().hex()
             why = f"its key {key} is not admitted (lightning-diloco keygen {self._keys.folder} --admit NAME {key} lets it in)"
         self._refuse(reason, "A connection", why)
 
