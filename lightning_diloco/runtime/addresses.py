@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from lightning_diloco.errors import ConfigurationError
 
-__all__ = ["MAX_PORT", "bulk_after", "is_loopback", "own_host", "reach", "split"]
+__all__ = ["MAX_PORT", "bulk_after", "is_ipv6_only", "is_loopback", "own_host", "reach", "split"]
 
 MAX_PORT = 65535
 _TOLD = re.compile(r"tcp://[\w.:%*\[\]-]+:(?P<port>\d{1,5})", re.ASCII)
@@ -54,6 +54,24 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def is_ipv6_only(host: str) -> bool:
+    """Whether a host has no IPv4 address. Asks the name service, so it may take a while.
+
+    ZeroMQ dials one kind of address per socket; of a name with both kinds the IPv4 one is taken, since ``0.0.0.0`` is what most bind.
+
+    Args:
+        host: a name or an address, without brackets.
+    """
+    if ":" in host:
+        return True
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            return bool(socket.getaddrinfo(host, None, family)) and family == socket.AF_INET6
+        except (OSError, UnicodeError):
+            continue
+    return False
 
 
 def bulk_after(bind: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from lightning_diloco.errors import ConfigurationError
-from lightning_diloco.runtime.addresses import bulk_after, is_loopback, own_host, reach, split
+from lightning_diloco.runtime.addresses import bulk_after, is_ipv6_only, is_loopback, own_host, reach, split
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
@@ -62,3 +64,15 @@ def test_in_one_process_the_name_is_taken_as_it_is():
 
 def test_this_machine_has_an_address_or_a_name():
     assert own_host()
+
+
+@pytest.mark.parametrize(("families", "is_only"), [("46", False), ("4", False), ("6", True), ("", False)])
+def test_of_a_name_with_both_kinds_the_ipv4_address_is_taken(monkeypatch, families, is_only):
+    def look_up(host, port, family):
+        if {socket.AF_INET: "4", socket.AF_INET6: "6"}[family] not in families:
+            raise socket.gaierror
+        return ["an address"]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert is_ipv6_only("syncer.example") == is_only
+    assert is_ipv6_only("2001:db8::1")

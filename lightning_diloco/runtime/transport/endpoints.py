@@ -15,7 +15,7 @@ from collections.abc import Callable
 import zmq
 
 from lightning_diloco.errors import ConfigurationError, LocalProtocolError
-from lightning_diloco.runtime.addresses import reach
+from lightning_diloco.runtime.addresses import is_ipv6_only, reach, split
 from lightning_diloco.runtime.keys import SyncerKeys
 
 from .base import Transport
@@ -206,6 +206,7 @@ class LearnerTransport(Transport):
         self._nonce = nonce
         self._look_s = 0.0
         self._mute_since_s: dict[bytes, float] = {}
+        self._is_ipv6: bool | None = None  # of the one host that is dialled, once it is known
         self._watch: HandshakeWatch | None = None
         self.failed_handshakes: set[str] = set()
         """What went wrong at the syncer's door so far, as `HandshakeWatch` calls it; may be read from any thread."""
@@ -296,6 +297,9 @@ class LearnerTransport(Transport):
             configure=self._configure,
         )
         sock.setsockopt(zmq.ROUTING_ID, prefix + self._nonce)
+        if self._is_ipv6 is None:
+            self._is_ipv6 = is_ipv6_only((split(endpoint) or ("", 0))[0])
+        sock.setsockopt(zmq.IPV6, int(self._is_ipv6))
         if prefix == CONTROL_PREFIX and endpoint.startswith("tcp://"):
             self._stop_watching()
             self._watch = HandshakeWatch(sock)

@@ -47,11 +47,12 @@ class Gate:
 
     def __init__(self, keys: SyncerKeys, count: Callable[[str], None]) -> None:
         self._keys, self._count = keys, count
-        self._admitted: Mapping[bytes, str] = read_admitted(keys.admitted)
+        self._admitted = self._read()
         self._seen = _signature(keys.admitted)
-        self._key_of: dict[bytes, bytes] = {}
-        self._peers: dict[bytes, OrderedDict[bytes, None]] = {}
-        self._strangers: deque[bytes] = deque(maxlen=16)
+        # Keys are in Z85 here, as ZeroMQ attaches them: judging a message takes a look-up and no decoding.
+        self._key_of: dict[bytes, str] = {}
+        self._peers: dict[str, OrderedDict[bytes, None]] = {}
+        self._strangers: deque[str] = deque(maxlen=16)
         self._complaints: dict[str, Complaints] = {}
         self._authenticator: ThreadAuthenticator | None = None
 
@@ -82,7 +83,7 @@ class Gate:
             domain: of the socket.
             key: the public key, in Z85.
         """
-        public = z85.decode(key)
+        public = key.decode("ascii")
         if public in self._admitted:
             return True
         self._strangers.append(public)
@@ -96,12 +97,12 @@ class Gate:
             frame: any of its parts.
         """
         try:
-            key = z85.decode(str(frame.get("User-Id")).encode("ascii"))
+            key = str(frame.get("User-Id"))
         except (zmq.ZMQError, ValueError):
             return self._refuse("no_key", "A message without a key", "every connection must have one")
         name = self._admitted.get(key)
         if name is None:
-            return self._refuse("revoked_key", f"A message from {frame.get('Peer-Address')}", f"its key {key.hex()} is revoked")
+            return self._refuse("revoked_key", f"A message from {frame.get('Peer-Address')}", f"its key {_hex(key)} is revoked")
         if self._key_of.get(peer) == key:
             return True
         if peer in self._key_of:
@@ -118,7 +119,7 @@ class Gate:
         seen = _signature(self._keys.admitted)
         if seen == self._seen:
             return []
-        before, self._seen, self._admitted = self._admitted, seen, read_admitted(self._keys.admitted)
+        before, self._seen, self._admitted = self._admitted, seen, self._read()
         for key, name in self._admitted.items():
             if key not in before:
                 _LOGGER.warning("Site %s is admitted.", name)
@@ -140,9 +141,13 @@ class Gate:
         """
         why = _WHY[reason]
         if reason == "unknown_key" and self._strangers:
-            key = self._strangers.popleft().hex()
+            key = _hex(self._strangers.popleft())
             why = f"its key {key} is not admitted (lightning-diloco keygen {self._keys.folder} --admit NAME {key} lets it in)"
         self._refuse(reason, "A connection", why)
+
+    def _read(self) -> Mapping[str, str]:
+        """Names of the admitted sites by key."""
+        return {z85.encode(key).decode("ascii"): name for key, name in read_admitted(self._keys.admitted).items()}
 
     def _refuse(self, reason: str, what: str, why: str) -> bool:
         self._count(reason)
@@ -156,6 +161,12 @@ _WHY: Final = {
     "other_syncer": "what it says does not open with this syncer's key: it has another one in mind, or plays back what others have said",
     "handshake": "it hung up before it had shown a key",
 }
+
+
+def _hex(key: str) -> str:
+    """A key as keygen prints it."""
+    public: bytes = z85.decode(key.encode("ascii"))
+    return public.hex()
 
 
 def _signature(folder: os.PathLike[str]) -> tuple[tuple[str, int, int], ...]:
