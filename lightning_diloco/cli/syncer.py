@@ -13,11 +13,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from lightning_diloco.errors import ConfigurationError, not_there_yet
+from lightning_diloco.runtime.addresses import bulk_after, is_loopback, split
 
 if TYPE_CHECKING:
+    from lightning_diloco.runtime.keys import SyncerKeys
     from lightning_diloco.runtime.service import SyncerService
 
 __all__ = ["add_parser", "run"]
@@ -26,9 +27,7 @@ _log = logging.getLogger(__name__)
 
 _STARTED_S = time.monotonic()
 """The process began about now: torch, which takes longest, is imported later."""
-_LATER_VALUES = {"--keys": "DIR", "--shards": "N", "--metrics-port": "PORT"}
-_LATER_SWITCHES = ("--insecure",)
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LATER_VALUES = {"--shards": "N", "--metrics-port": "PORT"}
 
 
 def add_parser(commands: Any) -> None:
@@ -36,12 +35,20 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "syncer",
         help="merge the fragments of one job",
-        usage="lightning-diloco syncer (--run-dir DIR [--rebuild] | --resume RUN_DIR) [--bind ENDPOINT] [--verbose]",
+        usage="lightning-diloco syncer (--run-dir DIR [--rebuild] | --resume RUN_DIR) [--bind ENDPOINT] [--keys DIR | --insecure] "
+        "[--verbose]",
         description="Run the syncer of one job. It ends when the last learner has reached its own limit, or on SIGTERM.",
     )
     parser.add_argument(
-        "--bind", default="tcp://127.0.0.1:0", metavar="ENDPOINT", help="control endpoint (default tcp://127.0.0.1:0, any free port)"
+        "--bind",
+        default="tcp://127.0.0.1:0",
+        metavar="ENDPOINT",
+        help="control endpoint (default tcp://127.0.0.1:0, any free port); beyond loopback the port after it is taken too",
     )
+    parser.add_argument(
+        "--keys", type=Path, metavar="DIR", help="folder made by keygen: links are encrypted, and only admitted sites are let in"
+    )
+    parser.add_argument("--insecure", action="store_true", help="bind beyond loopback without keys")
     # Required, but checked later: argparse would name this one and not the option beside it that is misspelt.
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the job: tape, summary, global model (required)")
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the job in this folder, whose syncer has ended")
@@ -54,14 +61,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--verbose", action="store_true", help="one log line per merge")
     for option, metavar in _LATER_VALUES.items():
         parser.add_argument(option, default=None, metavar=metavar, help="(not there yet)")
-    for option in _LATER_SWITCHES:
-        parser.add_argument(option, action="store_true", help="(not there yet)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until the job ends; returns the exit code."""
     _refuse(args)
+    keys = _read_keys(args.keys)
     lines = _stdin_lines() if args.supervised else iter(())
     hello = _first_line(lines) if args.supervised else {}
     _make_dir(args.run_dir)
@@ -82,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
         supervised=args.supervised,
         resume=args.resume is not None,
         rebuild=args.rebuild,
-        bulk=hello.get("bulk", ""),
+        bulk=hello.get("bulk", "") or bulk_after(args.bind),
+        keys=keys,
     )
     lone = None if args.supervised else LoneSyncer(options, _STARTED_S)
     service = SyncerService(options) if lone is None else lone.service
@@ -90,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         # On a thread: the handler may run while this one holds the lock that `finish` needs.
         signal.signal(number, lambda *_: threading.Thread(target=service.finish, args=("stopped",), daemon=True).start())
-    _announce(args, endpoint, service.bulk_endpoint)
+    _announce(args, endpoint, service.bulk_endpoint, keys)
     if lone is not None:
         return 1 if lone.run() == "failed" else 0
     threading.Thread(target=_obey, args=(service, lines), name="diloco-supervisor", daemon=True).start()
@@ -99,6 +106,14 @@ def run(args: argparse.Namespace) -> int:
     except Exception:  # the service has logged it
         return 1
     return 0
+
+
+def _read_keys(folder: Path | None) -> SyncerKeys | None:
+    if folder is None:
+        return None
+    from lightning_diloco.runtime.keys import SyncerKeys
+
+    return SyncerKeys.read(folder)
 
 
 def _num_threads() -> int:
@@ -130,34 +145,36 @@ def _refuse(args: argparse.Namespace) -> None:
         args.run_dir = args.resume
     if args.run_dir is None:
         raise ConfigurationError("--run-dir DIR is required: the folder of the job, for example --run-dir outputs/by_hand.")
-    for option in (*_LATER_VALUES, *_LATER_SWITCHES):
+    for option in _LATER_VALUES:
         value = getattr(args, option[2:].replace("-", "_"))
-        if value not in (None, False):
-            raise not_there_yet(option if value is True else f"{option} {value}", "Leave it out.")
-    try:
-        address = urlsplit(args.bind)
-        port = address.port
-    except ValueError as error:
-        raise ConfigurationError(f"--bind {args.bind}: {error}. Give tcp://127.0.0.1:PORT.") from error
-    if address.scheme != "tcp" or address.hostname is None or port is None:
+        if value is not None:
+            raise not_there_yet(f"{option} {value}", "Leave it out.")
+    address = split(args.bind)
+    if address is None:
         raise ConfigurationError(f"--bind {args.bind}: an endpoint is tcp://HOST:PORT, for example tcp://127.0.0.1:7777.")
-    if args.rebuild and not port:
+    bulk_after(args.bind)
+    if args.keys is not None and args.insecure:
+        raise ConfigurationError(f"--insecure with --keys {args.keys}: with keys nobody comes in without. Say one of the two.")
+    if args.rebuild and not address[1]:
         raise ConfigurationError(
             f"--rebuild --bind {args.bind}: the job's learners go on dialling the address that their syncer had. Give that, with its port."
         )
-    if address.hostname not in LOOPBACK:
-        raise not_there_yet(f"--bind {args.bind}: binding beyond loopback", f"Use tcp://127.0.0.1:{port}.")
+    if not is_loopback(address[0]) and args.keys is None and not args.insecure:
+        raise ConfigurationError(
+            f"--bind {args.bind}: beyond loopback whoever reaches the port could read and change the model. Give --keys DIR "
+            "(lightning-diloco keygen DIR makes it), or say --insecure in a network in which you trust everybody."
+        )
 
 
-def _announce(args: argparse.Namespace, endpoint: str, bulk: str) -> None:
+def _announce(args: argparse.Namespace, endpoint: str, bulk: str, keys: SyncerKeys | None) -> None:
     path = args.run_dir / "syncer.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"endpoint": endpoint, "bulk": bulk, "pid": os.getpid()}))
     temporary.replace(path)
     if not args.supervised:
-        sys.stdout.write(
-            f"Syncer ready. A learner joins with DecoupledDiLoCoStrategy(syncer={endpoint!r}).\nRun directory: {args.run_dir}\n"
-        )
+        from lightning_diloco.cli.inviting import invite
+
+        sys.stdout.write(invite(endpoint, bulk, keys) + f"Run directory: {args.run_dir}\n")
         sys.stdout.flush()
 
 

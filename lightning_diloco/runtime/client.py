@@ -44,6 +44,8 @@ from lightning_diloco.runtime.figures import Figures, StepTimes
 from lightning_diloco.runtime.global_state import MomentumTracker
 from lightning_diloco.runtime.healing import Remedy, describe, poisoned_fragments, tensors_of
 from lightning_diloco.runtime.learner_store import Adoption, LearnerStore
+from lightning_diloco.runtime.transport import LearnerTransport
+from lightning_diloco.runtime.unanswered import explain
 from lightning_diloco.runtime.weights import Weights
 
 __all__ = ["ClientOptions", "Figures", "JoinInfo", "LearnerClient"]
@@ -92,15 +94,20 @@ class LearnerClient:
             momentum=MomentumTracker(self.layout, config, is_on=options.keeps_momentum),
         )
         self._times = StepTimes()
+        self._transport = LearnerTransport(
+            options.endpoint,
+            nonce=self._nonce,
+            accept=lambda *offer: self._loop.accepts(*offer),
+            context=context,
+            configure=None if options.keys is None else options.keys.configure,
+        )
         self._loop = ClientLoop(
             module=module,
             machine=self._machine,
             store=self._store,
             times=self._times,
-            endpoint=options.endpoint,
-            nonce=self._nonce,
+            transport=self._transport,
             config=config,
-            context=context,
             patience_s=self._patience_s,
             founding=options.founding,
         )
@@ -174,9 +181,8 @@ class LearnerClient:
         # A syncer that answers is waited for without limit: minutes may lie between a slow founder and a fast joiner.
         while not self._loop.settled.wait(0.05):
             if time.monotonic() - self._loop.reports.heard_s > timeout_s:
-                raise SyncerUnavailableError(
-                    f"No syncer answered at {self._options.endpoint} for {timeout_s:g} s. Start it, or check address and port."
-                )
+                why = explain(self._transport.failed_handshakes, self._options.keys)
+                raise SyncerUnavailableError(f"No syncer answered at {self._options.endpoint} for {timeout_s:g} s. {why}")
         if self._loop.fatal is not None:
             raise self._loop.fatal
 

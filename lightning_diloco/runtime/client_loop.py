@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
-import zmq
 from torch import Tensor, nn
 
 from lightning_diloco.config import SyncConfig
@@ -105,10 +104,8 @@ class ClientLoop:
         machine: LearnerMachine,
         store: LearnerStore,
         times: StepTimes,
-        endpoint: str,
-        nonce: bytes,
+        transport: LearnerTransport,
         config: SyncConfig,
-        context: zmq.Context[zmq.Socket[bytes]] | None,
         patience_s: float,
         founding: FoundingState,
     ) -> None:
@@ -123,7 +120,7 @@ class ClientLoop:
         self._store = store
         self._times = times
         self._config = config
-        self._transport = LearnerTransport(endpoint, nonce=nonce, accept=self._accept, context=context)
+        self._transport = transport
         self._outbox = Outbox(self._transport)
         self._queue: deque[LearnerAction | Encode] = deque()
         self._waiting: dict[int, tuple[Publication, memoryview]] = {}
@@ -255,7 +252,8 @@ class ClientLoop:
         for action in actions:
             self._do(action)
 
-    def _accept(self, peer: bytes, data: bytes, total_bytes: int) -> bool | str:
+    def accepts(self, peer: bytes, data: bytes, total_bytes: int) -> bool | str:
+        """Whether memory may be given to a payload that is offered: the transport's `accept`."""
         try:
             _, header = decode_syncer_header(data)
         except RemoteProtocolError as error:

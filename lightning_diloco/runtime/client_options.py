@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.runtime.global_state import FoundingState
+from lightning_diloco.runtime.keys import SiteKeys
 
 __all__ = ["JOIN_TIMEOUT_S", "ClientOptions", "JoinInfo"]
 
@@ -31,6 +32,7 @@ class ClientOptions:
         counters_path: folder of the memory-mapped totals; the file is named by this process.
         join_timeout_s: no syncer answers for so long: `SyncerUnavailableError` (None: 60 s).
         founding: versions and outer momentum to begin with, should this process found the job.
+        keys: of this site; must be given if the syncer has keys (None: the link is not encrypted).
         keeps_momentum: follow the outer momentum, for `LearnerClient.global_state`; costs 4 bytes per parameter.
     """
 
@@ -47,6 +49,7 @@ class ClientOptions:
     join_timeout_s: float | None = None
     founding: FoundingState = field(default_factory=FoundingState)
     keeps_momentum: bool = False
+    keys: SiteKeys | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,8 +21,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import zmq
@@ -54,11 +52,13 @@ from lightning_diloco.runtime.opening import open_job
 from lightning_diloco.runtime.performer import Performer
 from lightning_diloco.runtime.rebuilding import Rebuilding, refuse_a_folder_in_use
 from lightning_diloco.runtime.rundir import lock_run_dir
+from lightning_diloco.runtime.service_options import ServiceOptions
 from lightning_diloco.runtime.snapshot import SnapshotStore
 from lightning_diloco.runtime.store import Closed
 from lightning_diloco.runtime.tape import TAPE_NAME, TapeWriter
 from lightning_diloco.runtime.transport import (
     ControlReceived,
+    KeyRevoked,
     PayloadDelivered,
     PayloadReceived,
     PayloadRefused,
@@ -75,33 +75,6 @@ MAX_FAILURES = 64
 """A learner that refuses so many publications in a row is told to end."""
 IDLE_S = 0.25
 """Longest sleep of the loop; deadlines of the machine are met earlier."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServiceOptions:
-    """What a syncer is started with.
-
-    Args:
-        run_dir: the job's folder, which this service locks.
-        bind: control endpoint to bind; port 0 takes a free one; `inproc://NAME` for a learner in this process.
-        token: what a learner must show ("" = nothing).
-        takeover_token: what lets a process take a learner's id ("" = nobody).
-        num_slots: configured learners (None: open membership).
-        supervised: somebody else decides the end (`finish`) and writes `summary.json`.
-        resume: the job in the folder goes on.
-        rebuild: nothing of the job is left but its learners: they dial `bind`, and the folder is written from what they tell.
-        bulk: bulk endpoint to bind ("": any free port beside `bind`).
-    """
-
-    run_dir: Path
-    bind: str = "tcp://127.0.0.1:0"
-    bulk: str = ""
-    token: str = ""
-    takeover_token: str = ""
-    num_slots: int | None = None
-    supervised: bool = False
-    resume: bool = False
-    rebuild: bool = False
 
 
 class SyncerService:
@@ -123,7 +96,7 @@ class SyncerService:
         self.error: BaseException | None = None
         self.status: Literal["finished", "stopped", "failed"] | None = None
         self._start_s = time.monotonic()
-        self._transport = SyncerTransport(options.bind, options.bulk or None, accept=self._accept, context=context)
+        self._transport = SyncerTransport(options.bind, options.bulk or None, accept=self._accept, context=context, keys=options.keys)
         self._rebuilding: Rebuilding | None = None
         self._results: deque[Callable[[], None]] = deque()
         self._failures: dict[str, int] = {}
@@ -327,6 +300,9 @@ class SyncerService:
         elif isinstance(event, PayloadRefused):
             if event.reason != "refused":
                 self._handle(PayloadFailed(session=session, reason=event.reason))
+        elif isinstance(event, KeyRevoked):
+            # A last word, encrypted for the key that it had; what it answers is not heard any more.
+            self._performer.refuse(session, "key_revoked", "The key of this site was revoked: it takes no part in this job any more.")
         elif isinstance(event, PayloadDelivered | TransportFailed):
             sent = self._performer.take_off_way(session, event.transfer_id)
             if sent is not None and isinstance(event, PayloadDelivered):

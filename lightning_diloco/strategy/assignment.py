@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_diloco.runtime.keys import SiteKeys
 from lightning_diloco.runtime.rejoin import FOLDER
 from lightning_diloco.strategy.options import ProcessOptions, Role
 
@@ -38,6 +39,8 @@ class Assignment:
     """How many learners share the training data."""
     life: int = 0
     """How many processes of this learner the supervisor has started before."""
+    keys: Path | None = None
+    """Folder of this site's keys; None: the link is not encrypted."""
     token: str = ""
     """The job's token."""
     takeover_token: str = ""
@@ -59,11 +62,20 @@ class Assignment:
         return cls(
             role="island",
             endpoint=options.syncer,
+            keys=options.keys,
             learner_id=options.learner_id or 0,
             is_id_given=options.learner_id is not None,
             num_learners=options.num_learners or 1,
             run_dir=run_dir,
         )
+
+    def site_keys(self) -> SiteKeys | None:
+        """This site's keys, read now: what a secret is kept in lives as short as possible.
+
+        Raises:
+            ConfigurationError: the folder is not what it was in the constructor.
+        """
+        return None if self.keys is None else SiteKeys.read(self.keys)
 
     def counters_path(self) -> Path | None:
         """The folder for this process's running totals, which survive its death."""

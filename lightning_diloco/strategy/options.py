@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
-from urllib.parse import urlsplit
 
 from lightning_diloco.config import SyncConfig, need_int
 from lightning_diloco.errors import ConfigurationError, not_there_yet
+from lightning_diloco.runtime.addresses import is_loopback, split
+from lightning_diloco.runtime.keys import SiteKeys
 
-__all__ = ["LaunchMode", "ProcessOptions", "Role", "name_sync_fields", "refuse_what_is_not_there_yet"]
+__all__ = ["INSECURE", "LaunchMode", "ProcessOptions", "Role", "name_sync_fields", "read_keys", "refuse_what_is_not_there_yet"]
 
 LaunchMode = Literal["supervised", "inline"]
 """Who runs the learner: processes started by a supervisor, or this process."""
@@ -27,7 +28,8 @@ is one learner of a syncer that someone else started."""
 
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+INSECURE = "insecure"
+"""The word that takes the place of a folder of keys where a link beyond loopback shall have none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,11 @@ class ProcessOptions:
     """
 
     syncer: str | None = None
-    """Endpoint of a syncer that runs already, ``tcp://127.0.0.1:PORT``; None: this process brings its own."""
+    """Endpoint of a syncer that runs already, ``tcp://HOST:PORT``; None: this process brings its own."""
+    keys: Path | None = None
+    """With `syncer`: folder of this site's keys. None: the link is not encrypted, which needs ``is_insecure`` beyond loopback."""
+    is_insecure: bool = False
+    """With `syncer`: go without keys beyond loopback."""
     launch: LaunchMode = "supervised"
     """Whether learners are processes of their own (with `syncer` it has no meaning)."""
     learner_id: int | None = None
@@ -67,13 +73,27 @@ class ProcessOptions:
                         f"{name}={getattr(self, name)!r} without syncer=: it numbers learners that are started by hand. In local mode "
                         "devices=N of the Trainer says how many learners there are."
                     )
+            if self.keys is not None or self.is_insecure:
+                raise ConfigurationError(
+                    f"keys={str(self.keys or INSECURE)!r} without syncer=: in local mode everything stays on this machine. Leave it out."
+                )
             return
-        _check_endpoint(self.syncer)
+        self._check_link(_check_endpoint(self.syncer))
         if self.launch == "inline":
             raise ConfigurationError(
                 f"launch='inline' with syncer={self.syncer!r}: an inline run has its own syncer. Leave out one of the two."
             )
         self._check_numbering()
+
+    def _check_link(self, host: str) -> None:
+        if self.keys is not None:
+            SiteKeys.read(self.keys)
+        elif not is_loopback(host) and not self.is_insecure:
+            raise ConfigurationError(
+                f"syncer={self.syncer!r} without keys=: beyond loopback the model would travel for everybody to read and change. Give "
+                "keys=DIR (lightning-diloco keygen DIR --syncer KEY makes it; the syncer prints KEY), or keys='insecure' in a network in "
+                "which you trust everybody."
+            )
 
     def _check_numbering(self) -> None:
         if self.learner_id is not None:
@@ -109,7 +129,6 @@ def name_sync_fields(init: _Init) -> _Init:
 
 def refuse_what_is_not_there_yet(
     *,
-    keys: Any,
     devices_per_learner: Any,
     data: Any,
 ) -> None:
@@ -119,7 +138,6 @@ def refuse_what_is_not_there_yet(
         ConfigurationError: one of them has another value than its default.
     """
     later = (
-        ("keys", keys, None, "Leave it out; learners and syncer talk over loopback only."),
         ("devices_per_learner", devices_per_learner, 1, "Leave it 1: every learner has one device."),
         ("data", data, "shard", "Leave it 'shard': every learner trains on its part."),
     )
@@ -128,16 +146,25 @@ def refuse_what_is_not_there_yet(
             raise not_there_yet(f"{name}={value!r}", remedy)
 
 
-def _check_endpoint(endpoint: Any) -> None:
+def read_keys(keys: Any) -> tuple[Path | None, bool]:
+    """The strategy's `keys`: a folder, and whether it is the word for none.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    if keys is None or keys == INSECURE:
+        return None, keys is not None
+    if not isinstance(keys, str | Path):
+        raise ConfigurationError(f"keys={type(keys).__name__}: must be the folder that lightning-diloco keygen made, or 'insecure'.")
+    return Path(keys).expanduser(), False
+
+
+def _check_endpoint(endpoint: Any) -> str:
+    """The host that is meant."""
     rule = "must be an endpoint such as 'tcp://127.0.0.1:5555'"
     if not isinstance(endpoint, str):
         raise ConfigurationError(f"syncer={endpoint!r}: {rule}.")
-    try:
-        parts = urlsplit(endpoint)
-        host, port = parts.netloc.rpartition(":")[0], parts.port
-    except ValueError:
-        parts, host, port = urlsplit(""), "", None
-    if parts.scheme != "tcp" or not host or not port:
+    address = split(endpoint)
+    if address is None or not address[1]:
         raise ConfigurationError(f"syncer={endpoint!r}: {rule}; the syncer prints its own when it starts.")
-    if host not in _LOOPBACK:
-        raise not_there_yet(f"syncer={endpoint!r}: a link beyond loopback", "Run both ends on one machine and use 127.0.0.1.")
+    return address[0]

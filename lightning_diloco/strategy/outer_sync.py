@@ -326,6 +326,7 @@ class OuterSync(Callback):
     def _client_options(self, trainer: pl.Trainer, assignment: Assignment) -> ClientOptions:
         return ClientOptions(
             endpoint=assignment.endpoint,
+            keys=assignment.site_keys(),
             config=self._strategy.sync,
             learner_id=assignment.learner_id if assignment.is_id_given else None,
             token=assignment.token,

@@ -39,7 +39,7 @@ from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
 from lightning_diloco.strategy.batch_options import BatchOptions, LrRule
 from lightning_diloco.strategy.batching import BatchSizing
 from lightning_diloco.strategy.oom_guard import OutOfMemoryGuard
-from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, refuse_what_is_not_there_yet
+from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, read_keys, refuse_what_is_not_there_yet
 from lightning_diloco.strategy.outer_sync import OuterSync
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY
 from lightning_diloco.strategy.streams import share_stream
@@ -56,7 +56,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
 
     Args:
         syncer: endpoint of a syncer that runs already: this process is then one learner of it. None: the Trainer brings its own.
-        keys: not there yet.
+        keys: with `syncer`: folder of this site's keys (`lightning-diloco keygen`); ``"insecure"``: none, beyond loopback too.
         devices_per_learner: 1; islands of several devices are not there yet.
         launch: ``supervised`` starts learners and syncer as processes; ``inline`` makes this process the only learner.
         learner_id: with `syncer`: the id of this learner (None: the syncer's choice).
@@ -90,7 +90,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         self,
         *,
         syncer: str | None = None,
-        keys: Any = None,
+        keys: str | Path | None = None,
         devices_per_learner: int = 1,
         launch: LaunchMode = "supervised",
         learner_id: int | None = None,
@@ -117,11 +117,14 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        refuse_what_is_not_there_yet(keys=keys, devices_per_learner=devices_per_learner, data=data)
+        refuse_what_is_not_there_yet(devices_per_learner=devices_per_learner, data=data)
         self.sync = SyncConfig.from_options(sync)
         """What the learners of the job agree on."""
+        folder, is_insecure = read_keys(keys)
         self.process_options = ProcessOptions(
             syncer=syncer,
+            keys=folder,
+            is_insecure=is_insecure,
             launch=launch,
             learner_id=learner_id,
             num_learners=num_learners,

@@ -46,7 +46,7 @@ def test_help_is_0(command, capsys):
     assert end.value.code == 0 and "usage:" in out and err == ""
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("syncer", "simulate", "export", "replay")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("syncer", "simulate", "export", "replay", "keygen")])
 def test_a_command_that_is_not_there_yet_says_so_whatever_follows_it(command, capsys):
     says = re.compile(rf"lightning-diloco: {command} \([a-z -]+\) is not there yet\. [A-Z].+\.\n")
     assert says.fullmatch(refuse(capsys, command))
@@ -63,7 +63,7 @@ def test_help_names_the_help_of_a_command_and_what_the_default_is(capsys):
     with pytest.raises(SystemExit):
         main(["syncer", "--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "usage: lightning-diloco syncer (--run-dir DIR [--rebuild] | --resume RUN_DIR) [--bind ENDPOINT] [--verbose]" in words
+    assert "usage: lightning-diloco syncer (--run-dir DIR [--rebuild] | --resume RUN_DIR) [--bind ENDPOINT] [--keys DIR |" in words
     assert "(default tcp://127.0.0.1:0, any free port)" in words and "--keys DIR" in words and "issue" not in words
 
 
@@ -88,14 +88,22 @@ def test_version_is_that_of_the_package(capsys):
         (["syncer", "--run-dir", "x", "--bind", "tcp://127.0.0.1"], "an endpoint is tcp://HOST:PORT"),
         (["syncer", "--run-dir", "x", "--bind", "ipc:///tmp/x"], "an endpoint is tcp://HOST:PORT"),
         (["syncer", "--run-dir", "x", "--bind", "7777"], "an endpoint is tcp://HOST:PORT"),
-        (["syncer", "--run-dir", "x", "--keys", "k"], "--keys k is not there yet. Leave it out."),
+        (["syncer", "--run-dir", "x", "--keys", "k"], "k: there is no such folder. Make the keys with lightning-diloco keygen k."),
+        (["syncer", "--run-dir", "x", "--keys", "k", "--insecure"], "--insecure with --keys k: with keys nobody comes in without"),
+        (["syncer", "--run-dir", "x", "--insecure", "--bind", "tcp://0.0.0.0:65535"], "Give a port below 65535"),
+        (["syncer", "--run-dir", "x", "--bind", "tcp://[::]:7777"], "beyond loopback"),
         (["syncer", "--run-dir", "x", "--shards", "2"], "--shards 2 is not there yet"),
         (["syncer", "--run-dir", "x", "--metrics-port", "9"], "--metrics-port 9 is not there yet"),
         (["syncer", "--resume"], "--resume: expected one argument"),
         (["syncer", "--resume", "x"], "--resume x: there is no such folder"),
         (["syncer", "--run-dir", "x", "--resume", "y"], "--run-dir x is another one"),
         (["syncer", "--run-dir", "x", "--rebuild"], "--rebuild --bind tcp://127.0.0.1:0: the job's learners go on dialling the address"),
-        (["syncer", "--run-dir", "x", "--insecure"], "--insecure is not there yet"),
+        (["keygen"], "required: DIR"),
+        (["keygen", "k", "--syncer", "17"], "'17': is no public key. It has 64 hexadecimal digits"),
+        (["keygen", "k", "--admit", "paris", "0" * 64], "k: there is no such folder"),
+        (["keygen", "k", "--admit", "a/b", "0" * 64], "'a/b': is no name of a site"),
+        (["keygen", "k", "--revoke", "paris"], "no such site is admitted in k. Admitted: none."),
+        (["keygen", "k", "--revoke", "paris", "--syncer", "0" * 64], "not allowed with argument"),
         (["replay"], "required: RUN_DIR"),
         (["replay", "x"], "x: there is no such folder"),
         (["replay", "."], "holds no tape.jsonl"),
@@ -109,7 +117,7 @@ def test_version_is_that_of_the_package(capsys):
 def test_wrong_use_is_one_sentence_and_2(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert words in refuse(capsys, *argv)
-    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "x").exists() and not (tmp_path / "k").exists()
 
 
 def test_a_run_directory_that_cannot_be_is_a_sentence(tmp_path, capsys):

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
+from lightning_diloco.runtime.keys import SiteKeys
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
             learner_id=wish["learner_id"],
             token=wish.get("token", ""),
             takeover_token=wish.get("takeover_token", ""),
+            keys=SiteKeys.read(Path(wish["keys"])) if "keys" in wish else None,
             counters_path=Path(wish["run_dir"]) / "counters",
         ),
     )

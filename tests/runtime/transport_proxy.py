@@ -25,6 +25,8 @@ class TransportProxy:
         self.bits_to_turn = 0
         self.random = random.Random(0)
         self.num_connections = 0
+        self.recorded: list[bytearray] = []
+        """What whoever dialled has said, one after the other."""
         self.port = 0
         self._writers: list[asyncio.StreamWriter] = []
         self._dialer: asyncio.StreamWriter | None = None
@@ -91,13 +93,15 @@ class TransportProxy:
             writer.transport.abort()
             return
         self._writers.append(far_writer)
-        await asyncio.gather(self._forward(reader, far_writer), self._forward(far_reader, writer))
+        self.recorded.append(spoken := bytearray())
+        await asyncio.gather(self._forward(reader, far_writer, spoken), self._forward(far_reader, writer, bytearray()))
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, spoken: bytearray) -> None:
         pieces: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=64)
         sender = asyncio.ensure_future(self._send_late(pieces, writer))
         try:
             while piece := await reader.read(16384):
+                spoken += piece
                 if self.bits_to_turn > 0:
                     piece = self._damage(piece)
                 await pieces.put((self._loop.time() + self.delay_s, piece))

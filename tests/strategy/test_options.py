@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.compile import from_compiled, to_uncompiled
 
 from lightning_diloco import ConfigurationError, DecoupledDiLoCoStrategy, SyncConfig
+from lightning_diloco.runtime.keys import make_pair, trust_syncer
 from lightning_diloco.strategy import checks
 from lightning_diloco.strategy.payload import InterpreterState, Payload, load_payload, save_payload
 from tests.strategy.kit import ROOT, TinyModel, loader, quiet
@@ -21,7 +22,10 @@ from tests.strategy.kit import ROOT, TinyModel, loader, quiet
 WRONG = [
     ({"sync_interval_step": 5}, "did you mean 'sync_interval_steps'"),
     ({"outer_lr": 0.0}, "outer_lr=0.0"),
-    ({"keys": "keys.json"}, "keys='keys.json' is not there yet. Leave it"),
+    ({"keys": "keys"}, "keys='keys' without syncer=: in local mode everything stays on this machine"),
+    ({"keys": "insecure"}, "keys='insecure' without syncer="),
+    ({"keys": b"secret", "syncer": "tcp://10.0.0.1:5555"}, "keys=bytes: must be the folder that lightning-diloco keygen made"),
+    ({"keys": "no/keys", "syncer": "tcp://127.0.0.1:5555"}, "no/keys: there is no such folder. Make the keys with lightning-diloco keygen"),
     ({"devices_per_learner": 2}, "devices_per_learner=2 is not there yet. Leave it"),
     ({"batch_sizing": "auto"}, "batch_sizing='auto' is not there yet. Leave it"),
     ({"target_step_s": 0.5}, "target_step_s=0.5 is not there yet. Leave it"),
@@ -32,7 +36,9 @@ WRONG = [
     ({"max_restarts": -1}, "max_restarts=-1"),
     ({"token_counter": 3}, "token_counter=3"),
     ({"learner_id": 1}, "without syncer="),
-    ({"syncer": "tcp://10.0.0.1:5555"}, "beyond loopback is not there yet. Run both ends on one machine"),
+    ({"syncer": "tcp://10.0.0.1:5555"}, "without keys=: beyond loopback the model would travel for everybody to read and change"),
+    ({"syncer": "tcp://syncer.example:5555"}, "without keys=: beyond loopback"),
+    ({"syncer": "tcp://10.0.0.1:0", "keys": "insecure"}, "must be an endpoint"),
     ({"syncer": "127.0.0.1:5555"}, "must be an endpoint"),
     ({"syncer": "tcp://127.0.0.1"}, "must be an endpoint"),
     ({"syncer": "tcp://127.0.0.1:notaport"}, "must be an endpoint"),
@@ -47,6 +53,18 @@ def test_a_wrong_option_is_refused_in_the_constructor(options, sentence):
     with pytest.raises(ConfigurationError) as caught:
         DecoupledDiLoCoStrategy(**options)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("syncer", ["tcp://127.0.0.1:5555", "tcp://[::1]:5555", "tcp://localhost:5555"])
+def test_on_loopback_no_keys_are_needed(syncer):
+    assert DecoupledDiLoCoStrategy(syncer=syncer).process_options.keys is None
+
+
+def test_keys_are_a_folder_or_the_word_for_none(tmp_path):
+    trust_syncer(tmp_path / "site", make_pair(tmp_path / "syncer").hex())
+    link = {"syncer": "tcp://10.0.0.1:5555"}
+    assert DecoupledDiLoCoStrategy(**link, keys=str(tmp_path / "site")).process_options.keys == tmp_path / "site"
+    assert DecoupledDiLoCoStrategy(**link, keys="insecure").process_options.keys is None
 
 
 def test_sync_options_reach_the_configuration():

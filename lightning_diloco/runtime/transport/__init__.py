@@ -1,7 +1,7 @@
 """The transport of the runtime: control messages and large payloads between learners and the syncer.
 
 `frames` has the wire format, `sending` and `receiving` the transfer rules without sockets, `base` the poll loop, `endpoints`
-the two ends. ``docs/transport.md`` tells it on one page.
+the two ends, `gate` who may come in. ``docs/transport.md`` tells it on one page.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from .endpoints import LearnerTransport, SyncerTransport
 from .events import (
     SYNCER,
     ControlReceived,
+    KeyRevoked,
     PayloadDelivered,
     PayloadFailed,
     PayloadReceived,
@@ -31,6 +32,7 @@ __all__ = [
     "Accept",
     "ConfigureSocket",
     "ControlReceived",
+    "KeyRevoked",
     "LearnerTransport",
     "PayloadDelivered",
     "PayloadFailed",

@@ -102,7 +102,7 @@ class Transport(ABC):
 
     @abstractmethod
     def _split(self, parts: list[zmq.Frame], *, is_bulk: bool) -> tuple[bytes, list[zmq.Frame]] | None:
-        """Return the sender and the parts that follow its identity, or None when the identity is malformed."""
+        """Return the sender and the parts that follow its identity; None, counted, when nobody who may speak has sent it."""
 
     @abstractmethod
     def _check_peer(self, peer: bytes) -> None:
@@ -334,8 +334,8 @@ class Transport(ABC):
                 return
             found = self._split(parts, is_bulk=False)
             if found is None:
-                self.stats.count("malformed_identity")
-            elif len(found[1]) != 1:
+                continue
+            if len(found[1]) != 1:
                 self.stats.count("malformed_control")
             else:
                 self._on_control(found[0], found[1][0].buffer)
@@ -369,7 +369,6 @@ class Transport(ABC):
                 return
             found = self._split(parts, is_bulk=True)
             if found is None:
-                self.stats.count("malformed_identity")
                 continue
             peer, body = found
             frame = decode_bulk(body[0].buffer) if body else None

@@ -1,23 +1,28 @@
 """The two ends: `SyncerTransport` binds, `LearnerTransport` dials; over ``tcp://`` and, in one process, over ``inproc://``.
 
 A learner's routing ids are one byte for the channel and the 16-byte nonce of its process, so that the syncer knows which control
-and bulk sockets belong together. A reconnecting learner shows the same ids and takes its places over. Who may use a nonce is the
-handshake's question (keys, job token), not the transport's. ``inproc://`` does not reconnect: when the syncer's sockets close,
+and bulk sockets belong together. A reconnecting learner shows the same ids and takes its places over. Who may use a nonce is
+for keys (`gate`) or the job's token to say. ``inproc://`` does not reconnect: when the syncer's sockets close,
 the learner makes a new transport.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
 import zmq
 
 from lightning_diloco.errors import ConfigurationError, LocalProtocolError
+from lightning_diloco.runtime.addresses import is_ipv6_only, reach, split
+from lightning_diloco.runtime.keys import SyncerKeys
 
 from .base import Transport
-from .events import SYNCER
+from .events import SYNCER, KeyRevoked
 from .frames import BULK_PREFIX, CONTROL_PREFIX, NONCE_BYTES, parse_routing_id
+from .gate import Gate
+from .handshakes import HandshakeWatch
 from .options import TransportOptions
 from .peers import Accept
 from .sockets import ConfigureSocket, make_socket
@@ -25,9 +30,10 @@ from .sockets import ConfigureSocket, make_socket
 __all__ = ["LearnerTransport", "SyncerTransport"]
 
 _LOOK_S = 0.5
-"""Seconds between two looks whether the sockets take messages."""
+"""Seconds between two looks whether the sockets take messages, and at what failed to come about."""
 _MUTE_S = 2.0
 """A socket that has taken none for so long is replaced."""
+_MAPPED = re.compile(r"\[::ffff:([0-9.]+)\]")
 
 
 class SyncerTransport(Transport):
@@ -40,7 +46,7 @@ class SyncerTransport(Transport):
         context: see `Transport`.
         now: see `Transport`.
         options: see `Transport`.
-        configure: see `Transport`.
+        keys: of this syncer: only admitted sites are let in, and what passes is encrypted. None: whoever reaches the ports may speak.
     """
 
     def __init__(
@@ -52,9 +58,13 @@ class SyncerTransport(Transport):
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         now: Callable[[], float] = time.monotonic,
         options: TransportOptions | None = None,
-        configure: ConfigureSocket | None = None,
+        keys: SyncerKeys | None = None,
     ) -> None:
-        super().__init__(accept=accept, context=context, now=now, options=options, configure=configure)
+        super().__init__(accept=accept, context=context, now=now, options=options)
+        self._gate = None if keys is None else Gate(keys, self.stats.count)
+        self._configure = None if self._gate is None else self._gate.configure
+        self._watches: list[HandshakeWatch] = []
+        self._look_s = 0.0
         self._wanted = (control_endpoint, bulk_endpoint or _beside(control_endpoint))
         self._bound: tuple[str, str] | None = None
 
@@ -78,26 +88,56 @@ class SyncerTransport(Transport):
         if self._bound is not None:
             raise LocalProtocolError("this transport is bound already; make another one for another address")
         context = self._open(self._wanted[0])
+        if self._gate is not None:
+            self._gate.start(context)
         control, control_endpoint = self._listen(context, self._wanted[0], is_bulk=False)
         try:
             self._bulk, bulk_endpoint = self._listen(context, self._wanted[1], is_bulk=True)
         except ConfigurationError:
+            self._stop_watching()
             self._poller.unregister(control)
             control.close()
             raise
         self._control = control
         self._bound = (control_endpoint, bulk_endpoint)
 
+    def close(self) -> None:
+        """Close the gate, the sockets and the wake-up; idempotent. Nothing that is pending is reported."""
+        self._stop_watching()
+        if self._gate is not None:
+            self._gate.stop()
+        super().close()
+
+    def _stop_watching(self) -> None:
+        for watch in self._watches:
+            watch.close()
+        self._watches.clear()
+
+    def _receive(self, wait_s: float) -> bool:
+        woken = super()._receive(wait_s)
+        now_s = self._now()
+        if self._gate is not None and now_s >= self._look_s:
+            self._look_s = now_s + _LOOK_S
+            for watch in self._watches:
+                for reason in watch.failures():
+                    self._gate.turned_away(reason)
+            self._events += [KeyRevoked(peer) for peer in self._gate.look()]
+        return woken
+
     def _listen(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, is_bulk: bool) -> tuple[zmq.Socket[bytes], str]:
         sock = make_socket(context, is_router=True, is_bulk=is_bulk, options=self._options, configure=self._configure)
+        if self._gate is not None:
+            self._watches.append(HandshakeWatch(sock))
         try:
             sock.bind(endpoint)
         except zmq.ZMQError as error:
+            if self._gate is not None:
+                self._watches.pop().close()
             sock.close()
             raise ConfigurationError(f"cannot listen on {endpoint}: {error}; choose a free port of this machine") from error
         self._poller.register(sock, zmq.POLLIN)
         # Sockets are dual-stack: an IPv4 address comes back mapped into IPv6.
-        return sock, sock.getsockopt_string(zmq.LAST_ENDPOINT).replace("[::ffff:127.0.0.1]", "127.0.0.1")
+        return sock, _MAPPED.sub(r"\1", sock.getsockopt_string(zmq.LAST_ENDPOINT))
 
     def _require_bound(self) -> tuple[str, str]:
         if self._bound is None:
@@ -109,7 +149,12 @@ class SyncerTransport(Transport):
 
     def _split(self, parts: list[zmq.Frame], *, is_bulk: bool) -> tuple[bytes, list[zmq.Frame]] | None:
         peer = parse_routing_id(bytes(parts[0].buffer), BULK_PREFIX if is_bulk else CONTROL_PREFIX)
-        return None if peer is None else (peer, parts[1:])
+        if peer is None:
+            self.stats.count("malformed_identity")
+            return None
+        if self._gate is not None and not self._gate.admits(peer, parts[0]):
+            return None
+        return peer, parts[1:]
 
     def _check_peer(self, peer: bytes) -> None:
         if len(peer) != NONCE_BYTES:
@@ -161,6 +206,10 @@ class LearnerTransport(Transport):
         self._nonce = nonce
         self._look_s = 0.0
         self._mute_since_s: dict[bytes, float] = {}
+        self._is_ipv6: bool | None = None  # of the one host that is dialled, once it is known
+        self._watch: HandshakeWatch | None = None
+        self.failed_handshakes: set[str] = set()
+        """What went wrong at the syncer's door so far, as `HandshakeWatch` calls it; may be read from any thread."""
 
     def connect(self) -> None:
         """Dial control; returns at once, messages wait in a bounded queue until the syncer answers.
@@ -179,13 +228,14 @@ class LearnerTransport(Transport):
         What is on its way is offered again at once: whoever had the offer may have been another process, also at the same address.
 
         Args:
-            endpoint: as told by the syncer in the handshake.
+            endpoint: as told by the syncer; its port is dialled at the host that control has dialled (see `addresses.reach`).
 
         Raises:
             ConfigurationError: the address is malformed.
             LocalProtocolError: not connected or closed.
         """
         self._require_open()
+        endpoint = reach(self._control_endpoint, endpoint)
         if endpoint != self._bulk_endpoint:
             bulk = self._dial(endpoint, BULK_PREFIX)
             self._hang_up(self._bulk)
@@ -203,8 +253,20 @@ class LearnerTransport(Transport):
         now_s = self._now()
         if now_s >= self._look_s:
             self._look_s = now_s + _LOOK_S
+            if self._watch is not None:
+                self.failed_handshakes.update(self._watch.failures())
             self._replace_mute(now_s)
         return woken
+
+    def close(self) -> None:
+        """Close the sockets and the wake-up; idempotent. Nothing that is pending is reported."""
+        self._stop_watching()
+        super().close()
+
+    def _stop_watching(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
 
     def _replace_mute(self, now_s: float) -> None:
         """Dial anew with a socket that takes no message any more. In one process there is nothing to dial anew."""
@@ -235,9 +297,17 @@ class LearnerTransport(Transport):
             configure=self._configure,
         )
         sock.setsockopt(zmq.ROUTING_ID, prefix + self._nonce)
+        if self._is_ipv6 is None:
+            self._is_ipv6 = is_ipv6_only((split(endpoint) or ("", 0))[0])
+        sock.setsockopt(zmq.IPV6, int(self._is_ipv6))
+        if prefix == CONTROL_PREFIX and endpoint.startswith("tcp://"):
+            self._stop_watching()
+            self._watch = HandshakeWatch(sock)
         try:
             sock.connect(endpoint)
         except zmq.ZMQError as error:
+            if prefix == CONTROL_PREFIX:
+                self._stop_watching()
             sock.close()
             raise ConfigurationError(f"cannot dial {endpoint!r}: {error}; give it as tcp://host:port") from error
         self._poller.register(sock, zmq.POLLIN)

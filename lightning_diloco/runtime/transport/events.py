@@ -13,6 +13,7 @@ from .frames import RefusalReason
 __all__ = [
     "SYNCER",
     "ControlReceived",
+    "KeyRevoked",
     "PayloadDelivered",
     "PayloadFailed",
     "PayloadReceived",
@@ -95,5 +96,16 @@ class PayloadFailed:
     reason: str
 
 
-TransportEvent = ControlReceived | PayloadReceived | PayloadRefused | PayloadDelivered | PayloadFailed
+@dataclass(frozen=True, slots=True)
+class KeyRevoked:
+    """The key with which a peer came is not admitted any more: nothing of it is taken from here on.
+
+    Args:
+        peer: who is shut out.
+    """
+
+    peer: bytes
+
+
+TransportEvent = ControlReceived | PayloadReceived | PayloadRefused | PayloadDelivered | PayloadFailed | KeyRevoked
 """Everything that `Transport.poll` may return."""
