@@ -151,6 +151,9 @@ class Contributions:
     def _stranger(self, event: ContributionArrived) -> list[SyncerAction]:
         """No member: an ended life is told so, anyone else is asked who it is; nothing changes."""
         key = ContributionKey(0, event.header.fragment_id, event.header.seq)
+        if self._job.finish_status is not None and self._job.members.end_of(event.session) == "died":
+            # Ended with the job, by whoever stops the syncer: it is told nothing, and goes on as without a syncer.
+            return [DropPayload(key=key)]
         farewell = self._admission.farewell(event.session)
         return [DropPayload(key=key), farewell or Reply(session=event.session, message=WhoAreYou())]
 

@@ -321,3 +321,27 @@ def test_a_hello_while_the_last_merge_runs_is_told_that_the_job_has_ended():
     assert late.stage == "refused" and "has ended" in late.detail
     pair.merge()
     assert pair.ended is not None
+
+
+def test_a_contribution_that_comes_after_the_end_of_its_job_fences_nobody():
+    pair = Pair(num_fragments=2)
+    (first,) = pair.found(1)
+    pair.manual_merge = True
+    for _ in range(40):
+        pair.step(first)
+        for _ in range(3):
+            while first.control_up:
+                pair.deliver_control_up(first)
+            while first.control_down:
+                pair.deliver_control_down(first)
+            pair.encode(first)
+            if not pair.closing and first.bulk_up:
+                pair.deliver_bulk_up(first)
+        if pair.closing and first.bulk_up:
+            break
+    assert pair.closing and first.bulk_up[0][0] == "contribution"
+    pair.take(ev.Finish(status="stopped"))
+    assert pair.ended is None
+    first.control_down.clear()
+    pair.deliver_bulk_up(first)
+    assert not first.control_down
