@@ -40,6 +40,7 @@ from lightning_diloco.protocol.learner_messages import (
     Unresolved,
 )
 from lightning_diloco.protocol.message_base import Message, Name
+from lightning_diloco.protocol.observer_messages import FromObserver, Status, StatusRefused, StatusRequest, ToObserver
 from lightning_diloco.protocol.syncer_messages import (
     Describe,
     Fenced,
@@ -75,6 +76,7 @@ __all__ = [
     "FoundingFragment",
     "FoundingStatic",
     "FromLearner",
+    "FromObserver",
     "FromSyncer",
     "Header",
     "Heartbeat",
@@ -106,15 +108,19 @@ __all__ = [
     "SendState",
     "ShardAddress",
     "StaticState",
+    "Status",
+    "StatusRefused",
+    "StatusRequest",
     "Stop",
     "StopRequest",
     "SyncerHeader",
+    "ToObserver",
     "Unresolved",
     "Welcome",
     "WhoAreYou",
 ]
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised by one whenever a message changes; both sides must speak the same."""
 
 Header = LearnerHeader | SyncerHeader
