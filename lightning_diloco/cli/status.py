@@ -19,8 +19,7 @@ from lightning_diloco.cli.status_table import status_text
 from lightning_diloco.errors import SyncerUnavailableError
 
 if TYPE_CHECKING:
-    from lightning_diloco.protocol.observer_messages import Status
-    from lightning_diloco.runtime.observer import Observer
+    from lightning_diloco.runtime.observer import Observer, Status
 
 __all__ = ["add_parser", "run"]
 

@@ -7,8 +7,10 @@ not printable is shown as a question mark.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from lightning_diloco.protocol.observer_messages import LearnerStatus, Status
+if TYPE_CHECKING:
+    from lightning_diloco.runtime.observer import LearnerStatus, Status
 
 __all__ = ["status_text"]
 

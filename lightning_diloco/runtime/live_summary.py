@@ -120,12 +120,12 @@ class LiveSummary:
             self._last = self._reading(summary, is_final=True)
 
     def _feed(self, give_up: Callable[[], bool]) -> None:
-        while lines := self._tail.read_new(_PORTION_BYTES):
-            for line in lines:
+        is_done = False
+        while not is_done:
+            for line in self._tail.read_new(_PORTION_BYTES):
                 self._fold.feed(line)
                 self._present.feed(line)
-            if give_up():
-                return
+            is_done = not self._tail.has_more or give_up()
 
     def _reading(self, summary: dict[str, Any], *, is_final: bool) -> Reading:
         present = self._present

@@ -16,10 +16,11 @@ from urllib.parse import urlsplit
 
 from lightning_diloco.errors import ConfigurationError, RemoteProtocolError, SyncerUnavailableError
 from lightning_diloco.protocol.messages import PROTOCOL_VERSION, Envelope, Status, StatusRefused, StatusRequest
+from lightning_diloco.protocol.observer_messages import LearnerStatus
 from lightning_diloco.protocol.wire import decode_to_observer, encode
 from lightning_diloco.runtime.transport import NONCE_BYTES, SYNCER, ControlReceived, LearnerTransport
 
-__all__ = ["Address", "Observer", "find_syncer", "open_link"]
+__all__ = ["Address", "LearnerStatus", "Observer", "Status", "find_syncer", "open_link"]
 
 AGAIN_S: Final = 1.0
 """Seconds after which a question without an answer is said again."""

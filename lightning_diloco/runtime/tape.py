@@ -153,11 +153,13 @@ class TapeTail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.has_more = False
+        """Whether the last call had to stop before the end of the file."""
         self._offset = 0
         self._next_seq = 0
 
     def read_new(self, max_bytes: int = -1) -> list[TapeLine]:
-        """The complete lines that came since the last call; none when there are no more.
+        """The complete lines that came since the last call.
 
         Args:
             max_bytes: about so many bytes of them at once, for a tape that may be long (-1: all).
@@ -184,6 +186,8 @@ class TapeTail:
                 raise
             self._offset += len(raw) + 1
             self._next_seq += 1
+        # A line that is longer and not complete is no reason to try again at once.
+        self.has_more = bool(lines) and 0 < max_bytes <= len(data)
         return lines
 
     def _decode(self, raw: bytes) -> TapeLine:

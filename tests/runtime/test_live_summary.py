@@ -18,10 +18,21 @@ def test_portions_of_any_size_are_the_same_lines(tmp_path):
     whole = TapeTail(path).read_new()
     for max_bytes in (1, 100, 4096):
         tail, lines, reads = TapeTail(path), [], 0
-        while portion := tail.read_new(max_bytes):
-            lines += portion
+        while reads == 0 or tail.has_more:
+            lines += tail.read_new(max_bytes)
             reads += 1
         assert lines == whole == tape.lines and (reads > 1 or max_bytes == 4096)
+
+
+def test_a_long_line_that_is_not_complete_is_not_waited_for(tmp_path):
+    tape = two_learner_run()
+    lines = [encode_line(line) for line in tape.lines]
+    (tmp_path / "tape.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:-1])
+    tail = TapeTail(tmp_path / "tape.jsonl")
+    found = []
+    while found == [] or tail.has_more:
+        found += tail.read_new(10)
+    assert found == tape.lines[:5] and tail.read_new(10) == [] and not tail.has_more
 
 
 def test_what_is_read_is_what_the_summary_says(tmp_path):
