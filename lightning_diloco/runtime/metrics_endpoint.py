@@ -12,6 +12,7 @@ Names, types and what each is in `summary.json`: ``docs/watching.md``. A figure 
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -32,8 +33,8 @@ LINGER_S: Final = 20.0
 """The longest stay after the job's end."""
 LATELY_S: Final = 120.0
 """Who has fetched within so many seconds is waited for."""
-_PATIENCE_S: Final = 2.0
-"""A request that takes longer to be said is hung up on."""
+PATIENCE_S: Final = 5.0
+"""A request that takes longer, whoever is slow, is hung up on: nobody may hold up the others, or the end of the process."""
 _Values = Mapping[Any, float | None]
 """By the tuple of the labels' values."""
 _STATUSES: Final = ("running", "finished", "stopped", "failed")
@@ -108,19 +109,32 @@ class MetricsEndpoint:
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = _PATIENCE_S
-
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class calls it so
         """Requests are not logged."""
 
 
 class _Server(WSGIServer):
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Serve one request, as long as patience lasts. A socket's own timeout would begin anew with every byte."""
+        watchdog = threading.Timer(PATIENCE_S, _hang_up, (request,))
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            super().finish_request(request, client_address)
+        finally:
+            watchdog.cancel()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A peer that hangs up is no error of ours."""
 
 
 class _Server6(_Server):
     address_family = socket.AF_INET6
+
+
+def _hang_up(peer: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        peer.shutdown(socket.SHUT_RDWR)
 
 
 def _job(reading: Reading) -> Iterator[Metric]:

@@ -33,7 +33,7 @@ from lightning_diloco.runtime.live_summary import REST, LiveSummary, Reading
 from lightning_diloco.runtime.tape import TapeWriter
 from lightning_diloco.runtime.transport import SyncerTransport
 
-__all__ = ["Observers"]
+__all__ = ["Observers", "state_of"]
 
 PERIOD_S: Final = 0.5
 """Seconds between two answers."""
@@ -116,8 +116,7 @@ class Observers:
         told = {**self._asked, **{session: None for session, refusal in self._waiting.items() if refusal is None}}
         if told:
             self._tape.flush()
-            last = self._reading(at_once=True)
-            self._say(list(told), self.status(last, status))
+            self._tell(list(told), self._reading(at_once=True), status)
 
     def close(self) -> None:
         """End the worker thread."""
@@ -176,18 +175,21 @@ class Observers:
     def _reading(self, *, at_once: bool = False) -> Reading | None:
         try:
             return self._live.read(lambda: self._is_closed, at_once=at_once)
-        except Exception as error:  # a question must not end the job
-            if not self._has_failed:
-                self._has_failed = True
-                _log.error("The figures for observers cannot be read: %s", error)
+        except Exception as error:
+            self._complain("The figures for observers cannot be read", error)
             return None
+
+    def _complain(self, what: str, error: Exception) -> None:
+        """A question must not end the job, whatever is wrong; it is said once."""
+        if not self._has_failed:
+            self._has_failed = True
+            _log.error("%s: %r", what, error)
 
     def _answer(self, reading: Reading | None) -> None:
         start_s = time.monotonic()
         waiting, self._waiting, self._is_reading = self._waiting, {}, False
         welcome = [session for session, refusal in waiting.items() if refusal is None]
-        if welcome:
-            self._say(welcome, self.status(reading))
+        self._tell(welcome, reading)
         for session, refusal in waiting.items():
             if refusal is not None:
                 self._say([session], refusal)
@@ -198,6 +200,14 @@ class Observers:
             self._asked.pop(next(iter(self._asked)))
         now_s = time.monotonic()
         self._next_s = now_s + max(PERIOD_S, REST * (now_s - start_s))
+
+    def _tell(self, sessions: list[str], reading: Reading | None, ended: Literal["finished", "stopped", "failed"] | None = None) -> None:
+        if not sessions:
+            return
+        try:
+            self._say(sessions, self.status(reading, ended))
+        except Exception as error:
+            self._complain("Observers were not answered", error)
 
     def _say(self, sessions: list[str], message: Message) -> None:
         options = self._machine.job.options
@@ -216,7 +226,7 @@ class Observers:
             learner_id=learner_id,
             incarnation=member.incarnation if member is not None else seen.incarnation if seen is not None else 0,
             device=(member.device if member is not None else seen.device if seen is not None else "")[:MAX_TEXT],
-            state="gone" if member is None else _state(member, now_s),
+            state="gone" if member is None else state_of(member, now_s),
             heard_age_s=None if member is None else max(0.0, member.unheard_s(now_s)),
             inner_step=own_step if seen is None or member is not None else seen.inner_step,
             tokens=figures.get("tokens", 0),
@@ -254,7 +264,8 @@ _SAME: Final = (
 """Figures that have the same name in `Status` and in `summary.json`."""
 
 
-def _state(member: Member, now_s: float) -> Literal["joining", "active", "paused", "leaving", "silent"]:
+def state_of(member: Member, now_s: float) -> Literal["joining", "active", "paused", "leaving", "silent"]:
+    """What a member is doing, in the words of `LearnerStatus`: as `Member.is_active` judges it."""
     if member.stage != "joined" or member.inner_step == 0:
         return "joining"
     if member.is_leaving:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from lightning_diloco.runtime.client import ClientOptions, LearnerClient
 from lightning_diloco.runtime.rundir import lock_run_dir
 from lightning_diloco.runtime.service import ServiceOptions, SyncerService
 from tests.cli.test_command_line import is_one_sentence, refuse
-from tests.runtime.job_helpers import CONFIG, Background, make_module, train, until, whole_life
+from tests.runtime.job_helpers import CONFIG, Background, make_module, running_job, train, until, whole_life
 from tests.runtime.metrics_reading import assert_equals_summary, samples_of, scrape
 from tests.runtime.test_service_process import syncer
 from tests.tape_checker import check_run
@@ -218,6 +220,21 @@ def listening(run_dir: Path, bind: str) -> Iterator[str]:
     finally:
         service.finish("finished")
         assert service.join(20) and service.error is None
+
+
+@pytest.mark.process
+def test_on_a_terminal_the_table_is_drawn_anew_until_ctrl_c(tmp_path):
+    with running_job(tmp_path, "tcp") as job:
+        ours, theirs = pty.openpty()
+        with process("status", job.endpoint, "--watch", "0.2", stdout=theirs, stderr=subprocess.PIPE) as watching:
+            os.close(theirs)
+            seen = b""
+            while seen.count(b"epoch 0: waiting") < 3:
+                seen += os.read(ours, 65536)
+            watching.send_signal(signal.SIGINT)
+            assert watching.wait(20) == 0 and watching.stderr.read() == ""
+        os.close(ours)
+    assert seen.startswith(b"\x1b[Hjob ") and seen.count(b"\x1b[J") >= 2
 
 
 # ---- wrong use ------------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ def test_the_global_registry_is_left_alone(endpoint):
     assert REGISTRY.get_sample_value("diloco_merges_total") is None
 
 
-def test_peers_that_say_nothing_or_nonsense_do_not_stop_it(endpoint):
+def test_peers_that_say_nothing_or_nonsense_or_one_byte_at_a_time_do_not_stop_it(endpoint, monkeypatch):
+    monkeypatch.setattr("lightning_diloco.runtime.metrics_endpoint.PATIENCE_S", 1.0)
     address = ("127.0.0.1", int(endpoint.url.rpartition(":")[2].partition("/")[0]))
     for data in (
         b"\x00\xff" * 100 + b"\r\n\r\n",
@@ -85,6 +86,11 @@ def test_peers_that_say_nothing_or_nonsense_do_not_stop_it(endpoint):
         assert "diloco_tokens_total" in scrape(endpoint.url)
         mute.settimeout(10)
         assert mute.recv(1) == b"", "it is hung up on"
+    with socket.create_connection(address, timeout=5) as dripping:
+        with pytest.raises(OSError):
+            for _ in range(100):
+                dripping.sendall(b"G")
+                time.sleep(0.1)
     assert "diloco_tokens_total" in scrape(endpoint.url)
 
 

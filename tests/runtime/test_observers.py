@@ -13,11 +13,12 @@ import pytest
 
 from lightning_diloco.errors import ConfigurationError, RemoteProtocolError, SyncerUnavailableError
 from lightning_diloco.protocol import messages as msg
+from lightning_diloco.protocol.members import Member
 from lightning_diloco.protocol.messages import PROTOCOL_VERSION, Envelope, Ping, Pong, Status, StatusRefused, StatusRequest
 from lightning_diloco.protocol.observer_messages import MAX_TOLD, Fault
 from lightning_diloco.protocol.wire import decode_from_learner, decode_from_observer, decode_to_observer, encode
 from lightning_diloco.runtime.observer import Observer, find_syncer
-from lightning_diloco.runtime.observers import MAX_WAITING, PERIOD_S
+from lightning_diloco.runtime.observers import MAX_WAITING, PERIOD_S, state_of
 from lightning_diloco.runtime.transport import MAX_CONTROL_BYTES, SYNCER, ControlReceived, LearnerTransport, SyncerTransport
 from tests.cli.test_status_table import ACTIVE, STATUS
 from tests.fuzzing.values import broken, mutated, struct
@@ -176,6 +177,25 @@ def test_the_longest_answer_is_a_control_message():
     assert len(encode(NOBODY, longest)) < MAX_CONTROL_BYTES
 
 
+@pytest.mark.parametrize(
+    ("fields", "state"),
+    [
+        ({"stage": "receiving"}, "joining"),
+        ({"inner_step": 0}, "joining"),
+        ({}, "active"),
+        ({"is_paused": True}, "paused"),
+        ({"is_paused": True, "is_leaving": True}, "leaving"),
+        ({"is_silent": True}, "silent"),
+        ({"last_advance_s": 50.0}, "silent"),
+    ],
+)
+def test_the_state_is_that_by_which_the_rules_judge(fields, state):
+    member = Member(0, 0, "s", "joined")
+    for name, value in ({"inner_step": 5, "last_advance_s": 99.0} | fields).items():
+        setattr(member, name, value)
+    assert state_of(member, 100.0) == state and member.is_active(100.0) == (state == "active")
+
+
 # ---- who may ask ----------------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +322,16 @@ def test_of_a_crowd_of_observers_a_bounded_number_waits(tmp_path):
             until(lambda: not observers._waiting, 10)
             asker.say()
             assert isinstance(asker.answer(), Status), "and the next one is answered again"
+
+
+def test_an_answer_that_cannot_be_made_ends_no_job(tmp_path, caplog):
+    with running_job(tmp_path) as job, Asker(job) as asker:
+        job.service._observers.status = lambda *_: 1 / 0
+        asker.say()
+        until(lambda: "Observers were not answered: ZeroDivisionError" in caplog.text)
+        del job.service._observers.status
+        asker.say()
+        assert isinstance(asker.answer(), Status)
 
 
 def test_figures_that_cannot_be_read_end_no_job(tmp_path, caplog):
