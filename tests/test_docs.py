@@ -92,6 +92,8 @@ def test_messages_are_listed_with_sender_and_channel():
         **{kind.__name__: ("syncer", "control") for kind in get_args(messages.FromSyncer)},
         **{kind.__name__: ("syncer", "bulk") for kind in get_args(messages.SyncerHeader)},
         "PeerState": ("learner, syncer", "bulk"),
+        messages.FromObserver.__name__: ("observer", "control"),
+        **{kind.__name__: ("syncer", "control") for kind in get_args(messages.ToObserver)},
     }
     assert {docs.codes(row[0])[0]: (row[1], row[2]) for row in docs.table(PROTOCOL, "messages")} == expected
 

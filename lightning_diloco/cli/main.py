@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lightning_diloco import __version__
-from lightning_diloco.cli import export, keygen, replay, simulate, syncer
+from lightning_diloco.cli import export, keygen, replay, simulate, status, syncer
 from lightning_diloco.errors import DiLoCoError
 
 __all__ = ["main"]
 
 _LATER = {
-    "status": ("a live table of a running job", "Read summary.json in the run directory; it is written every 5 s."),
     "plan": ("a forecast of bandwidth and memory", "Read bytes_up and bytes_down in summary.json of a short run."),
     "report": ("a page of plots from a run directory", "Read summary.json."),
 }
@@ -70,6 +69,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     syncer.add_parser(commands)
     keygen.add_parser(commands)
+    status.add_parser(commands)
     export.add_parser(commands)
     replay.add_parser(commands)
     simulate.add_parser(commands)

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from lightning_diloco.errors import ConfigurationError, not_there_yet
 from lightning_diloco.runtime.addresses import bulk_after, is_loopback, split
@@ -27,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 _STARTED_S = time.monotonic()
 """The process began about now: torch, which takes longest, is imported later."""
-_LATER_VALUES = {"--shards": "N", "--metrics-port": "PORT"}
+_LATER_VALUES = {"--shards": "N"}
 
 
 def add_parser(commands: Any) -> None:
@@ -36,7 +38,7 @@ def add_parser(commands: Any) -> None:
         "syncer",
         help="merge the fragments of one job",
         usage="lightning-diloco syncer (--run-dir DIR [--rebuild] | --resume RUN_DIR) [--bind ENDPOINT] [--keys DIR | --insecure] "
-        "[--verbose]",
+        "[--metrics-port PORT] [--verbose]",
         description="Run the syncer of one job. It ends when the last learner has reached its own limit, or on SIGTERM.",
     )
     parser.add_argument(
@@ -56,6 +58,12 @@ def add_parser(commands: Any) -> None:
         "--rebuild",
         action="store_true",
         help="the job's folder is lost: take the job from its learners, which dial --bind, into the new folder --run-dir",
+    )
+    parser.add_argument(
+        "--metrics-port",
+        metavar="PORT",
+        type=_metrics_address,
+        help="serve figures for Prometheus at http://127.0.0.1:PORT/metrics (HOST:PORT: at that address, for all who reach it)",
     )
     parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="one log line per merge")
@@ -90,14 +98,15 @@ def run(args: argparse.Namespace) -> int:
         rebuild=args.rebuild,
         bulk=hello.get("bulk", "") or bulk_after(args.bind),
         keys=keys,
+        observer_token=secrets.token_hex(16) if args.supervised else "",
     )
-    lone = None if args.supervised else LoneSyncer(options, _STARTED_S)
+    lone = None if args.supervised else LoneSyncer(options, _STARTED_S, args.metrics_port)
     service = SyncerService(options) if lone is None else lone.service
-    endpoint = service.bind()
+    endpoint = service.bind() if lone is None else lone.bind()
     for number in (signal.SIGTERM, signal.SIGINT):
         # On a thread: the handler may run while this one holds the lock that `finish` needs.
         signal.signal(number, lambda *_: threading.Thread(target=service.finish, args=("stopped",), daemon=True).start())
-    _announce(args, endpoint, service.bulk_endpoint, keys)
+    _announce(args, endpoint, service, "" if lone is None else lone.metrics_url, keys)
     if lone is not None:
         return 1 if lone.run() == "failed" else 0
     threading.Thread(target=_obey, args=(service, lines), name="diloco-supervisor", daemon=True).start()
@@ -166,15 +175,34 @@ def _refuse(args: argparse.Namespace) -> None:
         )
 
 
-def _announce(args: argparse.Namespace, endpoint: str, bulk: str, keys: SyncerKeys | None) -> None:
+def _metrics_address(value: str) -> tuple[str, int]:
+    """(host, port) of PORT, which is one of loopback, or of HOST:PORT."""
+    try:
+        address = urlsplit(f"//127.0.0.1:{value}" if value.isdecimal() else f"//{value}")
+        host, port = address.hostname, address.port
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{value}: {error}; 0 is any free port") from error
+    if not host or port is None or address.path or address.username is not None:
+        raise argparse.ArgumentTypeError(f"{value}: give PORT, which is one of 127.0.0.1, or HOST:PORT")
+    return host, port
+
+
+def _announce(args: argparse.Namespace, endpoint: str, service: SyncerService, metrics_url: str, keys: SyncerKeys | None) -> None:
     path = args.run_dir / "syncer.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"endpoint": endpoint, "bulk": bulk, "pid": os.getpid()}))
+    said = {"endpoint": endpoint, "bulk": service.bulk_endpoint, "pid": os.getpid(), "observer_token": service.options.observer_token}
+    # Who can read the token may watch the job: nobody else.
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(said, file)
     temporary.replace(path)
     if not args.supervised:
         from lightning_diloco.cli.inviting import invite
 
-        sys.stdout.write(invite(endpoint, bulk, keys) + f"Run directory: {args.run_dir}\n")
+        sys.stdout.write(
+            invite(endpoint, service.bulk_endpoint, keys)
+            + f"Run directory: {args.run_dir}\n"
+            + (f"Metrics: {metrics_url}\n" if metrics_url else "")
+        )
         sys.stdout.flush()
 
 

@@ -7,6 +7,7 @@ figure is explained in the module that folds it:
 - `participation`: merges, their members and who was eligible.
 - `activity`: step times, stalls, presence; goodput and uptime.
 - `summary`: all of them together, as the content of `summary.json`.
+- `present`: what is not in it because it is about the moment: rates, staleness, members, what went wrong last.
 """
 
 from __future__ import annotations
@@ -14,6 +15,17 @@ from __future__ import annotations
 from lightning_diloco.metrics.accounts import FragmentAccount, LedgerError, TokenAccounts
 from lightning_diloco.metrics.activity import Activity
 from lightning_diloco.metrics.participation import MergeLog
+from lightning_diloco.metrics.present import PresentFold, PresentLearner
 from lightning_diloco.metrics.summary import SCHEMA, SummaryFold
 
-__all__ = ["SCHEMA", "Activity", "FragmentAccount", "LedgerError", "MergeLog", "SummaryFold", "TokenAccounts"]
+__all__ = [
+    "SCHEMA",
+    "Activity",
+    "FragmentAccount",
+    "LedgerError",
+    "MergeLog",
+    "PresentFold",
+    "PresentLearner",
+    "SummaryFold",
+    "TokenAccounts",
+]

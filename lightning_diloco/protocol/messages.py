@@ -41,6 +41,7 @@ from lightning_diloco.protocol.learner_messages import (
     Unresolved,
 )
 from lightning_diloco.protocol.message_base import Message, Name
+from lightning_diloco.protocol.observer_messages import FromObserver, Status, StatusRefused, StatusRequest, ToObserver
 from lightning_diloco.protocol.syncer_messages import (
     Describe,
     Fenced,
@@ -77,6 +78,7 @@ __all__ = [
     "FoundingFragment",
     "FoundingStatic",
     "FromLearner",
+    "FromObserver",
     "FromSyncer",
     "Header",
     "Heartbeat",
@@ -108,9 +110,13 @@ __all__ = [
     "SendState",
     "ShardAddress",
     "StaticState",
+    "Status",
+    "StatusRefused",
+    "StatusRequest",
     "Stop",
     "StopRequest",
     "SyncerHeader",
+    "ToObserver",
     "Unresolved",
     "Welcome",
     "WhoAreYou",

@@ -141,6 +141,11 @@ class Publisher:
         """Whether this version has been delivered to this session (True for a session that is not known: nothing can be sent)."""
         return session not in self._held or self._held[session].get(fragment_id) == version
 
+    def held_range(self, session: str) -> tuple[int, int] | None:
+        """Lowest and highest n that was delivered to this session, over its fragments (None: nothing was, or it is not known)."""
+        numbers = [version.n for version in self._held.get(session, {}).values()]
+        return (min(numbers), max(numbers)) if numbers else None
+
     def holds_all(self, session: str, num_fragments: int) -> bool:
         """Whether every fragment has been delivered to this session at some version."""
         return len(self._held.get(session, {})) == num_fragments

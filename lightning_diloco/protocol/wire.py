@@ -1,7 +1,7 @@
 """Bytes to messages and back: msgpack of (envelope, message), closed per direction and channel.
 
-A syncer only ever decodes what a learner may say on that channel, and the other way round, so a reflected or misdirected message is
-refused by its tag. No pickle, no code, no references: msgspec builds frozen structs or raises.
+A syncer only ever decodes what a learner (or an observer) may say on that channel, and the other way round, so a reflected or
+misdirected message is refused by its tag. No pickle, no code, no references: msgspec builds frozen structs or raises.
 """
 
 from __future__ import annotations
@@ -11,13 +11,32 @@ from typing import Final
 import msgspec
 
 from lightning_diloco.errors import RemoteProtocolError
-from lightning_diloco.protocol.messages import Envelope, FromLearner, FromSyncer, LearnerHeader, Message, SyncerHeader
+from lightning_diloco.protocol.messages import (
+    Envelope,
+    FromLearner,
+    FromObserver,
+    FromSyncer,
+    LearnerHeader,
+    Message,
+    SyncerHeader,
+    ToObserver,
+)
 
-__all__ = ["decode_from_learner", "decode_from_syncer", "decode_learner_header", "decode_syncer_header", "encode"]
+__all__ = [
+    "decode_from_learner",
+    "decode_from_observer",
+    "decode_from_syncer",
+    "decode_learner_header",
+    "decode_syncer_header",
+    "decode_to_observer",
+    "encode",
+]
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _FROM_LEARNER: Final = msgspec.msgpack.Decoder(tuple[Envelope, FromLearner])
 _FROM_SYNCER: Final = msgspec.msgpack.Decoder(tuple[Envelope, FromSyncer])
+_FROM_OBSERVER: Final = msgspec.msgpack.Decoder(tuple[Envelope, FromObserver])
+_TO_OBSERVER: Final = msgspec.msgpack.Decoder(tuple[Envelope, ToObserver])
 _LEARNER_HEADER: Final = msgspec.msgpack.Decoder(tuple[Envelope, LearnerHeader])
 _SYNCER_HEADER: Final = msgspec.msgpack.Decoder(tuple[Envelope, SyncerHeader])
 
@@ -49,6 +68,30 @@ def decode_from_syncer(data: bytes) -> tuple[Envelope, FromSyncer]:
         return _FROM_SYNCER.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise RemoteProtocolError("wrong_layout", f"not a syncer's message: {error}") from error
+
+
+def decode_from_observer(data: bytes) -> tuple[Envelope, FromObserver]:
+    """What an observer asks.
+
+    Raises:
+        RemoteProtocolError: the bytes are no such message.
+    """
+    try:
+        return _FROM_OBSERVER.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise RemoteProtocolError("wrong_layout", f"not an observer's message: {error}") from error
+
+
+def decode_to_observer(data: bytes) -> tuple[Envelope, ToObserver]:
+    """A syncer's answer to an observer.
+
+    Raises:
+        RemoteProtocolError: the bytes are no such message.
+    """
+    try:
+        return _TO_OBSERVER.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise RemoteProtocolError("wrong_layout", f"not an answer to an observer: {error}") from error
 
 
 def decode_learner_header(data: bytes) -> tuple[Envelope, LearnerHeader]:

@@ -6,12 +6,17 @@ import logging
 import threading
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.protocol.records import JoinRecord, RunRecord, TapeLine
+from lightning_diloco.runtime.live_summary import LiveSummary
 from lightning_diloco.runtime.service import ServiceOptions, SyncerService
 from lightning_diloco.runtime.summary import SUMMARY_PERIOD_S, SummaryKeeper
 from lightning_diloco.runtime.tape import TAPE_NAME, append_run_record
+
+if TYPE_CHECKING:
+    from lightning_diloco.runtime.metrics_endpoint import MetricsEndpoint
 
 __all__ = ["LoneSyncer"]
 
@@ -24,21 +29,56 @@ class LoneSyncer:
     Args:
         options: of the service.
         started_s: monotonic time at which the process started: `startup_s` counts from here to the first join.
+        metrics: host and port to serve figures for Prometheus at (None: nowhere).
     """
 
-    def __init__(self, options: ServiceOptions, started_s: float) -> None:
-        self.service = SyncerService(options, on_line=self._note_join)
+    def __init__(self, options: ServiceOptions, started_s: float, metrics: tuple[str, int] | None = None) -> None:
+        self._live = LiveSummary(options.run_dir)
+        self.service = SyncerService(options, on_line=self._note_join, live=self._live)
+        self._metrics_at = metrics
+        self._metrics: MetricsEndpoint | None = None
         self._run_dir: Path = options.run_dir
         self._started_s = started_s
         self._startup_s: float | None = None
 
+    def bind(self) -> str:
+        """Open the metrics endpoint, and bind the service; returns the control endpoint with its real port.
+
+        Raises:
+            ConfigurationError: an address cannot be bound, or the folder belongs to another syncer or to an earlier job, or
+                figures are wanted and `prometheus_client` is not installed.
+        """
+        # The endpoint first: a port that is taken must not leave a job in the folder.
+        if self._metrics_at is not None:
+            self._metrics = _open_metrics(self._metrics_at, self._live)
+        try:
+            return self.service.bind()
+        except BaseException:
+            self._close_metrics(linger=False)
+            raise
+
+    @property
+    def metrics_url(self) -> str:
+        """Where the figures are ("": nowhere)."""
+        return "" if self._metrics is None else self._metrics.url
+
     def run(self) -> Literal["finished", "stopped", "failed"]:
-        """Serve on this thread until the job ends, then write the last summary; the service has been bound.
+        """Serve on this thread until the job ends, then write the last summary; `bind` comes first.
 
         Returns:
             How the run ended; an error of the service is logged.
         """
-        keeper = SummaryKeeper(self._run_dir)
+        try:
+            return self._run()
+        finally:
+            self._close_metrics(linger=True)
+
+    def _close_metrics(self, *, linger: bool) -> None:
+        if self._metrics is not None:
+            self._metrics.close(linger=linger)
+
+    def _run(self) -> Literal["finished", "stopped", "failed"]:
+        keeper = SummaryKeeper(self._run_dir, live=self._live)
         stop = threading.Event()
 
         def keep() -> None:
@@ -67,3 +107,12 @@ class LoneSyncer:
     def _note_join(self, line: TapeLine) -> None:
         if self._startup_s is None and isinstance(line.record, JoinRecord):
             self._startup_s = time.monotonic() - self._started_s
+
+
+def _open_metrics(address: tuple[str, int], live: LiveSummary) -> MetricsEndpoint:
+    # Imported late: a syncer without an endpoint needs no package for one.
+    try:
+        from lightning_diloco.runtime.metrics_endpoint import MetricsEndpoint
+    except ImportError as error:
+        raise ConfigurationError(f"--metrics-port needs prometheus_client ({error}). Install it: pip install prometheus_client.") from error
+    return MetricsEndpoint(address, live)

@@ -6,10 +6,12 @@ every payload and every version is checked. Neither holds the interpreter lock a
 
 from __future__ import annotations
 
-from isal import isal_zlib
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from lightning_diloco.outer import buffer_of
+from isal import isal_zlib
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["crc32"]
 
@@ -27,5 +29,10 @@ def crc32(data: Tensor | bytes | bytearray | memoryview, before: int = 0) -> int
     Raises:
         LocalProtocolError: the tensor is on another device or not contiguous.
     """
-    checksum: int = isal_zlib.crc32(buffer_of(data) if isinstance(data, Tensor) else data, before)
+    if not isinstance(data, bytes | bytearray | memoryview):
+        # Imported late: an observer has no tensors, and torch takes longer to import than a syncer to answer.
+        from lightning_diloco.outer import buffer_of
+
+        data = buffer_of(data)
+    checksum: int = isal_zlib.crc32(data, before)
     return checksum

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Final
 
 from lightning_diloco.errors import DiLoCoError
+from lightning_diloco.protocol.events import CountersRead
+from lightning_diloco.protocol.members import Member
 
-__all__ = ["CounterFile", "CounterFileError", "Counters", "read_counters"]
+__all__ = ["CounterFile", "CounterFileError", "Counters", "read_counters", "read_totals"]
 
 _MAGIC: Final = b"LDLCNT\r\n"
 _VERSION: Final = 1
@@ -117,3 +119,18 @@ def read_counters(path: Path) -> Counters:
         raise CounterFileError(f"{path}: both slots are half-written. A single writer cannot do that; the file is damaged.")
     _, inner_steps, tokens, _ = max(whole)
     return Counters(None if incarnation == _UNKNOWN else incarnation, inner_steps, tokens)
+
+
+def read_totals(folder: Path, member: Member) -> CountersRead | None:
+    """What the counter file of a member's process says, as an event for the rules; None if there is none that can be read.
+
+    Args:
+        folder: where the files of a run directory are.
+        member: whose process.
+    """
+    try:
+        counters = read_counters(folder / f"{member.session}.bin")
+    except CounterFileError:
+        return None
+    totals = {"inner_steps": counters.inner_steps, "tokens": counters.tokens}
+    return CountersRead(learner_id=member.learner_id, incarnation=member.incarnation, **totals)

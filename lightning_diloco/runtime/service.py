@@ -28,7 +28,6 @@ import zmq
 from lightning_diloco.errors import RemoteProtocolError
 from lightning_diloco.protocol.actions import MakeDurable
 from lightning_diloco.protocol.events import (
-    CountersRead,
     Durable,
     Finish,
     LearnerLost,
@@ -46,8 +45,10 @@ from lightning_diloco.protocol.records import TapeLine
 from lightning_diloco.protocol.syncer import SyncerMachine
 from lightning_diloco.protocol.wire import decode_from_learner
 from lightning_diloco.runtime.complaints import COMPLAIN_S, Complaints
-from lightning_diloco.runtime.counters import CounterFileError, read_counters
+from lightning_diloco.runtime.counters import read_totals
 from lightning_diloco.runtime.intake import MIN_DECODING, Intake
+from lightning_diloco.runtime.live_summary import LiveSummary
+from lightning_diloco.runtime.observers import Observers
 from lightning_diloco.runtime.opening import open_job
 from lightning_diloco.runtime.performer import Performer
 from lightning_diloco.runtime.rebuilding import Rebuilding, refuse_a_folder_in_use
@@ -84,6 +85,7 @@ class SyncerService:
         options: see `ServiceOptions`.
         context: shared with learners of the same process (`inproc://`).
         on_line: called on the loop thread with every line of the tape.
+        live: the job's figures, if others read them too.
     """
 
     def __init__(
@@ -91,8 +93,10 @@ class SyncerService:
         options: ServiceOptions,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         on_line: Callable[[TapeLine], None] | None = None,
+        live: LiveSummary | None = None,
     ) -> None:
         self.options = options
+        self._live = LiveSummary(options.run_dir) if live is None else live
         self.error: BaseException | None = None
         self.status: Literal["finished", "stopped", "failed"] | None = None
         self._start_s = time.monotonic()
@@ -151,6 +155,8 @@ class SyncerService:
         )
         self._machine = SyncerMachine(self._performer.job_options(), opening.resumption)
         self._intake = Intake(self._machine, self._performer, submit=self._submit, handle=self._handle)
+        token = options.observer_token
+        self._observers = Observers(self._machine, self._tape, self._transport, self._live, token, self._on_loop)
 
     @property
     def bulk_endpoint(self) -> str:
@@ -200,6 +206,7 @@ class SyncerService:
             self.error = error
             _log.exception("The syncer failed.")
         finally:
+            self._observers.close()
             self._numerics.shutdown(wait=True, cancel_futures=True)
             self._performer.keeper.close(writes=self._performer.ended is not None)
             self._performer.payloads.close()
@@ -219,9 +226,11 @@ class SyncerService:
                 self._command(self._commands.popleft())
             self._handle(Tick())
             self._performer.keeper.tick(time.monotonic())
+            self._observers.tick(time.monotonic())
             self._complain_of_missing(time.monotonic())
             self._tape.flush_if_due(time.monotonic())
         self.status = self._performer.ended.status
+        self._observers.end(self.status)
         # Last answers (Left) are on their way; the transport lingers shortly when it closes.
         self._transport.poll(0.0)
 
@@ -231,24 +240,11 @@ class SyncerService:
 
     def _command(self, event: SyncerEvent) -> None:
         """Totals of processes that are gone come first, so that the ledger closes with all their tokens."""
-        members = self._machine.job.members
-        if isinstance(event, LearnerLost):
-            gone = [m for m in members.present() if m.learner_id == event.learner_id]
-        else:
-            gone = members.present()
-        for member in gone:
-            try:
-                counters = read_counters(self.options.run_dir / "counters" / f"{member.session}.bin")
-            except CounterFileError:
-                continue
-            self._handle(
-                CountersRead(
-                    learner_id=member.learner_id,
-                    incarnation=member.incarnation,
-                    inner_steps=counters.inner_steps,
-                    tokens=counters.tokens,
-                )
-            )
+        for member in self._machine.job.members.present():
+            if not isinstance(event, LearnerLost) or member.learner_id == event.learner_id:
+                counters = read_totals(self.options.run_dir / "counters", member)
+                if counters is not None:
+                    self._handle(counters)
         self._handle(event)
 
     def _handle(self, event: SyncerEvent, decoded: Any = None) -> None:
@@ -258,6 +254,7 @@ class SyncerService:
         if durable or (self._machine.job.is_serving and not was_founded):
             self._performer.keep_all(self._machine.job.currents, durable[0].origins if durable else ())
         self._performer.perform(actions, decoded)
+        self._observers.note(actions)
 
     def _complain_of_missing(self, now_s: float) -> None:
         """A job that goes on may need a learner that has not come back: say which fragments nobody has."""
@@ -328,7 +325,8 @@ class SyncerService:
         try:
             envelope, message = decode_from_learner(data)
         except RemoteProtocolError as error:
-            self._complaints.add(f"A message of session {session[:8]}", error)
+            if not self._observers.ask(session, data):
+                self._complaints.add(f"A message of session {session[:8]}", error)
             return
         if self._is_excessive(message):
             self._complaints.add(f"A message of session {session[:8]}", "its lists are longer than any that a learner has use for")

@@ -24,6 +24,7 @@ class ServiceOptions:
         resume: the job in the folder goes on.
         rebuild: nothing of the job is left but its learners: they dial `bind`, and the folder is written from what they tell.
         bulk: bulk endpoint to bind ("": any free port beside `bind`).
+        observer_token: what `lightning-diloco status` must show ("" = nothing).
         keys: of this syncer: links are encrypted, and only sites that it admits are let in.
     """
 
@@ -36,4 +37,5 @@ class ServiceOptions:
     supervised: bool = False
     resume: bool = False
     rebuild: bool = False
+    observer_token: str = ""
     keys: SyncerKeys | None = None

@@ -1,7 +1,7 @@
 """`summary.json`: written atomically while a job runs, and once more at its end.
 
-The keeper tails the tape and folds it (`metrics.SummaryFold`), so the figures of a running job and of a finished one come from the same
-lines. It owns no thread: the supervisor's loop (inline: the syncer's) calls `tick`.
+The keeper folds the tape (`LiveSummary`), so the figures of a running job and of a finished one come from the same lines. It owns no
+thread: the supervisor's loop (inline: the syncer's) calls `tick`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning_diloco.errors import DiLoCoError
-from lightning_diloco.metrics import LedgerError, SummaryFold
-from lightning_diloco.runtime.tape import TAPE_NAME, TapeTail
+from lightning_diloco.metrics import LedgerError
+from lightning_diloco.runtime.live_summary import LiveSummary
 
 __all__ = ["SUMMARY_NAME", "SUMMARY_PERIOD_S", "SummaryKeeper", "write_summary"]
 
@@ -53,9 +53,10 @@ class SummaryKeeper:
     Args:
         run_dir: the run directory; its tape need not exist yet.
         period_s: seconds between two writings.
+        live: a fold over the same tape that others read too (None: one of its own).
     """
 
-    def __init__(self, run_dir: Path, period_s: float = SUMMARY_PERIOD_S) -> None:
+    def __init__(self, run_dir: Path, period_s: float = SUMMARY_PERIOD_S, live: LiveSummary | None = None) -> None:
         self.run_dir = run_dir
         self.error: Exception | None = None
         """The first error (disk, tape or ledger), or None. It never ends a run; it is logged once."""
@@ -63,8 +64,7 @@ class SummaryKeeper:
         """What only the supervisor knows (`startup_s`, `restarts`): overrides the running job's figures, not those of a run record."""
         self._period_s = period_s
         self._due_s: float | None = None
-        self._tail = TapeTail(run_dir / TAPE_NAME)
-        self._fold = SummaryFold()
+        self._live = LiveSummary(run_dir) if live is None else live
 
     def tick(self, now_s: float) -> bool:
         """Read what is new and write the summary if it is due; never raises for the disk, the tape or the ledger.
@@ -79,8 +79,8 @@ class SummaryKeeper:
             return False
         self._due_s = now_s + self._period_s
         try:
-            self._feed()
-            write_summary(self.run_dir, self._fold.result("running", is_strict=False) | self.known)
+            self._live.feed()
+            write_summary(self.run_dir, self._live.result("running", is_strict=False) | self.known)
         except (OSError, DiLoCoError) as error:
             self._note(error)
             return False
@@ -93,25 +93,22 @@ class SummaryKeeper:
         learner has trained at least what is accounted for: the run's result is not withheld for it.
         """
         try:
-            self._feed()
+            self._live.feed()
         except (OSError, DiLoCoError) as error:
             self._note(error)
         try:
-            summary = self._fold.result()
+            summary = self._live.result()
         except LedgerError as error:
             self._note(error)
-            summary = self._fold.result(is_strict=False)
-        if not self._fold.has_run_record:
+            summary = self._live.result(is_strict=False)
+        if not self._live.has_run_record:
             summary |= self.known
+        self._live.settle(summary)
         try:
             write_summary(self.run_dir, summary)
         except OSError as error:
             self._note(error)
         return summary
-
-    def _feed(self) -> None:
-        for line in self._tail.read_new():
-            self._fold.feed(line)
 
     def _note(self, error: Exception) -> None:
         if self.error is None:

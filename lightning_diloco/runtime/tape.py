@@ -90,14 +90,18 @@ class TapeWriter:
         """Lines written so far, those of an earlier writer included."""
         return self._next_seq
 
+    def clock_s(self) -> float:
+        """The present moment on the tape's clock."""
+        # Microseconds, as in the file, so that a fold over the lines of `write` equals one over the file's.
+        return max(round(self._now() - self._t0_s, 6), 0.0)
+
     def write(self, record: Record) -> TapeLine:
         """Stamp a record and buffer it; never blocks on the disk and never raises for it.
 
         Returns:
             The line, for whoever folds it at once.
         """
-        # Microseconds, as in the file, so that a fold over these lines equals one over the file's.
-        line = TapeLine(self._next_seq, max(round(self._now() - self._t0_s, 6), 0.0), record)
+        line = TapeLine(self._next_seq, self.clock_s(), record)
         self._next_seq += 1
         if self._fd is not None and not self._is_given_up:
             self._pending += encode_line(line)
@@ -149,11 +153,16 @@ class TapeTail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.has_more = False
+        """Whether the last call had to stop before the end of the file."""
         self._offset = 0
         self._next_seq = 0
 
-    def read_new(self) -> list[TapeLine]:
+    def read_new(self, max_bytes: int = -1) -> list[TapeLine]:
         """The complete lines that came since the last call.
+
+        Args:
+            max_bytes: about so many bytes of them at once, for a tape that may be long (-1: all).
 
         Raises:
             TapeError: a complete line is no record, or not the next one.
@@ -162,7 +171,9 @@ class TapeTail:
         try:
             with self.path.open("rb") as file:
                 file.seek(self._offset)
-                data = file.read()
+                data = file.read(max_bytes)
+                while max_bytes > 0 and b"\n" not in data and (more := file.read(max_bytes)):
+                    data += more
         except FileNotFoundError:
             return []
         lines: list[TapeLine] = []
@@ -175,6 +186,8 @@ class TapeTail:
                 raise
             self._offset += len(raw) + 1
             self._next_seq += 1
+        # A line that is longer and not complete is no reason to try again at once.
+        self.has_more = bool(lines) and 0 < max_bytes <= len(data)
         return lines
 
     def _decode(self, raw: bytes) -> TapeLine:

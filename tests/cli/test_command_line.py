@@ -46,7 +46,7 @@ def test_help_is_0(command, capsys):
     assert end.value.code == 0 and "usage:" in out and err == ""
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("syncer", "simulate", "export", "replay", "keygen")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("syncer", "simulate", "export", "replay", "keygen", "status")])
 def test_a_command_that_is_not_there_yet_says_so_whatever_follows_it(command, capsys):
     says = re.compile(rf"lightning-diloco: {command} \([a-z -]+\) is not there yet\. [A-Z].+\.\n")
     assert says.fullmatch(refuse(capsys, command))
@@ -93,7 +93,6 @@ def test_version_is_that_of_the_package(capsys):
         (["syncer", "--run-dir", "x", "--insecure", "--bind", "tcp://0.0.0.0:65535"], "Give a port below 65535"),
         (["syncer", "--run-dir", "x", "--bind", "tcp://[::]:7777"], "beyond loopback"),
         (["syncer", "--run-dir", "x", "--shards", "2"], "--shards 2 is not there yet"),
-        (["syncer", "--run-dir", "x", "--metrics-port", "9"], "--metrics-port 9 is not there yet"),
         (["syncer", "--resume"], "--resume: expected one argument"),
         (["syncer", "--resume", "x"], "--resume x: there is no such folder"),
         (["syncer", "--run-dir", "x", "--resume", "y"], "--run-dir x is another one"),
