@@ -1,12 +1,16 @@
-"""Formats of four bits on real pseudo-gradients, and the speed of the codecs.
+"""Formats of four bits on real pseudo-gradients, what their errors add up to, and the speed of the codecs.
 
     .venv/bin/python benchmarks/wire_formats.py errors [--steps N]
+    .venv/bin/python benchmarks/wire_formats.py feedback
     .venv/bin/python benchmarks/wire_formats.py speed [--elements N]
 
-`errors`: two learners of `emulate.py` (recipe `quality`, H = 24) are trained, and every contribution of theirs, a whole fragment, is rounded
-by every format. Of each it prints the bits of an element, scales included, and ||d^ - d|| / ||d||: the median of all contributions, the
-largest, and that of normally distributed numbers. Scales are bf16 numbers; that of the longer side's last level, but for "-8..7 with room",
-which is what `wire_dtype="int4"` does with groups of 64 (`outer/int4.py`).
+`errors`: two learners of `emulate.py` (recipe `quality`, H = 24) are trained, and every contribution of theirs, a whole fragment, is
+rounded by every format. Of each it prints the bits of an element, scales included, and ||d^ - d|| / ||d||: the median of all contributions,
+the largest, and that of normally distributed numbers. Scales are bf16 numbers; "-8..7" is what `wire_dtype="int4"` does with groups of 64
+(`outer/int4.py`), and the others have their last level at the largest value of the group.
+
+`feedback`: one learner moves at random for 100 rounds, outer SGD with learning rate 1; how far the global model is from where the same
+moves lead without rounding, as a share of the way, with each wire dtype (both ways) and each adoption.
 
 `speed`: on one thread, GB of float32 per second of that thread, the best of many. For comparison `copy_` of the same tensor.
 """
@@ -29,7 +33,17 @@ import torch
 from emulate import Outer, Run, Settings
 from torch import Tensor
 
-from lightning_diloco.outer import decode, decode_publication, encode, encode_in_place, encode_publication, flat, payload_bytes
+from lightning_diloco.outer import (
+    decode,
+    decode_publication,
+    encode,
+    encode_in_place,
+    encode_publication,
+    flat,
+    payload_bytes,
+    pseudo_gradient,
+    rebase_delta,
+)
 from lightning_diloco.outer.memory import raw
 
 INT = [float(i) for i in range(-7, 8)]
@@ -52,11 +66,11 @@ def rounded(d: Tensor, group: int, *, levels: list[float]) -> Tensor:
     return (nearest * scales).flatten()[: d.numel()]
 
 
-def rounded_to_eight(d: Tensor, group: int, *, shorter: float) -> Tensor:
-    """Whole numbers from -8 to 7, where the sign of the scale gives the longer side the 8; the shorter one ends at this many levels."""
+def rounded_to_eight(d: Tensor, group: int) -> Tensor:
+    """Whole numbers from -8 to 7, where the sign of the scale gives the longer side the 8, and the shorter one ends at 7.4 levels."""
     rows = torch.nn.functional.pad(d, (0, -d.numel() % group)).view(-1, group)
     down, up = -rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-    upright, flipped = torch.maximum(down / 8, up / shorter), torch.maximum(up / 8, down / shorter)
+    upright, flipped = torch.maximum(down / 8, up / 7.4), torch.maximum(up / 8, down / 7.4)
     scales = torch.where(flipped < upright, -flipped, upright).to(torch.bfloat16).float()
     whole = (rows / scales.masked_fill(scales == 0, 1.0)).round().clamp(-8, 7)
     return (whole * scales).flatten()[: d.numel()]
@@ -68,8 +82,7 @@ def formats() -> dict[str, tuple[float, Callable[[Tensor], Tensor]]]:
     for group in (16, 32, 64, 128, 256):
         roundings: dict[str, Callable[[Tensor, int], Tensor]] = {
             **{name: partial(rounded, levels=levels) for name, levels in LEVELS.items()},
-            "-8..7, cut off": partial(rounded_to_eight, shorter=8.0),
-            "-8..7 with room": partial(rounded_to_eight, shorter=7.4),
+            "-8..7": rounded_to_eight,
         }
         for name, rounding in roundings.items():
             found[f"{name}, groups of {group}"] = (4 + 16 / group, partial(rounding, group=group))
@@ -109,6 +122,28 @@ def errors(steps: int) -> None:
         print(f"| {name} | {bits:.3f} | {statistics.median(found):.4f} | {max(found):.4f} | {error(normal, rounding(normal)):.4f} |")
 
 
+def feedback() -> None:
+    """The table of what is left of the errors."""
+    print("| wire_dtype | rebase | overwrite |\n|---|---|---|")
+    for wire in ("bf16", "int4"):
+        print(f"| {wire} | {after_rounds(wire, is_rebase=True):.2%} | {after_rounds(wire, is_rebase=False):.2%} |")
+
+
+def after_rounds(wire: str, *, is_rebase: bool) -> float:
+    """The distance at the end, as a share of the way."""
+    size, random = 1 << 16, torch.Generator().manual_seed(0)
+    start = torch.randn(size, generator=random)
+    moved, local, theta, shadow = torch.zeros(size, dtype=torch.float64), start, start, start
+    for _ in range(100):
+        move = 1e-2 * torch.randn(size, generator=random)
+        moved, local = moved + move, local + move
+        d = decode(encode(pseudo_gradient(shadow, local), wire), size, wire)
+        theta, base = theta - d, shadow
+        _, shadow = encode_publication(theta, shadow, wire)
+        local = local + rebase_delta(shadow, base, d) if is_rebase else shadow
+    return float((shadow - (start + moved)).norm() / moved.norm())
+
+
 def speed(size: int) -> None:
     """The table of all codecs."""
     x, shadow, values = torch.randn(size), torch.randn(size), flat(size)
@@ -140,13 +175,15 @@ def seconds(work: Callable[[], object], *, before: Callable[[], object] = lambda
 def main() -> int:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["errors", "speed"])
+    parser.add_argument("what", choices=["errors", "feedback", "speed"])
     parser.add_argument("--steps", type=int, default=192, help="inner steps of each learner")
     parser.add_argument("--elements", type=int, default=4_000_000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.what == "errors":
         errors(arguments.steps)
+    elif arguments.what == "feedback":
+        feedback()
     else:
         speed(arguments.elements)
     return 0

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from lightning_diloco import SyncConfig
+from lightning_diloco.config import payload_bytes
 from lightning_diloco.errors import ConfigurationError
 
 WRONG = [
@@ -61,3 +62,13 @@ def test_the_first_field_that_differs_is_named():
     config = SyncConfig()
     assert config.first_difference(SyncConfig()) is None
     assert config.first_difference(dataclasses.replace(config, outer_lr=0.5, merge="mean")) == "merge"
+
+
+@pytest.mark.parametrize(("wire_dtype", "two", "four"), [("bf16", 45, 68), ("int4", 165, 250)])
+@pytest.mark.parametrize("num_params", [12e9, 0.85e6])
+def test_a_learner_sends_a_small_share_of_what_data_parallel_training_sends(wire_dtype, two, four, num_params):
+    config = SyncConfig(wire_dtype=wire_dtype)
+    per_step = payload_bytes(int(num_params / config.num_fragments), wire_dtype) * config.num_fragments / config.sync_interval_steps
+    for learners, share in ((2, two), (4, four)):
+        # A ring all-reduce of float32 gradients: each sends 2 (M - 1) / M of them.
+        assert 4 * num_params * 2 * (learners - 1) / learners > share * per_step
