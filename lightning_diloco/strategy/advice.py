@@ -2,7 +2,8 @@
 
 **Before.** Momentum counts merges. A merge of few steps is small and there are many of them, so the same momentum moves further for the
 steps done; a short run ends before constant high momentum has settled. What rounding to four bits takes is sent later by rebase alone.
-Each rule names what it cost where it was measured (``docs/lab-notes.md``, ``docs/numerics.md``): a hint of its size, for another model it differs.
+Each rule names what it cost where it was measured (``docs/lab-notes.md``, ``docs/numerics.md``): a hint of its size, for another model it
+differs.
 
 **After.** Nobody looks at participation when all processes are alive and the loss falls, and a job whose merges hold half of the learners
 wastes the other half's work for an interval each time, or worse: with outer momentum, contributions that learned the same thing and arrive
