@@ -121,7 +121,7 @@ def encode_in_place(flat: Tensor, wire_dtype: str) -> Tensor:
     if wire_dtype != "fp32":
         for part in blocks(flat.numel()):
             # What is written of a block lies before all that is still to be read, but for the first one, which lies on itself.
-            _put(payload[bytes_of(part, wire_dtype)], flat[part] if part.start else flat[part].clone(), wire_dtype)
+            _put(payload[bytes_of(part, wire_dtype)], flat[part], wire_dtype)
     return payload
 
 
@@ -249,11 +249,12 @@ def decode_full(payload: Buffer | Tensor, num_elements: int, *, out: Tensor | No
 
 
 def _put(payload: Tensor, values: Tensor, wire_dtype: str) -> None:
-    """Encode one block, whose values are gone afterwards."""
+    """Encode one block, whose values are gone afterwards; the payload may lie at the same address."""
     if wire_dtype == "int4":
         int4.encode_into(payload, values)
     elif wire_dtype == "bf16":
-        payload.view(torch.bfloat16).copy_(_saturated(values))
+        rounded = _saturated(values)
+        payload.view(torch.bfloat16).copy_(rounded.to(torch.bfloat16) if payload.data_ptr() == values.data_ptr() else rounded)
     else:
         payload.view(torch.float32).copy_(values)
 

@@ -52,7 +52,7 @@ def encode_into(payload: Tensor, values: Tensor) -> None:
     """Encode a flat fragment.
 
     Args:
-        payload: where to, uint8 [payload_bytes(N)]; it must not overlap with the values.
+        payload: where to, uint8 [payload_bytes(N)]; it may be the first bytes of the values' memory.
         values: float32 [N]; they are gone afterwards.
     """
     for part, where in _sections(values.numel()):
@@ -105,8 +105,9 @@ def _encode_section(payload: Tensor, x: Tensor) -> None:
         x.nan_to_num_(0.0).clamp_(-8.0, 7.0)  # NaN becomes another byte on every CPU
     lower, upper = x[:half], x[half:]
     lower.add_(8.0)[: upper.numel()].add_(upper.mul_(16.0))  # small whole numbers: every one of these is exact
+    codes = lower.to(torch.int8)  # the payload may lie on what it is made of
     payload[: 2 * count].view(torch.bfloat16).copy_(scales)
-    payload[2 * count :].view(torch.int8).copy_(lower)
+    payload[2 * count :].view(torch.int8).copy_(codes)
 
 
 def _scales(a: Tensor, b: Tensor) -> tuple[Tensor, bool]:
