@@ -2,6 +2,8 @@
 
 `SyncConfig` is what one job agrees on: it is the founder's, travels in the join handshake, and a joiner whose values differ
 is refused with the field's name. Choices of one process (addresses, folders, restarts) are not here.
+
+What a wire dtype costs (`payload_bytes`) stands here too, because layers without tensors have to know it.
 """
 
 from __future__ import annotations
@@ -13,14 +15,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from lightning_diloco.errors import ConfigurationError, not_there_yet
+from lightning_diloco.errors import ConfigurationError
 
-__all__ = ["SyncConfig", "WireDtype", "need_int"]
+__all__ = ["INT4_GROUP", "SyncConfig", "WireDtype", "need_int", "payload_bytes"]
 
 WireDtype = Literal["fp32", "bf16", "int4"]
 
-_NOT_THERE_YET = ("int4",)
-"""Choices that are refused by themselves, and not offered to somebody who has mistyped one."""
+INT4_GROUP = 64
+"""Elements of an int4 payload that share one scale, which has two bytes."""
+
+
+def payload_bytes(num_elements: int, wire_dtype: str) -> int:
+    """Bytes of an encoded fragment: values and scales.
+
+    Args:
+        num_elements: N, at least 0.
+        wire_dtype: "fp32", "bf16" or "int4".
+
+    Raises:
+        ConfigurationError: the wire dtype is unknown.
+    """
+    if wire_dtype == "int4":
+        return 2 * math.ceil(num_elements / INT4_GROUP) + math.ceil(num_elements / 2)
+    if wire_dtype not in ("fp32", "bf16"):
+        raise ConfigurationError(f"wire_dtype={wire_dtype!r}: must be one of {', '.join(map(repr, get_args(WireDtype)))}.")
+    return num_elements * (4 if wire_dtype == "fp32" else 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +124,6 @@ class SyncConfig:
             self._need_number(name, 0.0, math.inf, open_bottom=True)
         if self.norm_gate is not None:
             self._need_number("norm_gate", 1.0, math.inf, open_bottom=True)
-        self._refuse_what_is_not_there_yet()
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> SyncConfig:
@@ -135,8 +153,7 @@ class SyncConfig:
         for name in ("merge", "adopt", "wire_dtype", "lr_clock"):
             value, choices = getattr(self, name), get_args(hints[name])
             if value not in choices:
-                offered = ", ".join(repr(choice) for choice in choices if choice not in _NOT_THERE_YET)
-                raise ConfigurationError(f"{name}={value!r}: must be one of {offered}.")
+                raise ConfigurationError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}.")
         for name in ("tape_payloads", "include_frozen"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name}={getattr(self, name)!r}: must be True or False.")
@@ -153,10 +170,6 @@ class SyncConfig:
             if high != math.inf:
                 rule += f" and {'below' if open_top else 'at most'} {high:g}"
             raise ConfigurationError(f"{name}={value!r}: must be a finite number {rule}{_if_text(value, 'a number')}.")
-
-    def _refuse_what_is_not_there_yet(self) -> None:
-        if self.wire_dtype == "int4":
-            raise not_there_yet("wire_dtype='int4'", "Use 'bf16' or 'fp32'.")
 
 
 def need_int(name: str, value: Any, at_least: int) -> None:

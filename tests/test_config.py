@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from lightning_diloco import SyncConfig
+from lightning_diloco.config import payload_bytes
 from lightning_diloco.errors import ConfigurationError
 
 WRONG = [
@@ -23,7 +24,7 @@ WRONG = [
     ({"outer_momentum": 1.0}, "outer_momentum=1.0"),
     ({"merge": "median"}, "merge='median': must be one of 'rda', 'mean'"),
     ({"adopt": "mix"}, "adopt='mix'"),
-    ({"wire_dtype": "fp16"}, "wire_dtype='fp16': must be one of 'fp32', 'bf16'."),
+    ({"wire_dtype": "fp16"}, "wire_dtype='fp16': must be one of 'fp32', 'bf16', 'int4'."),
     ({"sync_interval_steps": "8"}, "sync_interval_steps='8': must be a whole number of at least 1; this is text, an int is needed."),
     ({"norm_gate": "8"}, "norm_gate='8': must be a finite number above 1; this is text, a number is needed."),
     ({"lr_clock": None}, "lr_clock=None"),
@@ -35,9 +36,6 @@ WRONG = [
     ({"drain_timeout_s": 0}, "drain_timeout_s=0"),
     ({"heartbeat_s": float("inf")}, "heartbeat_s=inf"),
 ]
-NOT_THERE_YET = [
-    {"wire_dtype": "int4"},
-]
 
 
 @pytest.mark.parametrize(("options", "sentence"), WRONG)
@@ -45,13 +43,6 @@ def test_a_wrong_value_is_named_with_its_rule(options, sentence):
     with pytest.raises(ConfigurationError) as caught:
         SyncConfig(**options)
     assert sentence in str(caught.value)
-
-
-@pytest.mark.parametrize("options", NOT_THERE_YET)
-def test_an_option_that_is_not_there_yet_says_so_with_its_value_and_the_remedy(options):
-    ((name, value),) = options.items()
-    with pytest.raises(ConfigurationError, match=rf"^{name}={value!r} is not there yet\. (Leave it at|Use 'bf16') "):
-        SyncConfig(**options)
 
 
 def test_an_unknown_option_suggests_the_nearest_one():
@@ -71,3 +62,13 @@ def test_the_first_field_that_differs_is_named():
     config = SyncConfig()
     assert config.first_difference(SyncConfig()) is None
     assert config.first_difference(dataclasses.replace(config, outer_lr=0.5, merge="mean")) == "merge"
+
+
+@pytest.mark.parametrize(("wire_dtype", "two", "four"), [("bf16", 45, 68), ("int4", 165, 250)])
+@pytest.mark.parametrize("num_params", [12e9, 0.85e6])
+def test_a_learner_sends_a_small_share_of_what_data_parallel_training_sends(wire_dtype, two, four, num_params):
+    config = SyncConfig(wire_dtype=wire_dtype)
+    per_step = payload_bytes(int(num_params / config.num_fragments), wire_dtype) * config.num_fragments / config.sync_interval_steps
+    for learners, share in ((2, two), (4, four)):
+        # A ring all-reduce of float32 gradients: each sends 2 (M - 1) / M of them.
+        assert 4 * num_params * 2 * (learners - 1) / learners > share * per_step

@@ -9,6 +9,8 @@ from __future__ import annotations
 from lightning_diloco.outer.adopt import rebase_delta, reference
 from lightning_diloco.outer.checksum import buffer_of, sha256_of
 from lightning_diloco.outer.codec import (
+    bytes_of,
+    check_payload,
     decode,
     decode_full,
     decode_publication,
@@ -17,10 +19,9 @@ from lightning_diloco.outer.codec import (
     encode_in_place,
     encode_publication,
     payload_bytes,
-    payload_values,
 )
 from lightning_diloco.outer.layout import balanced_fragments, plan_layout
-from lightning_diloco.outer.memory import BLOCK_ELEMENTS, flat
+from lightning_diloco.outer.memory import blocks, flat
 from lightning_diloco.outer.merge import FoldRecord, MergeAccumulator, MergeRecord
 from lightning_diloco.outer.optimizer import FragmentState, last_step, momentum_at, outer_step, recovered_momentum
 from lightning_diloco.outer.pseudo_gradient import contribution_norm, pseudo_gradient
@@ -30,7 +31,6 @@ from lightning_diloco.outer.static import load_static, pack_static, static_bytes
 from lightning_diloco.outer.views import FragmentView
 
 __all__ = [
-    "BLOCK_ELEMENTS",
     "FoldRecord",
     "Fragment",
     "FragmentState",
@@ -43,7 +43,10 @@ __all__ = [
     "TensorSlice",
     "TensorSpec",
     "balanced_fragments",
+    "blocks",
     "buffer_of",
+    "bytes_of",
+    "check_payload",
     "contribution_norm",
     "decode",
     "decode_full",
@@ -60,7 +63,6 @@ __all__ = [
     "outer_step",
     "pack_static",
     "payload_bytes",
-    "payload_values",
     "plan_layout",
     "pseudo_gradient",
     "rebase_delta",

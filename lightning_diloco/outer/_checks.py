@@ -10,19 +10,18 @@ from lightning_diloco.errors import LocalProtocolError
 __all__ = ["require_flat"]
 
 
-def require_flat(tensor: Tensor, num_elements: int | None, what: str, *, other: torch.dtype | None = None) -> None:
+def require_flat(tensor: Tensor, num_elements: int | None, what: str) -> None:
     """Refuse anything but a contiguous one-dimensional float32 tensor.
 
     Args:
         tensor: the tensor to look at, on any device.
         num_elements: elements that it must have; None accepts any number.
         what: its name in the error's sentence.
-        other: a further dtype that it may have.
 
     Raises:
         LocalProtocolError: dtype, dimensions, strides or size differ.
     """
-    good = tensor.dtype in (torch.float32, other) and tensor.dim() == 1 and tensor.is_contiguous()
+    good = tensor.dtype == torch.float32 and tensor.dim() == 1 and tensor.is_contiguous()
     if not good or (num_elements is not None and tensor.numel() != num_elements):
         size = "any number of" if num_elements is None else str(num_elements)
         raise LocalProtocolError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_diloco.outer._checks import require_flat
-from lightning_diloco.outer.memory import BLOCK_ELEMENTS
+from lightning_diloco.outer.memory import blocks
 
 __all__ = ["rebase_delta", "reference"]
 
@@ -29,19 +29,18 @@ def reference(base: Tensor, merged_decoded: Tensor | None) -> Tensor:
 
     Args:
         base: the fragment as last adopted, flat float32 [N].
-        merged_decoded: d^, this learner's contribution as decoded, if the new version contains it, in float32 or the wire's dtype; None if
-            it does not.
+        merged_decoded: d^, this learner's contribution as decoded, float32 [N], if the new version contains it; None if it does not.
 
     Returns:
         base - d^, or `base` itself (not a copy), flat float32 [N].
 
     Raises:
-        LocalProtocolError: the two are not flat, of one size and of these dtypes.
+        LocalProtocolError: the two are not flat float32 of one size.
     """
     require_flat(base, None, "base")
     if merged_decoded is None:
         return base
-    require_flat(merged_decoded, base.numel(), "merged_decoded", other=torch.bfloat16)
+    require_flat(merged_decoded, base.numel(), "merged_decoded")
     return torch.sub(base, merged_decoded)
 
 
@@ -51,22 +50,21 @@ def rebase_delta(published: Tensor, base: Tensor, merged_decoded: Tensor | None,
     Args:
         published: the new version's shadow, flat float32 [N].
         base: the fragment as last adopted, flat float32 [N].
-        merged_decoded: d^ if the new version contains it, in float32 or the wire's dtype, else None.
-        out: where to put the result, float32 [N]; None allocates.
+        merged_decoded: d^ if the new version contains it, float32 [N], else None.
+        out: where to put the result, float32 [N]; may be `merged_decoded`. None allocates.
 
     Returns:
         published - reference, flat float32 [N], with memory of its own.
 
     Raises:
-        LocalProtocolError: the tensors are not flat, of one size and of these dtypes.
+        LocalProtocolError: the tensors are not flat float32 of one size.
     """
     require_flat(base, None, "base")
     require_flat(published, base.numel(), "published")
     if merged_decoded is not None:
-        require_flat(merged_decoded, base.numel(), "merged_decoded", other=torch.bfloat16)
+        require_flat(merged_decoded, base.numel(), "merged_decoded")
     delta = torch.empty_like(published) if out is None else out
-    for start in range(0, base.numel(), BLOCK_ELEMENTS):
-        part = slice(start, start + BLOCK_ELEMENTS)
+    for part in blocks(base.numel()):
         before = reference(base[part], None if merged_decoded is None else merged_decoded[part])
         torch.sub(published[part], before, out=delta[part])
     return delta

@@ -7,15 +7,18 @@
     y = M with x's sign     for |x| > M: finite values saturate, they never become infinite
 
 Infinities stay infinities and NaN stays NaN (its payload bits are not specified), so that the check for non-finite contributions
-sees them after decoding too.
+sees them after decoding too. ``int4`` has four bits for every element and a scale for every 64: bounds and layout are in `outer.int4`.
 
-**Publications.** ``fp32`` publishes theta. ``bf16`` publishes the rounded difference to the shadow, which is what every learner holds:
+**Publications.** ``fp32`` publishes theta. The other two publish the rounded difference to the shadow, which is what every learner holds:
 
     y = decode(encode(theta - shadow))        shadow' = shadow + y
 
 The syncer and every learner add the same y to the same shadow, so they hold the same bits for ever; the rounding error stays in
 theta - shadow' and is part of the next difference: it is sent later, it does not add up. Full transfers are float32 values of the
-shadow. Widening bf16 is exact and the sum rounds once, so every CPU gets the same bits.
+shadow. Decoding is exact and the sum, a kernel of its own, rounds once, so every CPU gets the same bits.
+
+**Blocks.** Everything is done block by block (`memory.blocks`): scratch memory is one block at most. The payload of a block is a piece of
+the fragment's payload (`bytes_of`), and is decoded like a fragment.
 
 References:
     Decoupled DiLoCo, arXiv 2604.21428: compressed outer gradients. Publishing differences against a shadow is our choice.
@@ -29,12 +32,17 @@ import warnings
 import torch
 from torch import Tensor
 
+from lightning_diloco.config import payload_bytes
 from lightning_diloco.errors import ConfigurationError, LocalProtocolError, RemoteProtocolError
+from lightning_diloco.outer import int4
 from lightning_diloco.outer._checks import require_flat
-from lightning_diloco.outer.memory import BLOCK_ELEMENTS
+from lightning_diloco.outer.memory import BLOCK_ELEMENTS, blocks
 from lightning_diloco.outer.memory import flat as flat_memory
+from lightning_diloco.outer.memory import raw as raw_memory
 
 __all__ = [
+    "bytes_of",
+    "check_payload",
     "decode",
     "decode_full",
     "decode_publication",
@@ -43,12 +51,10 @@ __all__ = [
     "encode_in_place",
     "encode_publication",
     "payload_bytes",
-    "payload_values",
 ]
 
 Buffer = bytes | bytearray | memoryview
 
-_WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BF16_MAX = float(torch.finfo(torch.bfloat16).max)
 if sys.byteorder != "little":  # pragma: no cover
     raise ConfigurationError(f"This machine is {sys.byteorder} endian: the wire is little endian and views of memory are sent as they are.")
@@ -59,17 +65,20 @@ with warnings.catch_warnings():
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
-def payload_bytes(num_elements: int, wire_dtype: str) -> int:
-    """Bytes of an encoded fragment.
+def bytes_of(part: slice, wire_dtype: str) -> slice:
+    """Where the payload of a part stands in the fragment's.
 
     Args:
-        num_elements: N, at least 0.
-        wire_dtype: "fp32" or "bf16".
+        part: elements that begin where a block begins.
+        wire_dtype: "fp32", "bf16" or "int4".
 
     Raises:
-        ConfigurationError: the wire dtype is unknown or is not there yet.
+        ConfigurationError: the wire dtype is unknown.
+        LocalProtocolError: the part begins inside a block.
     """
-    return num_elements * _torch_dtype(wire_dtype).itemsize
+    if part.start % BLOCK_ELEMENTS:
+        raise LocalProtocolError(f"A part that begins at element {part.start}: it must begin at a multiple of {BLOCK_ELEMENTS}.")
+    return slice(payload_bytes(part.start, wire_dtype), payload_bytes(part.stop, wire_dtype))
 
 
 def encode(flat: Tensor, wire_dtype: str) -> Tensor:
@@ -77,20 +86,20 @@ def encode(flat: Tensor, wire_dtype: str) -> Tensor:
 
     Args:
         flat: float32 [N] in host memory.
-        wire_dtype: "fp32" or "bf16".
+        wire_dtype: "fp32", "bf16" or "int4".
 
     Returns:
         uint8 [payload_bytes(N, wire_dtype)], contiguous, with memory of its own.
 
     Raises:
-        ConfigurationError: the wire dtype is unknown or is not there yet.
+        ConfigurationError: the wire dtype is unknown.
         LocalProtocolError: `flat` is not flat contiguous float32.
     """
-    dtype = _torch_dtype(wire_dtype)
     require_flat(flat, None, "fragment")
-    if dtype == torch.float32:
-        return flat.clone().view(torch.uint8)
-    return _saturated(flat).to(dtype).view(torch.uint8)
+    payload = raw_memory(payload_bytes(flat.numel(), wire_dtype))
+    for part in blocks(flat.numel()):
+        _put(payload[bytes_of(part, wire_dtype)], flat[part].clone(), wire_dtype)
+    return payload
 
 
 def encode_in_place(flat: Tensor, wire_dtype: str) -> Tensor:
@@ -98,50 +107,44 @@ def encode_in_place(flat: Tensor, wire_dtype: str) -> Tensor:
 
     Args:
         flat: float32 [N] in host memory; its values are gone afterwards.
-        wire_dtype: "fp32" or "bf16".
+        wire_dtype: "fp32", "bf16" or "int4".
 
     Returns:
         As `encode`, a view of the first bytes of `flat`.
 
     Raises:
-        ConfigurationError: the wire dtype is unknown or is not there yet.
+        ConfigurationError: the wire dtype is unknown.
         LocalProtocolError: `flat` is not flat contiguous float32.
     """
-    dtype = _torch_dtype(wire_dtype)
     require_flat(flat, None, "fragment")
-    raw = flat.view(torch.uint8)[: payload_bytes(flat.numel(), wire_dtype)]
-    if dtype != torch.float32:
-        payload = raw.view(dtype)
-        for start in range(0, flat.numel(), BLOCK_ELEMENTS):
-            values = _saturated(flat[start : start + BLOCK_ELEMENTS])
+    payload = flat.view(torch.uint8)[: payload_bytes(flat.numel(), wire_dtype)]
+    if wire_dtype != "fp32":
+        for part in blocks(flat.numel()):
             # What is written of a block lies before all that is still to be read, but for the first one, which lies on itself.
-            payload[start : start + BLOCK_ELEMENTS].copy_(values if start else values.to(dtype))
-    return raw
+            _put(payload[bytes_of(part, wire_dtype)], flat[part], wire_dtype)
+    return payload
 
 
-def payload_values(buffer: Buffer | Tensor, num_elements: int, wire_dtype: str) -> Tensor:
-    """The values of a payload of exactly the right length, as they are on the wire.
+def check_payload(buffer: Buffer | Tensor, num_elements: int, wire_dtype: str) -> Tensor:
+    """A payload as bytes, if it has exactly the right length.
 
     Args:
         buffer: the payload, bytes-like or a flat contiguous uint8 tensor.
         num_elements: N of the fragment.
-        wire_dtype: "fp32" or "bf16".
+        wire_dtype: "fp32", "bf16" or "int4".
 
     Returns:
-        [N] in the wire's dtype, not to be written to: it shares the payload's memory, unless that does not begin where such a value may.
+        uint8 [payload_bytes(N, wire_dtype)], not to be written to: it shares the payload's memory.
 
     Raises:
-        ConfigurationError: the wire dtype is unknown or is not there yet.
+        ConfigurationError: the wire dtype is unknown.
         RemoteProtocolError: `oversized` for too many bytes, `wrong_layout` for too few.
     """
-    dtype = _torch_dtype(wire_dtype)
-    raw = _as_uint8(buffer)
-    expected = payload_bytes(num_elements, wire_dtype)
+    expected, raw = payload_bytes(num_elements, wire_dtype), _as_uint8(buffer)
     if raw.numel() != expected:
         reason = "oversized" if raw.numel() > expected else "wrong_layout"
         raise RemoteProtocolError(reason, f"A payload of {raw.numel()} bytes: {num_elements} elements in {wire_dtype} are {expected}.")
-    is_aligned = raw.data_ptr() % dtype.itemsize == 0 and raw.storage_offset() % dtype.itemsize == 0
-    return (raw if is_aligned else raw.clone()).view(dtype)
+    return raw
 
 
 def decode(buffer: Buffer | Tensor, num_elements: int, wire_dtype: str, *, out: Tensor | None = None) -> Tensor:
@@ -150,18 +153,20 @@ def decode(buffer: Buffer | Tensor, num_elements: int, wire_dtype: str, *, out: 
     Args:
         buffer: the payload, bytes-like or a flat contiguous uint8 tensor; it is not kept.
         num_elements: N of the fragment.
-        wire_dtype: "fp32" or "bf16".
+        wire_dtype: "fp32", "bf16" or "int4".
         out: where to put the result; None allocates.
 
     Returns:
         float32 [N] with memory of its own. Values may be non-finite: that is for `contribution_norm` to find.
 
     Raises:
-        ConfigurationError: the wire dtype is unknown or is not there yet.
+        ConfigurationError: the wire dtype is unknown.
         RemoteProtocolError: `oversized` for too many bytes, `wrong_layout` for too few.
     """
-    values = payload_values(buffer, num_elements, wire_dtype)
-    return (flat_memory(num_elements) if out is None else out).copy_(values)
+    payload = check_payload(buffer, num_elements, wire_dtype)
+    values = flat_memory(num_elements) if out is None else out
+    _get(values, payload, wire_dtype)
+    return values
 
 
 def encode_publication(
@@ -172,29 +177,35 @@ def encode_publication(
     Args:
         theta_new: the global parameters after the outer step, float32 [N].
         shadow: what learners hold, float32 [N].
-        wire_dtype: "fp32" or "bf16".
+        wire_dtype: "fp32", "bf16" or "int4".
         out: memory for the payload, uint8, and for the new shadow, float32 [N] (not used with ``fp32``); None allocates.
 
     Returns:
         The payload, uint8, and the new shadow, float32 [N]: what `decode_publication` returns, bit for bit. With ``fp32`` it is
         `theta_new` itself, not a copy.
+
+    Raises:
+        ConfigurationError: the wire dtype is unknown.
+        LocalProtocolError: sizes do not fit.
     """
     require_flat(theta_new, None, "theta_new")
     require_flat(shadow, theta_new.numel(), "shadow")
     size = shadow.numel()
-    payload, new_shadow = (torch.empty(payload_bytes(size, wire_dtype), dtype=torch.uint8, device="cpu"), None) if out is None else out
-    values = payload.view(_torch_dtype(wire_dtype))
-    require_flat(values, size, "payload", other=values.dtype)
+    expected = payload_bytes(size, wire_dtype)
+    payload, new_shadow = (raw_memory(expected), None) if out is None else out
+    if _as_uint8(payload).numel() != expected:
+        raise LocalProtocolError(f"Memory of {payload.numel()} bytes for a payload: {size} elements in {wire_dtype} are {expected}.")
     if wire_dtype == "fp32":
-        values.copy_(theta_new)
+        payload.view(torch.float32).copy_(theta_new)
         return payload, theta_new
     new_shadow = torch.empty_like(shadow) if new_shadow is None else new_shadow
     require_flat(new_shadow, size, "new_shadow")
     scratch = flat_memory(min(size, BLOCK_ELEMENTS))
-    for start in range(0, size, BLOCK_ELEMENTS):
-        part = slice(start, start + BLOCK_ELEMENTS)
-        difference = torch.sub(theta_new[part], shadow[part], out=scratch[: shadow[part].numel()])
-        torch.add(shadow[part], values[part].copy_(_saturated(difference)), out=new_shadow[part])
+    for part in blocks(size):
+        block, where = new_shadow[part], bytes_of(part, wire_dtype)
+        _put(payload[where], torch.sub(theta_new[part], shadow[part], out=scratch[: block.numel()]), wire_dtype)
+        _get(block, payload[where], wire_dtype)
+        block.add_(shadow[part])
     return payload, new_shadow
 
 
@@ -207,8 +218,8 @@ def decode_publication(
         payload: what `encode_publication` made, bytes-like or uint8.
         shadow: the parent version as held here, float32 [N]; stays as it is.
         num_elements: N.
-        wire_dtype: "fp32" or "bf16".
-        out: where to put the result; None allocates.
+        wire_dtype: "fp32", "bf16" or "int4".
+        out: where to put the result, other memory than the shadow's; None allocates.
 
     Returns:
         The new shadow, float32 [N].
@@ -218,9 +229,13 @@ def decode_publication(
         LocalProtocolError: the shadow has another size.
     """
     require_flat(shadow, num_elements, "shadow")
+    raw = check_payload(payload, num_elements, wire_dtype)
     new = torch.empty_like(shadow) if out is None else out
-    values = payload_values(payload, num_elements, wire_dtype)
-    return new.copy_(values) if wire_dtype == "fp32" else torch.add(shadow, values, out=new)
+    for part in blocks(num_elements):
+        _get(new[part], raw[bytes_of(part, wire_dtype)], wire_dtype)
+        if wire_dtype != "fp32":
+            new[part].add_(shadow[part])
+    return new
 
 
 def encode_full(shadow: Tensor) -> Tensor:
@@ -233,10 +248,25 @@ def decode_full(payload: Buffer | Tensor, num_elements: int, *, out: Tensor | No
     return decode(payload, num_elements, "fp32", out=out)
 
 
-def _torch_dtype(wire_dtype: str) -> torch.dtype:
-    if wire_dtype not in _WIRE:
-        raise ConfigurationError(f"wire_dtype={wire_dtype!r}: must be one of {', '.join(_WIRE)}.")
-    return _WIRE[wire_dtype]
+def _put(payload: Tensor, values: Tensor, wire_dtype: str) -> None:
+    """Encode one block, whose values are gone afterwards; the payload may lie at the same address."""
+    if wire_dtype == "int4":
+        int4.encode_into(payload, values)
+    elif wire_dtype == "bf16":
+        rounded = _saturated(values)
+        payload.view(torch.bfloat16).copy_(rounded.to(torch.bfloat16) if payload.data_ptr() == values.data_ptr() else rounded)
+    else:
+        payload.view(torch.float32).copy_(values)
+
+
+def _get(values: Tensor, payload: Tensor, wire_dtype: str) -> None:
+    """Decode a payload of the right length, which may lie at any address."""
+    if wire_dtype == "int4":
+        int4.decode_into(values, payload)
+        return
+    dtype = torch.bfloat16 if wire_dtype == "bf16" else torch.float32
+    is_aligned = payload.data_ptr() % dtype.itemsize == 0 and payload.storage_offset() % dtype.itemsize == 0
+    values.copy_((payload if is_aligned else payload.clone()).view(dtype))
 
 
 def _saturated(flat: Tensor) -> Tensor:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_ELEMENTS", "flat", "raw"]
+__all__ = ["BLOCK_ELEMENTS", "blocks", "flat", "raw"]
 
 BLOCK_ELEMENTS = 1 << 18
-"""What is done with 1 MiB of float32 finds it in the cache, and Python's share is small; smaller blocks were slower."""
+"""What is done with 1 MiB of float32 finds it in the cache, and Python's share is small; smaller blocks were slower.
+
+A whole number of the sections of an int4 payload, so that a block can be decoded by itself."""
+
+
+def blocks(num_elements: int) -> Iterator[slice]:
+    """The parts of a flat fragment that are computed one after the other.
+
+    Args:
+        num_elements: N, at least 0.
+    """
+    for start in range(0, num_elements, BLOCK_ELEMENTS):
+        yield slice(start, min(start + BLOCK_ELEMENTS, num_elements))
 
 
 def flat(num_elements: int) -> Tensor:

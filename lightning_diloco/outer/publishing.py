@@ -34,7 +34,7 @@ class OuterStep:
     last_share: float | None
     """None, or learners do not train on from the result: see `last_step`."""
     wire_dtype: str
-    """How differences of parameters travel, "fp32" or "bf16"."""
+    """How differences of parameters travel, "fp32", "bf16" or "int4"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

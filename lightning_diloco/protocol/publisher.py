@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lightning_diloco.config import payload_bytes
 from lightning_diloco.protocol.actions import SyncerAction, Tape, Transmit
 from lightning_diloco.protocol.identity import FragmentInfo, MergedThrough, Version
 from lightning_diloco.protocol.members import Member
@@ -32,8 +33,7 @@ class Current:
     @classmethod
     def alone(cls, info: FragmentInfo, wire_dtype: str, version: Version, crc: int, merged_through: Mapping[int, MergedThrough]) -> Current:
         """A version that is no difference to another one: of a founding, a snapshot, or a learner. Running statistics go as values."""
-        per_element = {"fp32": 4, "bf16": 2}[wire_dtype] if info.kind == "parameters" else 4
-        sizes = per_element * info.num_params, 4 * info.num_params
+        sizes = payload_bytes(info.num_params, wire_dtype if info.kind == "parameters" else "fp32"), payload_bytes(info.num_params, "fp32")
         return cls(version, None, crc, dict(merged_through), *sizes)
 
 
@@ -73,7 +73,6 @@ class Publisher:
             return []
         parent = current.parent if held is not None and held == current.parent and not wants_full else None
         self._on_way[session][fragment_id] = current.version
-        payload_bytes = current.full_bytes if parent is None else current.difference_bytes
         return [
             Transmit(
                 session=session,
@@ -89,7 +88,7 @@ class Publisher:
                     version=current.version,
                     is_full=parent is None,
                     learners=(member.learner_id,),
-                    payload_bytes=payload_bytes,
+                    payload_bytes=current.full_bytes if parent is None else current.difference_bytes,
                 )
             ),
         ]

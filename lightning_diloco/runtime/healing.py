@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_diloco.outer import FragmentView, contribution_norm, reference
+from lightning_diloco.outer import FragmentView, contribution_norm, decode, reference
 from lightning_diloco.protocol.actions import Heal
 from lightning_diloco.protocol.learner_state import FragmentState
 
@@ -50,17 +50,16 @@ def describe(learner_id: int, heal: Heal, norm_gate: float | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """Host copies from which a healed fragment is mended: its base, and d^ of a contribution that is on its way (None: there is none).
-
-    d^ is in the wire's dtype.
-    """
+    """Host copies from which a healed fragment is mended: its base, and the payload of a contribution on its way (None: there is none)."""
 
     base: Tensor
     sent: Tensor | None
+    wire_dtype: str
+    """Of the payload."""
 
     def values(self) -> Tensor:
         """What the parameters become, flat float32 [N]: base minus what is on its way, if the syncer will not refuse that as well."""
-        sent = None if self.sent is None else self.sent.to(torch.float32)
+        sent = None if self.sent is None else decode(self.sent, self.base.numel(), self.wire_dtype)
         return reference(self.base, sent if sent is not None and is_sound(contribution_norm(sent)) else None)
 
 

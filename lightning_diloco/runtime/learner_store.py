@@ -7,7 +7,7 @@ in place, so an encoder may still read a base that has been replaced.
 
 Memory for N parameters: base 4 N, the outer momentum 4 N where checkpoints may ask for it. For every fragment of n parameters under way:
 the snapshot that becomes its payload, the published copy, the prepared difference, and with momentum the new one, 4 n each, and what
-arrives (2 n in bf16). A pool keeps all but the last from one to the next: 16 n for each fragment that is due in a step.
+arrives (2 n in bf16, 0.53 n in int4). A pool keeps all but the last from one to the next: 16 n for each fragment that is due in a step.
 ``benchmarks/memory.py`` measures it.
 """
 
@@ -21,16 +21,18 @@ from torch import Tensor, nn
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.outer import (
-    BLOCK_ELEMENTS,
     FragmentView,
     Layout,
+    blocks,
     buffer_of,
+    bytes_of,
+    check_payload,
+    decode,
     decode_full,
     decode_publication,
     encode_in_place,
     flat,
     is_finite,
-    payload_values,
     pseudo_gradient,
     rebase_delta,
     reference,
@@ -151,17 +153,15 @@ class LearnerStore:
         """
         fragment_id, size = job.fragment_id, self.views[job.fragment_id].num_params
         dtype = "fp32" if job.is_full else self._dtype(fragment_id)
-        payload_values(payload, size, dtype)  # looks at the length
+        check_payload(payload, size, dtype)
         version = self._memory.flat(size)
         before = version if job.is_full and job.base is None else self.published(fragment_id)
         delta = self._memory.flat(size) if self._is_rebase and job.base is not None else None
         momenta = self.momentum.momenta(fragment_id, self._versions[fragment_id], job.n) if job.base is not None else []
         momentum = self._memory.flat(size) if momenta else None
-        sent, crc, item = self._sent(fragment_id, job.with_contribution), 0, len(payload) // size
-        all_finite = True
-        for start in range(0, size, BLOCK_ELEMENTS):
-            part = slice(start, min(start + BLOCK_ELEMENTS, size))
-            block, out = payload[item * part.start : item * part.stop], version[part]
+        crc, all_finite = 0, True
+        for part in blocks(size):
+            block, out = payload[bytes_of(part, dtype)], version[part]
             if job.is_full:
                 decode_full(block, out.numel(), out=out)
             else:
@@ -169,7 +169,8 @@ class LearnerStore:
             crc = crc32(out, crc)
             all_finite = all_finite and is_finite(out)
             if delta is not None and job.base is not None:
-                self._prepare(fragment_id, out, job.base[part], None if sent is None else sent[part], delta[part])
+                sent = self._sent(fragment_id, job.with_contribution, part, out=delta[part])
+                self._prepare(fragment_id, out, job.base[part], sent, delta[part])
             if momentum is not None:
                 self.momentum.follow(fragment_id, part, before[part], out, momenta, out=momentum[part])
         if crc != job.crc or not all_finite:
@@ -225,16 +226,16 @@ class LearnerStore:
         Returns:
             crc of the payload.
         """
-        wire_dtype = self._dtype(fragment_id)
         if not self.layout.fragments[fragment_id].holds_values:
-            pseudo_gradient(reference(base, self._sent(fragment_id, after)), local, out=local)
-        payload = self._payloads[fragment_id, seq] = encode_in_place(local, wire_dtype)
+            for part in blocks(local.numel()):
+                pseudo_gradient(reference(base[part], self._sent(fragment_id, after, part)), local[part], out=local[part])
+        payload = self._payloads[fragment_id, seq] = encode_in_place(local, self._dtype(fragment_id))
         return crc32(payload)
 
-    def _sent(self, fragment_id: int, seq: int) -> Tensor | None:
-        """The values of a contribution that is not resolved, as the syncer decodes them, in the wire's dtype; None if there is none."""
-        payload = self._payloads.get((fragment_id, seq))
-        return None if payload is None else payload_values(payload, self.views[fragment_id].num_params, self._dtype(fragment_id))
+    def _sent(self, fragment_id: int, seq: int, part: slice, *, out: Tensor | None = None) -> Tensor | None:
+        """A block of a contribution that is not resolved, as the syncer decodes it, float32; None if there is none."""
+        payload, dtype = self._payloads.get((fragment_id, seq)), self._dtype(fragment_id)
+        return None if payload is None else decode(payload[bytes_of(part, dtype)], part.stop - part.start, dtype, out=out)
 
     def remedy(self, fragment_id: int, keep_seq: int) -> Remedy:
         """Under the lock: from what a healed fragment is mended.
@@ -243,8 +244,9 @@ class LearnerStore:
             fragment_id: whose values.
             keep_seq: seq of the contribution on its way (0: none).
         """
-        sent = None if self.layout.fragments[fragment_id].holds_values else self._sent(fragment_id, keep_seq)
-        return Remedy(self.base(fragment_id), sent)
+        is_kept = not self.layout.fragments[fragment_id].holds_values
+        sent = self._payloads.get((fragment_id, keep_seq)) if is_kept else None
+        return Remedy(self.base(fragment_id), sent, self._dtype(fragment_id))
 
     def payload(self, fragment_id: int, seq: int) -> memoryview:
         """The encoded contribution, to be sent (again)."""

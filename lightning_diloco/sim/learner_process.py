@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 from zlib import crc32
 
+from lightning_diloco.config import payload_bytes
 from lightning_diloco.protocol.actions import (
     Adopt,
     Decode,
@@ -51,7 +52,7 @@ from lightning_diloco.protocol.messages import Found, FromLearner, Heartbeat, Le
 from lightning_diloco.sim.engine import Callback, Engine
 from lightning_diloco.sim.network import Wire
 from lightning_diloco.sim.options import Cut, SimOptions
-from lightning_diloco.sim.syncer_process import BYTES_PER_ELEMENT, SyncerProcess
+from lightning_diloco.sim.syncer_process import SyncerProcess
 
 __all__ = ["LearnerProcess"]
 
@@ -235,7 +236,7 @@ class LearnerProcess:
         self._in_background(self._options.encode_s, Encoded(fragment_id=action.fragment_id, seq=action.seq, crc=crc))
 
     def _send_contribution(self, action: SendContribution) -> None:
-        num_bytes = BYTES_PER_ELEMENT[self._options.config.wire_dtype] * self._options.params_per_fragment
+        num_bytes = payload_bytes(self._options.params_per_fragment, self._options.config.wire_dtype)
         arrived = ContributionArrived(
             session=self._name,
             envelope=self.machine.state.envelope,

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 from zlib import crc32
 
+from lightning_diloco.config import payload_bytes
 from lightning_diloco.protocol.actions import (
     BeginFounding,
     Close,
@@ -33,11 +34,9 @@ from lightning_diloco.sim.engine import Engine
 from lightning_diloco.sim.network import Wire
 from lightning_diloco.sim.options import SimOptions
 
-__all__ = ["BYTES_PER_ELEMENT", "TAKEOVER_TOKEN", "Session", "SyncerProcess"]
+__all__ = ["TAKEOVER_TOKEN", "Session", "SyncerProcess"]
 
 TAKEOVER_TOKEN = "supervisor"
-BYTES_PER_ELEMENT = {"fp32": 4, "bf16": 2}
-"""Of a payload in each wire dtype."""
 TICK_S = 1e-3
 """A deadline that has passed already is looked at again after so long: the machine waits for a merge."""
 
@@ -138,8 +137,8 @@ class SyncerProcess:
             merged_through=action.merged_through,
         )
         arrived = PublicationArrived(envelope=self._envelope(self.machine.job.epoch, 0), header=header)
-        per_element = 4 if action.parent is None else BYTES_PER_ELEMENT[self._options.config.wire_dtype]
-        num_bytes = per_element * self._options.params_per_fragment
+        wire_dtype = "fp32" if action.parent is None else self._options.config.wire_dtype
+        num_bytes = payload_bytes(self._options.params_per_fragment, wire_dtype)
         session.wire.down(num_bytes, partial(session.take, arrived))
 
     def _ended(self, action: Ended) -> None:

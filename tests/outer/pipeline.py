@@ -87,10 +87,10 @@ def run(wire: str, recorded: list | None) -> tuple[str, list]:
 
 
 def main() -> None:
-    """Both wire dtypes."""
+    """All wire dtypes."""
     mode, path = sys.argv[1], Path(sys.argv[2])
     recorded = json.loads(path.read_text()) if mode == "replay" else {}
-    results = {wire: run(wire, recorded.get(wire)) for wire in ("fp32", "bf16")}
+    results = {wire: run(wire, recorded.get(wire)) for wire in ("fp32", "bf16", "int4")}
     if mode == "record":
         path.write_text(json.dumps({wire: records for wire, (_, records) in results.items()}))
     summary = {"capability": torch.backends.cpu.get_cpu_capability(), "digests": {wire: digest for wire, (digest, _) in results.items()}}

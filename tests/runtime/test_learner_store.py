@@ -83,7 +83,7 @@ def test_a_payload_that_is_not_acknowledged_outlives_its_snapshot():
     assert store._memory.free_bytes == 4 * 20
 
 
-@pytest.mark.parametrize("wire_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("wire_dtype", ["fp32", "bf16", "int4"])
 @pytest.mark.parametrize("is_full", [True, False])
 def test_what_arrives_is_computed_block_by_block_as_in_one_piece(wire_dtype, is_full):
     size = (1 << 18) + 12  # more than one block
@@ -98,8 +98,8 @@ def test_what_arrives_is_computed_block_by_block_as_in_one_piece(wire_dtype, is_
     if is_full or wire_dtype == "fp32":
         payload, expected = encode_full(target), target
     else:
-        payload = encode(target - base, "bf16")
-        expected = base + decode(payload, size, "bf16")
+        payload = encode(target - base, wire_dtype)
+        expected = base + decode(payload, size, wire_dtype)
     job = Receive(fragment_id=0, n=4, crc=crc32(expected), is_full=is_full, base=base, with_contribution=1)
     assert store.receive(dataclasses.replace(job, crc=job.crc ^ 1), buffer_of(payload)) is None
     with pytest.raises(RemoteProtocolError, match="elements in"):
@@ -111,6 +111,20 @@ def test_what_arrives_is_computed_block_by_block_as_in_one_piece(wire_dtype, is_
     momenta = [momentum_at(n, config.outer_momentum, config.outer_momentum_warmup) for n in (3, 4)]
     momentum = recovered_momentum(torch.zeros(size), base, expected, lr=config.outer_lr, momenta=momenta)
     torch.testing.assert_close(received.momentum, momentum)
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp32", "bf16", "int4"])
+def test_what_follows_a_contribution_is_relative_to_it_as_it_was_decoded(wire_dtype):
+    size = (1 << 18) + 12
+    torch.manual_seed(0)
+    store = store_of(nn.Linear(size // 4, 4, bias=False), SyncConfig(num_fragments=1, wire_dtype=wire_dtype))
+    base = store.found(0, 0)
+    first, second = base + 0.1 * torch.randn(size), base + 0.1 * torch.randn(size)
+    assert store.encode(0, 1, base, store.stage(0).copy_(first), 0) == crc32(store.payload(0, 1))
+    sent = decode(store.payload(0, 1), size, wire_dtype)
+    store.encode(0, 2, base, store.stage(0).copy_(second), 1)
+    assert bytes(store.payload(0, 1)) == bytes(buffer_of(encode(base - first, wire_dtype)))
+    assert bytes(store.payload(0, 2)) == bytes(buffer_of(encode((base - sent) - second, wire_dtype)))
 
 
 def test_while_joining_nothing_is_prepared():

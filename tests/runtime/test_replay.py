@@ -95,7 +95,11 @@ def test_a_run_is_replayed_to_its_bytes(run_dir, capsys):
     assert [f["version"] for f in told["fragments"][:4]] == [[0, f["version"]] for f in summary["fragments"]]
 
 
-@pytest.mark.parametrize("changes", [{"merge": "mean", "wire_dtype": "fp32"}, {"outer_momentum_warmup": 0, "adopt": "overwrite"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"merge": "mean", "wire_dtype": "fp32"}, {"wire_dtype": "int4"}, {"outer_momentum_warmup": 0, "adopt": "overwrite"}],
+    ids=str,
+)
 def test_other_options_are_replayed_too(changes, tmp_path, capsys):
     folder = run_job(tmp_path / "run", replace(KEPT, **changes))
     code, told = replay(folder, capsys)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 import lightning_diloco.sim
-from lightning_diloco.config import SyncConfig
+from lightning_diloco.config import SyncConfig, payload_bytes
 from lightning_diloco.protocol.records import (
     ContributionRecord,
     DiscardRecord,
@@ -38,6 +38,16 @@ def checked(result, folder):
     assert result.status == "finished"
     assert result.pending == {}
     return check_run(folder)
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp32", "bf16", "int4"])
+def test_payloads_have_the_size_of_the_wire_dtype(wire_dtype, tmp_path):
+    options = SimOptions(config=replace(SMALL, wire_dtype=wire_dtype), learners=(SimLearner(),) * 2, stop_at_s=100.0)
+    result = simulate(options)
+    checked(result, tmp_path)
+    size = payload_bytes(options.params_per_fragment, wire_dtype)
+    assert {record.payload_bytes for record in records(result, ContributionRecord)} == {size}
+    assert {record.payload_bytes for record in records(result, PublishRecord) if not record.is_full} == {size}
 
 
 def all_left(result):

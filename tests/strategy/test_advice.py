@@ -57,6 +57,13 @@ def test_constant_high_momentum_in_a_short_run_is_told_about():
     assert advise_before(config, limit) == []
 
 
+def test_four_bits_without_feedback_are_told_about():
+    (sentence,) = advise_before(SyncConfig(wire_dtype="int4", adopt="overwrite"), 800)
+    assert sentence.startswith("wire_dtype='int4' with adopt='overwrite': ") and sentence.endswith("Pass that, or wire_dtype='bf16'.")
+    for options in ({"wire_dtype": "int4"}, {"adopt": "overwrite"}):
+        assert advise_before(SyncConfig(**options), 800) == []
+
+
 @pytest.mark.parametrize(
     ("options", "max_steps"),
     [

@@ -12,7 +12,7 @@ from lightning_diloco.cli.main import main
 from tests.strategy.kit import TinyModel, loader, quiet
 
 
-@pytest.mark.parametrize("wire_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("wire_dtype", ["bf16", "fp32", "int4"])
 def test_a_fit_and_the_one_that_goes_on_from_it_are_replayed(wire_dtype, tmp_path, capsys):
     told = []
     for name, ckpt_path, epochs in (("a", None, 2), ("b", tmp_path / "a" / "checkpoints" / "last.ckpt", 4)):

@@ -131,7 +131,7 @@ def test_two_learners_go_on_from_a_checkpoint_of_learner_0(tmp_path):
     assert latest(tmp_path).exists() is False  # both runs were told their folder
 
 
-@pytest.mark.parametrize(("wire_dtype", "bound"), [("fp32", 1e-5), ("bf16", 0.02)])
+@pytest.mark.parametrize(("wire_dtype", "bound"), [("fp32", 1e-5), ("bf16", 0.02), ("int4", 0.06)])
 def test_a_learner_knows_the_momentum_from_the_versions_that_it_receives(wire_dtype, bound):
     config = SyncConfig(num_fragments=1, wire_dtype=wire_dtype, norm_gate=None)
     layout = plan_layout(torch.nn.Linear(40, 25), num_fragments=1, merge="rda", mean_patterns=(), include_frozen=False)
