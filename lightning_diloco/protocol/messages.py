@@ -3,7 +3,7 @@
 Every message travels in an `Envelope` that names the job, the lineage, the epoch and the sender's incarnation. Control messages are
 small and go over the control socket; `Header` messages announce a payload and go with it over the bulk socket. Types are tagged,
 frozen, closed (unknown fields are refused) and validated by msgspec when they are decoded; values that one type alone cannot rule out are
-checked by the machines. Shapes of what is not there yet (leases, peer state) stand here already, so that nothing is torn up when they come.
+checked by the machines. Shapes of what is not there yet (peer state) stand here already, so that nothing is torn up when they come.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lightning_diloco.protocol.learner_messages import (
     FoundingFragment,
     FoundingStatic,
     FromLearner,
+    Granted,
     Heartbeat,
     HeldFragment,
     Hello,
     LearnerHeader,
-    LeaseDone,
     LeaseRequest,
     Leave,
     NeedFull,
@@ -76,13 +76,13 @@ __all__ = [
     "FoundingStatic",
     "FromLearner",
     "FromSyncer",
+    "Granted",
     "Header",
     "Heartbeat",
     "HeldFragment",
     "Hello",
     "JoinRefused",
     "LearnerHeader",
-    "LeaseDone",
     "LeaseGrant",
     "LeaseRequest",
     "Leave",
@@ -114,7 +114,7 @@ __all__ = [
     "WhoAreYou",
 ]
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised by one whenever a message changes; both sides must speak the same."""
 
 Header = LearnerHeader | SyncerHeader

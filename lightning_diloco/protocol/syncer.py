@@ -16,7 +16,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, get_args
 
 from lightning_diloco.protocol.actions import CloseSession, DropPayload, Reply, SyncerAction, Tape
 from lightning_diloco.protocol.admission import Admission
@@ -38,18 +37,20 @@ from lightning_diloco.protocol.events import (
     SyncerEvent,
     Tick,
 )
-from lightning_diloco.protocol.identity import ContributionKey, DiscardReason, Version
+from lightning_diloco.protocol.faults import fault_of
+from lightning_diloco.protocol.identity import ContributionKey, Version
 from lightning_diloco.protocol.job import Job, JobOptions
+from lightning_diloco.protocol.leasing import Leasing
 from lightning_diloco.protocol.members import Member
 from lightning_diloco.protocol.messages import (
     Adopted,
     Busy,
-    Contribution,
     Found,
     FromLearner,
     Heartbeat,
     Hello,
     JoinRefused,
+    LeaseRequest,
     Leave,
     NeedFull,
     NotHeld,
@@ -69,11 +70,6 @@ from lightning_diloco.protocol.rounds import Rounds
 
 __all__ = ["SyncerMachine"]
 
-MAX_TOTAL = 2**53
-"""No counter of a learner gets above this: weights are floats, and sums of a few of them must stay within the wire's 62 bits."""
-REPORTED_DISCARDS: Final = ("overwritten", "nonfinite", "norm")
-"""What a learner may say of discarded tokens, and `rollback` after a restart; all other reasons are the syncer's own findings."""
-
 
 class SyncerMachine:
     """The syncer's state and rules.
@@ -89,6 +85,7 @@ class SyncerMachine:
         self._admission = Admission(self.job, self.rounds)
         self._contributions = Contributions(self.job, self.rounds, self._admission)
         self._departures = Departures(self.job, self.rounds, self._admission)
+        self._leasing = Leasing(self.job)
         self.recovery = None if resumption is None else Recovery(self.job, self.rounds, self._admission, resumption)
         self._departures.is_winding_up = resumption is not None and resumption.history.is_winding_up
         self._now_s = 0.0
@@ -115,6 +112,7 @@ class SyncerMachine:
             NeedFull: self._need_full,
             Paused: self._paused,
             StopRequest: self._stop_request,
+            LeaseRequest: self._leasing.requested,
             Leave: self._leave,
         }
 
@@ -170,7 +168,7 @@ class SyncerMachine:
             return [Reply(session=session, message=Pong(number=message.number, num_gaps=num_gaps))]
         if member is None or event.envelope.incarnation != member.incarnation:
             # A leave that was completed is told so again: the answer may have been lost.
-            return [self._admission.farewell(session) or Reply(session=session, message=WhoAreYou())]
+            return [*self._leasing.late(event), self._admission.farewell(session) or Reply(session=session, message=WhoAreYou())]
         if is_recovering or event.envelope.epoch < self.job.epoch:
             return self._of_old_epoch(member, message, now_s)
         if isinstance(message, Found):
@@ -185,13 +183,13 @@ class SyncerMachine:
             return self._departures.leave_early(member, message, now_s)
         if handler is None or not may_speak:
             return actions
-        fault = self._fault(message)
+        fault = fault_of(self.job, message)
         return actions + (self._close_session(member, "wrong_layout", fault, now_s) if fault else handler(member, message, now_s))
 
     def _of_old_epoch(self, member: Member, message: FromLearner, now_s: float) -> list[SyncerAction]:
         """Of one that does not know yet that this syncer has started again reports count, and nothing else; it is asked who it is."""
         actions: list[SyncerAction] = []
-        if member.stage == "joined" and isinstance(message, Progress | Heartbeat) and not self._fault(message):
+        if member.stage == "joined" and isinstance(message, Progress | Heartbeat) and not fault_of(self.job, message):
             actions += self._progress(member, message, now_s) if isinstance(message, Progress) else self._report(member, message, now_s)
         if member.stage == "joined" and isinstance(message, Heartbeat | Paused):
             member.is_paused = message.is_paused
@@ -201,36 +199,12 @@ class SyncerMachine:
             actions.append(Reply(session=member.session, message=WhoAreYou()))
         return actions
 
-    def _fault(self, message: FromLearner | Contribution) -> str:
-        """What of this message no learner of this job can say, or nothing. The limits of the wire are wider."""
-        report = message.report if isinstance(message, Leave) else message
-        fragment_id = getattr(report, "fragment_id", 0)
-        if fragment_id >= self.job.num_fragments:
-            return f"fragment_id={fragment_id}: the job has {self.job.num_fragments} fragments."
-        for name in ("inner_step", "tokens", "total_tokens", "seq", "first_gap"):
-            if getattr(report, name, 0) > MAX_TOTAL:
-                return f"{name}={getattr(report, name)}: no learner gets above {MAX_TOTAL}; totals must stay exact in 64 bits."
-        return self._false_discards(report) if isinstance(report, Heartbeat) else ""
-
-    def _false_discards(self, report: Heartbeat) -> str:
-        """What is wrong with its list of discarded tokens: a running total for each fragment and reason, and no other reasons."""
-        limit = len(get_args(DiscardReason)) * self.job.num_fragments
-        if len(report.discarded) > limit:
-            return f"discarded: {len(report.discarded)} totals, but {self.job.num_fragments} fragments have at most {limit}."
-        for item in report.discarded:
-            is_possible = item.reason in REPORTED_DISCARDS or (item.reason == "rollback" and self.job.epoch > 0)
-            if item.fragment_id >= self.job.num_fragments or not is_possible:
-                return f"discarded: ({item.fragment_id}, {item.reason!r}) is no fragment or reason that a learner of this job reports."
-        if len({(item.fragment_id, item.reason) for item in report.discarded}) < len(report.discarded):
-            return "discarded: there is one running total for each fragment and reason."
-        return ""
-
     def _contribution(self, event: ContributionArrived, now_s: float) -> list[SyncerAction]:
         member = self.job.members.of(event.session)
         if self.recovery is not None and self.recovery.is_running:
             learner_id = member.learner_id if member is not None else 0
             return [DropPayload(key=ContributionKey(learner_id, event.header.fragment_id, event.header.seq))]
-        fault = self._fault(event.header) if member is not None and member.stage == "joined" else ""
+        fault = fault_of(self.job, event.header) if member is not None and member.stage == "joined" else ""
         if member is None or not fault:
             return self._contributions.arrived(event, now_s)
         key = ContributionKey(member.learner_id, event.header.fragment_id, event.header.seq)
@@ -271,6 +245,7 @@ class SyncerMachine:
         # Tokens that came without a step are nobody's; the tape and the ledger must tell the same.
         tokens = min(message.tokens, member.tokens)
         member.taped_tokens = max(member.taped_tokens, tokens)
+        self._leasing.reported(member, message)
         # A report tells again what its learner does not know to be on the tape.
         untold = slice(max(0, member.num_gaps - message.first_gap), None)
         first_gap = max(member.num_gaps, message.first_gap)
@@ -287,6 +262,8 @@ class SyncerMachine:
             last_step_age_s=message.last_step_age_s + member.delay_s(message.clock_s, now_s),
             is_paused=message.is_paused,
             batch_size=member.batch_size,
+            samples=message.samples,
+            again=message.again,
         )
         actions: list[SyncerAction] = [Tape(record=record)]
         for item in message.discarded:
@@ -349,13 +326,20 @@ class SyncerMachine:
 
     def _counters(self, event: CountersRead, now_s: float) -> list[SyncerAction]:
         member = self.job.members.by_id(event.learner_id)
-        if member is None or member.incarnation != event.incarnation or event.tokens <= member.taped_tokens or member.stage != "joined":
+        if member is None or member.incarnation != event.incarnation or member.stage != "joined":
+            return []
+        has_more_samples = self._leasing.read(event)
+        if event.tokens <= member.taped_tokens and not has_more_samples:
             return []
         member.tokens, member.inner_step = max(member.tokens, event.tokens), max(member.inner_step, event.inner_steps)
-        member.taped_tokens = event.tokens
+        member.taped_tokens = max(member.taped_tokens, event.tokens)
         self.job.ledger.trained(event.learner_id, event.tokens)
         record = CountersRecord(
-            learner_id=event.learner_id, incarnation=event.incarnation, inner_steps=event.inner_steps, tokens=event.tokens
+            learner_id=event.learner_id,
+            incarnation=event.incarnation,
+            inner_steps=event.inner_steps,
+            tokens=event.tokens,
+            samples=event.samples if self.job.leases is not None else None,
         )
         return [Tape(record=record)]
 

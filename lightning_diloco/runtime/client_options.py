@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.runtime.global_state import FoundingState
+from lightning_diloco.runtime.leases import Leases
 
 __all__ = ["JOIN_TIMEOUT_S", "ClientOptions", "JoinInfo"]
 
@@ -32,6 +33,7 @@ class ClientOptions:
         join_timeout_s: no syncer answers for so long: `SyncerUnavailableError` (None: 60 s).
         founding: versions and outer momentum to begin with, should this process found the job.
         keeps_momentum: follow the outer momentum, for `LearnerClient.global_state`; costs 4 bytes per parameter.
+        leases: of the training data (None: this learner trains on its own part).
     """
 
     endpoint: str
@@ -47,6 +49,7 @@ class ClientOptions:
     join_timeout_s: float | None = None
     founding: FoundingState = field(default_factory=FoundingState)
     keeps_momentum: bool = False
+    leases: Leases | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -274,6 +274,7 @@ class SyncerService:
                     incarnation=member.incarnation,
                     inner_steps=counters.inner_steps,
                     tokens=counters.tokens,
+                    samples=counters.samples,
                 )
             )
         self._handle(event)

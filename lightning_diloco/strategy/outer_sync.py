@@ -32,7 +32,6 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
-from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
 from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.runtime.global_state import GlobalState
@@ -42,6 +41,7 @@ from lightning_diloco.strategy.checks import check_callbacks
 from lightning_diloco.strategy.counting import count_tokens
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 from lightning_diloco.strategy.job_clock import JobClock
+from lightning_diloco.strategy.lease_feed import LeaseFeed
 from lightning_diloco.strategy.own_weights import OWN_WEIGHTS, all_close, checksums
 from lightning_diloco.strategy.rejoin import InnerStateSaver, restore_inner_state
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY, Resumed, outer_state, read_resumed
@@ -49,6 +49,7 @@ from lightning_diloco.strategy.seeding import reseed_learner
 from lightning_diloco.strategy.showing import Showing
 from lightning_diloco.strategy.step_watch import StepWatch
 from lightning_diloco.strategy.training_state import refreshed
+from lightning_diloco.strategy.unfrozen import check_unfrozen
 
 if TYPE_CHECKING:
     from lightning_diloco.strategy.strategy import DecoupledDiLoCoStrategy
@@ -80,6 +81,8 @@ class OuterSync(Callback):
         self._resumed = Resumed()
         self._saved: GlobalState | None = None
         self._left_sums: tuple[int, ...] = ()
+        self.feed: LeaseFeed | None = None
+        """Feeds the training loader, where samples are leased."""
         self.figures: Figures | None = None
         """The client's figures at the last boundary; None before the first one."""
         self._written: dict[str, Any] | None = None
@@ -92,6 +95,9 @@ class OuterSync(Callback):
         callback = cls(strategy)
         _remove_from(trainer)
         trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
+        if strategy.process_options.data == "lease" and strategy.assignment is not None:
+            callback.feed = LeaseFeed(trainer, strategy.assignment)
+            trainer.callbacks.insert(0, callback.feed)  # type: ignore[attr-defined]
         return callback
 
     def detach(self) -> None:
@@ -171,7 +177,7 @@ class OuterSync(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the batch; at the beginning of an epoch, look whether something was unfrozen that nobody would merge."""
         if batch_idx == 0:
-            self._check_unfrozen()
+            check_unfrozen(self._client if self.is_joined else None)
         if self._clock is not None:
             self._clock.on_first_batch()
         self._watch.on_batch_start(trainer.scaler)
@@ -227,7 +233,7 @@ class OuterSync(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look once more for what nobody would merge, and pass on a stop that was decided outside of a batch."""
-        self._check_unfrozen()
+        check_unfrozen(self._client if self.is_joined else None)
         self._pass_on_stop(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -325,6 +331,7 @@ class OuterSync(Callback):
             counters_path=assignment.counters_path(),
             founding=self._resumed.founding,
             keeps_momentum=self._strategy.is_global_zero,
+            leases=self.feed.leases if self.feed is not None else None,
         )
 
     def _keep_metrics(self) -> None:
@@ -332,21 +339,6 @@ class OuterSync(Callback):
         # With several loaders Lightning has those of the last one only at this point.
         if self.is_identity and trainer is not None and trainer._results is not None and len(trainer.num_val_batches) == 1:
             self.validated = {name: float(value) for name, value in trainer._results.metrics(on_step=False)["log"].items()}
-
-    def _check_unfrozen(self) -> None:
-        if self._client is None or not self.is_joined:
-            return
-        names, known = self._client.weights.unmerged_parameters(), {tensor.name for tensor in self._client.layout.static}
-        if added := [name for name in names if name not in known]:
-            raise ConfigurationError(
-                f"{added[0]} (and {len(added) - 1} more) was added to the module after the job had begun: it is not merged, and every "
-                "learner would train its own. Make all parameters before training starts (in __init__, setup or configure_model)."
-            )
-        if names:
-            raise ConfigurationError(
-                f"{names[0]} (and {len(names) - 1} more) became trainable after the job had begun, but what is frozen at its beginning is "
-                "not merged, and every learner would train its own. Pass DecoupledDiLoCoStrategy(include_frozen=True)."
-            )
 
     def _swap_in(self) -> None:
         assert self._client is not None
@@ -388,7 +380,7 @@ class OuterSync(Callback):
 
 
 def _remove_from(trainer: pl.Trainer) -> None:
-    trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, OuterSync)]  # type: ignore[attr-defined]
+    trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, OuterSync | LeaseFeed)]  # type: ignore[attr-defined]
 
 
 def _batch_size(trainer: pl.Trainer) -> int:

@@ -61,7 +61,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         target_step_s: not there yet.
         tokens_per_step: not there yet.
         inner_lr_rule: ``none``; the others are not there yet.
-        data: ``shard``: each learner trains on its part. ``lease`` is not there yet.
+        data: ``shard``: each learner trains on its part. ``lease``: the syncer hands out samples, and fast learners take more.
         max_restarts: how often a learner that a signal has ended is started again.
         run_dir: where the run's files go (None: ``outputs/DATE_TIME`` under the working directory).
         token_counter: tokens of a batch (None: see `lightning_diloco.strategy.counting`).
@@ -119,7 +119,6 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
             target_step_s=target_step_s,
             tokens_per_step=tokens_per_step,
             inner_lr_rule=inner_lr_rule,
-            data=data,
         )
         self.sync = SyncConfig.from_options(sync)
         """What the learners of the job agree on."""
@@ -131,6 +130,7 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
             max_restarts=max_restarts,
             run_dir=None if run_dir is None else Path(run_dir),
             token_counter=token_counter,
+            data=data,
         )
         """What this process was told about its part."""
         self._reset()
@@ -248,7 +248,8 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
         is_fit = trainer.state.fn == TrainerFn.FITTING
         num_learners = 1 if self.assignment is None else self.assignment.num_learners
         # With one learner the user's loader object stays as it is.
-        connector.use_distributed_sampler = self._wants_sampler and is_fit and num_learners > 1
+        is_leased = self.process_options.data == "lease"
+        connector.use_distributed_sampler = self._wants_sampler and is_fit and num_learners > 1 and not is_leased
         self._outer_sync = OuterSync.attach(trainer, self) if is_fit and self.assignment is not None else None
 
     @override
@@ -273,7 +274,9 @@ class DecoupledDiLoCoStrategy(DDPStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         share = self.distributed_sampler_kwargs
-        if self._wants_sampler:
+        if self._outer_sync is not None and self._outer_sync.feed is not None:
+            dataloader = self._outer_sync.feed.take(dataloader)
+        elif self._wants_sampler:
             dataloader = share_stream(dataloader, share["rank"], share["num_replicas"])
         return super().process_dataloader(dataloader)
 
