@@ -10,6 +10,8 @@ import statistics
 from collections import Counter, defaultdict
 from typing import Any
 
+from tests.tape_leases import lease_figures
+
 REASONS = ["overwritten", "died", "fenced", "nonfinite", "norm", "rollback", "drain"]
 Event = dict[str, Any]
 
@@ -124,6 +126,7 @@ def recompute(tape: list[Event]) -> dict[str, Any]:
         "global_sha256": end["global_sha256"] if end else None,
         "restarts": run["restarts"] if run else {"learners": 0, "syncer": 0},
         "steps_lost": steps_lost(tape),
+        "leases": lease_figures(tape)[0],
         "learners": learners,
     }
 
@@ -169,6 +172,7 @@ def learner_figures(tape: list[Event], learner: int, *, is_ended: bool) -> dict[
         "participation": rounds / eligible if eligible else None,
         "batch_size": sizes[-1] if sizes else 0,
         "discarded": weighted(tape, lost),
+        "samples": lease_figures(tape)[1].get(learner, 0) if lease_figures(tape)[0] is not None else None,
     }
 
 

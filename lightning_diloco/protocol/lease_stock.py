@@ -133,7 +133,7 @@ class LeaseStock:
             self._end_epoch()
             return "over"
         item = self._take(limit)
-        if item.epoch > self._ended:
+        if item.epoch > max(self._ended, -1 if self._epoch is None else self._epoch):
             self._epoch = item.epoch
         self._drawn.append((item, False))
         self._drawn_in_epoch += item.stop - item.start

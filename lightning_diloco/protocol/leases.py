@@ -52,7 +52,7 @@ MAX_LISTED = 64
 """Ranges of an epoch that are listed as trained twice; the count is exact beyond it."""
 MAX_ENDED = 1024
 """Ended lives whose late words are understood."""
-MAX_AHEAD = 10_000
+MAX_AHEAD = 64
 """Epochs that a told range may lie ahead of the newest one: more is no range of this job."""
 
 
@@ -90,7 +90,7 @@ class _Epoch:
         self.twice = 0
         self.again = 0
         self.unsure = 0
-        self.listed: list[tuple[int, int]] = []
+        self.listed = Spans()
 
     def finish(self, start: int, stop: int) -> None:
         """A life has reported these positions as done."""
@@ -112,10 +112,8 @@ class _Epoch:
 
     def _repeat(self, start: int, stop: int) -> None:
         self.twice += stop - start
-        if self.listed and self.listed[-1][1] == start:
-            self.listed[-1] = (self.listed[-1][0], stop)
-        elif len(self.listed) < MAX_LISTED:
-            self.listed.append((start, stop))
+        if len(self.listed) < MAX_LISTED:
+            self.listed.add(start, stop)
 
 
 class LeaseLedger:
@@ -184,7 +182,8 @@ class LeaseLedger:
 
     def is_possible(self, item: LeaseRange) -> bool:
         """Whether a range that a learner shows can be one of this data set's."""
-        return item.start < item.stop <= self.spec.num_samples and self.spec.first_epoch <= item.epoch <= self._next + MAX_AHEAD
+        is_near = item.epoch <= self._next + MAX_AHEAD or (self._is_rebuilt and not self._epochs)
+        return item.start < item.stop <= self.spec.num_samples and self.spec.first_epoch <= item.epoch and is_near
 
     def _note(self, life: Life, number: int, ranges: tuple[LeaseRange, ...]) -> None:
         life.number, life.last = max(number, life.number), ranges
@@ -199,6 +198,12 @@ class LeaseLedger:
         return None if epoch is None or (until is not None and epoch >= until) else epoch
 
     def _open_through(self, epoch: int) -> None:
+        if self._is_rebuilt and not self._epochs:
+            self._next = epoch
+        if epoch < self._next and epoch not in self._epochs:
+            # Before the first one that a rebuilt ledger knows: all that is not shown was handed out.
+            self._epochs[epoch] = whole = _Epoch(self.spec.num_samples)
+            whole.free, whole.assumed = whole.assumed, whole.free
         while self._next <= epoch:
             self._epochs[self._next] = _Epoch(self.spec.num_samples)
             self._with_free.append(self._next)

@@ -44,10 +44,11 @@ class Leasing:
         if message.number < life.number:
             return actions
         if message.number > life.number:
+            is_news = message.samples > life.claimed
             ledger.trained(member.learner_id, member.incarnation, message.samples)
             ledger.grant(life, message.number, wanted=message.wanted, batch_size=message.batch_size, until=message.until)
             life.was_over = message.wanted > 0 and not life.last
-            actions += self._tape(life) if life.last else []
+            actions += self._tape(life) if life.last or is_news else []
         answer = LeaseGrant(number=message.number, ranges=life.last, is_over=life.was_over)
         return [*actions, Reply(session=member.session, message=answer, incarnation=member.incarnation)]
 
@@ -68,12 +69,13 @@ class Leasing:
             self._job.leases.trained(member.learner_id, member.incarnation, report.samples, report.again)
 
     def read(self, event: CountersRead) -> bool:
-        """Totals of a process that is gone; returns whether they tell of more samples than it has reported."""
+        """Totals of a process that is gone; returns whether they tell what was not known."""
         ledger = self._job.leases
         if ledger is None:
             return False
+        is_news = ledger.life(event.learner_id, event.incarnation).counted != event.samples
         ledger.counted(event.learner_id, event.incarnation, event.samples)
-        return event.samples > ledger.life(event.learner_id, event.incarnation).trained
+        return is_news
 
     def late(self, event: MessageReceived) -> list[SyncerAction]:
         """A word of a process whose life was ended: what it has trained meanwhile is known now, and changes nothing else."""
