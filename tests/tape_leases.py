@@ -101,7 +101,9 @@ def lease_figures(tape: list[Event]) -> tuple[list[Event] | None, dict[int, int]
         elif e["event"] == "lease_late":
             assert sessions[e["session"]] == life, "a late word of another process"
             book.train_before(life, e["samples"])
-    return [epoch_figures(book, epoch) for epoch in sorted(book.epochs)], dict(book.samples)
+    figures = [epoch_figures(book, epoch) for epoch in sorted(book.epochs)]
+    trained = {epoch for epoch, _ in book.before}
+    return [x for x in figures if x["free"] < x["num_samples"] or x["epoch"] in trained], dict(book.samples)
 
 
 def epoch_figures(book: Book, epoch: int) -> Event:

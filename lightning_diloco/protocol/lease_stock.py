@@ -10,7 +10,9 @@ is done (see `leases`).
 first: nothing of this one is free. Ranges of older epochs, which come back from learners that died, end nothing.
 
 **Without a lease.** A learner does not stop for a syncer that is away: it trains its own last ranges once more, in the same order. These
-samples are counted apart, per epoch (`again`). Such an epoch ends when as many samples were drawn as its share of the data set.
+samples are counted apart, per epoch (`again`). Where a supervisor brings the syncer back, this does not end the learner's epoch, or a job
+of few epochs would be over before all of its samples were handed out. Where nobody may come back, the epoch ends when as many samples were
+drawn as an even share has, so that the learner reaches its own limit.
 """
 
 from __future__ import annotations
@@ -42,13 +44,13 @@ class LeaseStock:
     Args:
         spec: the data set.
         until: the first epoch that this learner does not want (None: it wants all).
-        share: samples of an epoch that it would have if all learners were equally fast.
+        share: samples after which an epoch without leases ends (None: it does not).
     """
 
-    def __init__(self, spec: DataSpec, *, until: int | None, share: int) -> None:
+    def __init__(self, spec: DataSpec, *, until: int | None, share: int | None) -> None:
         self._spec = spec
         self._until = until
-        self._share = max(1, share)
+        self._share = share
         self.samples = 0
         """Trained under leases, in the order of the grants."""
         self.again: dict[int, int] = {}
@@ -142,7 +144,7 @@ class LeaseStock:
 
     def draw_again(self, limit: int) -> LeaseRange | None:
         """Positions that this learner has had before, because it has no lease; None: its epoch has ended, or it never had any."""
-        if not self._history or self._drawn_in_epoch >= self._share:
+        if not self._history or (self._share is not None and self._drawn_in_epoch >= self._share):
             return None
         self._cycle = self._cycle or deque(self._history)
         front = self._cycle.popleft()

@@ -330,7 +330,7 @@ class LeaseLedger:
         return tuple(life.pending) if life is not None else ()
 
     def accounts(self) -> list[dict[str, Any]]:
-        """Per epoch, in samples: `num_samples` = `done` + `free` + `outstanding`; see `docs/summary.md`."""
+        """Per epoch of which anything was trained or is held, in samples: `num_samples` = `done` + `free` + `outstanding`."""
         return [
             {
                 "epoch": epoch,
@@ -344,6 +344,7 @@ class LeaseLedger:
                 "twice_ranges": [list(span) for span in x.listed],
             }
             for epoch, x in sorted(self._epochs.items())
+            if x.free.size < self.spec.num_samples or x.before.size
         ]
 
     def state(self, epoch: int) -> tuple[Spans, Spans, Spans]:

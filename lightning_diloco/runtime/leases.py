@@ -56,12 +56,12 @@ class Leases:
     Args:
         spec: the data set.
         until: the first epoch that is not wanted; None: all are.
-        share: samples of an epoch per learner, if all were equally fast.
+        share: samples after which an epoch without leases ends (None: it does not).
         batch_size: samples of a batch, at this moment.
         batches_ahead: batches that the loader fetches before they are trained.
     """
 
-    def __init__(self, spec: DataSpec, *, until: int | None, share: int, batch_size: Callable[[], int], batches_ahead: int) -> None:
+    def __init__(self, spec: DataSpec, *, until: int | None, share: int | None, batch_size: Callable[[], int], batches_ahead: int) -> None:
         self.spec = spec
         self.waited_s = 0.0
         """Time that the loader has waited for grants since the join."""

@@ -90,7 +90,8 @@ class LeaseFeed(Callback):
                 ),
                 # Epochs that are cut short are Lightning's own, and go on in the data where the last one ended.
                 until=None if is_cut else max_epochs,
-                share=share,
+                # A supervisor brings the syncer back, or ends the job; by hand a learner has only its own limit.
+                share=share if self._assignment.role == "island" else None,
                 batch_size=self._batch_size,
                 batches_ahead=batches_ahead(checked),
             )

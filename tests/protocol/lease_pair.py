@@ -1,4 +1,4 @@
-"""A `RestartingPair` whose learners draw leased samples: real machines and stocks, a link that a test may cut, and a book of every training."""
+"""A `RestartingPair` whose learners draw leased samples: on a link that a test may cut, with a book of all trainings."""
 
 from __future__ import annotations
 
