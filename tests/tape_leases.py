@@ -13,10 +13,11 @@ Place = tuple[int, int]
 class Book:
     """What became of every place of every epoch."""
 
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
+    def __init__(self, num_samples: int, *, is_rebuilt: bool) -> None:
+        self.num_samples, self.is_rebuilt = num_samples, is_rebuilt
+        self.assumed: set[Place] = set()
         self.epochs: set[int] = set()
-        self.order: dict[tuple[int, int], list[Place]] = defaultdict(list)
+        self.order: dict[tuple[int, int], list[Place | None]] = defaultdict(list)
         self.told: dict[tuple[int, int], int] = defaultdict(int)
         self.claimed: dict[tuple[int, int], int] = defaultdict(int)
         self.before_told: dict[tuple[int, int], int] = defaultdict(int)
@@ -33,19 +34,31 @@ class Book:
     def lease(self, e: Event) -> None:
         life = (e["learner_id"], e["incarnation"])
         self.report(life, e["samples"])
+        self.order[life] += [None] * (e["before"] - len(self.order[life]))
         for epoch, start, stop in e["ranges"]:
-            self.epochs |= set(range(min(self.epochs, default=epoch), epoch + 1))
+            if self.is_rebuilt and epoch not in self.epochs and epoch < min(self.epochs, default=epoch):
+                self.assumed |= {(epoch, i) for i in range(self.num_samples)}
+            self.epochs |= {epoch, *range(min(self.epochs, default=epoch), epoch + 1)}
+            self.assume_below(epoch, start)
+            self.assumed -= {(epoch, i) for i in range(start, stop)}
             self.order[life] += [(epoch, i) for i in range(start, stop)]
         self.report(life, 0)
+
+    def assume_below(self, epoch: int, start: int) -> None:
+        """Ranges go out from the lowest place up: of a tape that was lost, what lies below one and is nowhere else was handed out."""
+        if self.is_rebuilt:
+            below = {(e, i) for e in self.epochs if e <= epoch for i in range(start if e == epoch else self.num_samples)}
+            self.assumed |= below - self.done - self.outstanding()
 
     def report(self, life: tuple[int, int], samples: int) -> None:
         self.claimed[life] = max(self.claimed[life], samples)
         trained = self.order[life][self.told[life] : self.claimed[life]]
         self.told[life] += len(trained)
         self.samples[life[0]] += len(trained)
-        for place in trained:
+        for place in filter(None, trained):
             self.surplus[place] += (place in self.done) + (place in self.before)
             self.before.discard(place)
+            self.assumed.discard(place)
             self.done.add(place)
 
     def report_again(self, life: tuple[int, int], again: list[list[int]]) -> None:
@@ -57,7 +70,7 @@ class Book:
 
     def train_before(self, life: tuple[int, int], samples: int) -> None:
         held = self.order[life][self.told[life] : samples]
-        for place in held[self.before_told[life] :]:
+        for place in filter(None, held[self.before_told[life] :]):
             self.surplus[place] += (place in self.done) + (place in self.before)
             self.samples[life[0]] += 1
             if place not in self.done:
@@ -68,14 +81,14 @@ class Book:
         is_sudden = reason in ("died", "fenced")
         if is_sudden and life in self.counted:
             self.train_before(life, self.counted[life])
-        freed = set(self.order[life][self.told[life] :]) - self.done
+        freed = {p for p in self.order[life][self.told[life] :] if p} - self.done
         self.ended.add(life)
         freed -= self.outstanding()
         if is_sudden and life not in self.counted:
             self.unsure.update(epoch for epoch, _ in freed)
 
     def outstanding(self) -> set[Place]:
-        return {p for life, places in self.order.items() if life not in self.ended for p in places[self.told[life] :]} - self.done
+        return {p for life, places in self.order.items() if life not in self.ended for p in places[self.told[life] :] if p} - self.done
 
 
 def lease_figures(tape: list[Event]) -> tuple[list[Event] | None, dict[int, int]]:
@@ -83,7 +96,7 @@ def lease_figures(tape: list[Event]) -> tuple[list[Event] | None, dict[int, int]
     jobs = [e for e in tape if e["event"] == "job"]
     if not jobs or jobs[-1].get("data") is None:
         return None, {}
-    book = Book(jobs[-1]["data"]["num_samples"])
+    book = Book(jobs[-1]["data"]["num_samples"], is_rebuilt=jobs[-1]["is_rebuilt"])
     sessions: dict[str, tuple[int, int]] = {}
     for e in tape:
         life = (e.get("learner_id", -1), e.get("incarnation", -1))
@@ -108,7 +121,7 @@ def lease_figures(tape: list[Event]) -> tuple[list[Event] | None, dict[int, int]
 
 def epoch_figures(book: Book, epoch: int) -> Event:
     done = {i for e, i in book.done if e == epoch}
-    held = {i for e, i in book.outstanding() if e == epoch}
+    held = {i for e, i in book.outstanding() | book.assumed if e == epoch}
     surplus = {i: n for (e, i), n in book.surplus.items() if e == epoch and n}
     assert not done & held and done | held <= set(range(book.num_samples)), f"epoch {epoch}: a place that is none, or done and outstanding"
     return {

@@ -13,7 +13,8 @@ from typing import Any
 from lightning_diloco.metrics.accounts import TokenAccounts
 from lightning_diloco.metrics.activity import Activity
 from lightning_diloco.metrics.participation import MergeLog
-from lightning_diloco.protocol.leases import LeaseLedger, fold_leases
+from lightning_diloco.protocol.lease_fold import fold_leases
+from lightning_diloco.protocol.leases import LeaseLedger
 from lightning_diloco.protocol.records import (
     ContributionRecord,
     CountersRecord,

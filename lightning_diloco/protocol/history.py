@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from statistics import median_low
 
 from lightning_diloco.protocol.identity import FragmentInfo, LeaveReason, MergedThrough, Version
-from lightning_diloco.protocol.leases import LeaseLedger, fold_leases
+from lightning_diloco.protocol.lease_fold import fold_leases
+from lightning_diloco.protocol.leases import LeaseLedger
 from lightning_diloco.protocol.ledger import Ledger
 from lightning_diloco.protocol.records import (
     ContributionRecord,

@@ -194,7 +194,8 @@ class LearnerMachine:
             tokens_per_step=options.tokens_per_step,
             joined_at_step=self.state.joined_at_step,
             life=options.life,
-            data=options.data,
+            # Once it is known, the job's: a syncer that has lost everything goes on with the same seed.
+            data=options.data if self._welcome is None or self._welcome.data is None else self._welcome.data,
         )
         return [Send(message=hello)]
 

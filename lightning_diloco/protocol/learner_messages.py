@@ -64,10 +64,11 @@ class Discarded(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Granted(msgspec.Struct, frozen=True, array_like=True):
-    """A grant that a learner has received, for a syncer that may have lost it."""
+    """A grant that a learner has received, for a syncer that may have lost it; `before`: samples of all its grants before this one."""
 
     number: Count
     ranges: Ranges
+    before: Count = 0
 
 
 # ---- learner to syncer, control ---------------------------------------------------------------------------------------------

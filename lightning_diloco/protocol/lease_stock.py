@@ -59,7 +59,7 @@ class LeaseStock:
         """The syncer said that nothing is free of the epochs that are wanted."""
         self.has_answer = False
         self._queue: deque[LeaseRange] = deque()
-        self._queued = 0
+        self._queued = self._granted = 0
         self._drawn: deque[tuple[LeaseRange, bool]] = deque()
         self._in_step = 0
         self._number = 0
@@ -109,7 +109,8 @@ class LeaseStock:
         self._queued += sum(r.stop - r.start for r in message.ranges)
         self.is_over = message.is_over
         if message.ranges:
-            self._known.append(Granted(message.number, message.ranges))
+            self._known.append(Granted(message.number, message.ranges, self._granted))
+            self._granted += sum(r.stop - r.start for r in message.ranges)
             self._was_asked_when_empty = False
         return True
 

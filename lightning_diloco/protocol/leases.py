@@ -22,23 +22,14 @@ Only a machine that goes down with unwritten lines of the tape can make two live
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from lightning_diloco.protocol.identity import DataSpec, LeaseRange
-from lightning_diloco.protocol.records import (
-    CountersRecord,
-    JobRecord,
-    JoinRecord,
-    LeaseLateRecord,
-    LeaseRecord,
-    LeaveRecord,
-    ProgressRecord,
-    Record,
-)
 from lightning_diloco.protocol.spans import Spans
 
-__all__ = ["LeaseLedger", "Life", "fold_leases", "lease_size"]
+__all__ = ["LeaseLedger", "Life", "lease_size"]
 
 LEASES_PER_EPOCH = 50
 """A lease is at most this part of an epoch, so that little is done again when a learner dies, and learners end an epoch together."""
@@ -52,6 +43,8 @@ MAX_LISTED = 64
 """Ranges of an epoch that are listed as trained twice; the count is exact beyond it."""
 MAX_ENDED = 1024
 """Ended lives whose late words are understood."""
+_GAP: Final = -1
+"""Epoch of samples in what a life holds of which nobody knows where they lie."""
 MAX_AHEAD = 64
 """Epochs that a told range may lie ahead of the newest one: more is no range of this job."""
 
@@ -170,8 +163,18 @@ class LeaseLedger:
         self._note(life, number, tuple(ranges))
         return life.last
 
-    def take(self, life: Life, number: int, ranges: tuple[LeaseRange, ...]) -> None:
-        """A grant that is known already: from the tape, or because its learner tells of one that the tape has lost."""
+    def take(self, life: Life, number: int, ranges: tuple[LeaseRange, ...], before: int = 0) -> None:
+        """A grant that is known already: from the tape, or because its learner tells of one that the tape has lost.
+
+        Args:
+            life: whose.
+            number: of its request.
+            ranges: what was granted.
+            before: samples of all grants of this life before it; those that nobody knows any more are a gap in what it holds.
+        """
+        if before > life.granted:
+            life.pending.append(LeaseRange(_GAP, life.granted, before))
+            life.granted = before
         for item in ranges:
             self._open_through(item.epoch)
             self._take_free(item.epoch, item.start, item.stop)
@@ -252,7 +255,7 @@ class LeaseLedger:
     def _advance(self, life: Life) -> None:
         # A syncer whose machine went down may know fewer grants than the learner has trained: the rest counts when they are told.
         count = min(life.claimed, life.granted) - life.trained
-        for item in _front(life.pending, count):
+        for item in _known(_front(life.pending, count)):
             self._epochs[item.epoch].finish(item.start, item.stop)
             if not self._epochs[item.epoch].free.size and item.epoch in self._with_free:
                 self._with_free.remove(item.epoch)
@@ -279,7 +282,7 @@ class LeaseLedger:
         skip, held = life.before, deque(life.pending)
         for _ in _front(held, skip):
             pass
-        for item in _front(held, count - skip):
+        for item in _known(_front(held, count - skip)):
             self._epochs[item.epoch].train_before(item.start, item.stop)
             self._samples[life.learner_id] = self._samples.get(life.learner_id, 0) + item.stop - item.start
         life.before = count
@@ -302,7 +305,7 @@ class LeaseLedger:
         life.session = session
         if not said_last_word and life.counted is not None:
             self._train_before(life, life.counted)
-        for item in life.pending:
+        for item in _known(life.pending):
             rest = Spans(item.start, item.stop)
             for a, b in self._epochs[item.epoch].done.overlap(item.start, item.stop):
                 rest.remove(a, b)
@@ -327,7 +330,7 @@ class LeaseLedger:
     def held(self, learner_id: int, incarnation: int) -> tuple[LeaseRange, ...]:
         """What a running life holds and has not reported as done, in order."""
         life = self._lives.get((learner_id, incarnation))
-        return tuple(life.pending) if life is not None else ()
+        return tuple(_known(life.pending)) if life is not None else ()
 
     def accounts(self) -> list[dict[str, Any]]:
         """Per epoch of which anything was trained or is held, in samples: `num_samples` = `done` + `free` + `outstanding`."""
@@ -353,38 +356,8 @@ class LeaseLedger:
         return x.free, x.done, x.before
 
 
-def fold_leases(ledger: LeaseLedger | None, record: Record, sessions: dict[tuple[int, int], str]) -> LeaseLedger | None:
-    """The ledger after one more record of the tape; a job without leases has none.
-
-    Args:
-        ledger: of the records before; changed in place.
-        record: the next one.
-        sessions: names of the processes of running lives, kept by this function.
-    """
-    if isinstance(record, JobRecord):
-        return None if record.data is None else LeaseLedger(record.data, is_rebuilt=record.is_rebuilt)
-    if ledger is None:
-        return None
-    match record:
-        case JoinRecord():
-            sessions[record.learner_id, record.incarnation] = record.session
-        case LeaseRecord():
-            life = ledger.life(record.learner_id, record.incarnation)
-            ledger.trained(record.learner_id, record.incarnation, record.samples)
-            ledger.take(life, record.number, record.ranges)
-        case ProgressRecord():
-            ledger.trained(record.learner_id, record.incarnation, record.samples, record.again)
-        case CountersRecord() if record.samples is not None:
-            ledger.counted(record.learner_id, record.incarnation, record.samples)
-        case LeaseLateRecord():
-            ledger.late(record.session, record.samples)
-        case LeaveRecord():
-            session = sessions.pop((record.learner_id, record.incarnation), "")
-            said = record.reason not in ("died", "fenced")
-            ledger.end(record.learner_id, record.incarnation, session, said_last_word=said)
-        case _:
-            pass
-    return ledger
+def _known(ranges: Iterable[LeaseRange]) -> list[LeaseRange]:
+    return [item for item in ranges if item.epoch != _GAP]
 
 
 def _front(ranges: deque[LeaseRange], count: int) -> list[LeaseRange]:

@@ -39,7 +39,7 @@ class Leasing:
         life = ledger.life(member.learner_id, member.incarnation)
         for grant in message.known:
             if grant.number > life.number and all(ledger.is_possible(r) for r in grant.ranges):
-                ledger.take(life, grant.number, grant.ranges)
+                ledger.take(life, grant.number, grant.ranges, grant.before)
                 actions += self._tape(life, is_told=True) if grant.ranges else []
         if message.number < life.number:
             return actions
@@ -59,6 +59,7 @@ class Leasing:
             number=life.number,
             ranges=life.last,
             samples=life.claimed,
+            before=life.granted - sum(r.stop - r.start for r in life.last),
             is_told=is_told,
         )
         return [Tape(record=record)]

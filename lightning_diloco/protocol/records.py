@@ -134,7 +134,8 @@ class CountersRecord(_Base, frozen=True, kw_only=True, tag="counters"):
 class LeaseRecord(_Base, frozen=True, kw_only=True, tag="lease"):
     """Sample ranges were handed to an incarnation, which trains them in this order; `samples`: what it had trained by then.
 
-    `number`: of its request. `is_told`: a grant that the tape had lost and its learner tells of.
+    `number`: of its request. `before`: samples of all its grants before this one. `is_told`: a grant that the tape had lost and its
+    learner tells of.
     """
 
     learner_id: int
@@ -142,6 +143,7 @@ class LeaseRecord(_Base, frozen=True, kw_only=True, tag="lease"):
     number: int
     ranges: tuple[LeaseRange, ...]
     samples: int = 0
+    before: int = 0
     is_told: bool = False
 
 

@@ -39,6 +39,7 @@ def test_figures_of_a_run_with_a_death_a_pause_and_carried_work():
         "global_sha256": "ab",
         "restarts": {"learners": 1, "syncer": 0},
         "steps_lost": 3,
+        "leases": None,
     }
 
 
@@ -59,6 +60,7 @@ def test_figures_of_the_learners_of_that_run():
             "participation": 1.0,
             "batch_size": 4,
             "discarded": 0,
+            "samples": None,
         }
     )
     assert learners[1] == pytest.approx(
@@ -75,6 +77,7 @@ def test_figures_of_the_learners_of_that_run():
             "participation": 0.8,
             "batch_size": 4,
             "discarded": 15,
+            "samples": None,
         }
     )
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from typing import Any
 
 from lightning_diloco.protocol import events as ev
 from lightning_diloco.protocol.identity import DataSpec
+from lightning_diloco.protocol.lease_fold import fold_leases
 from lightning_diloco.protocol.lease_stock import LeaseStock
 from lightning_diloco.protocol.messages import Heartbeat, LeaseGrant
-from lightning_diloco.protocol.records import LeaseRecord
+from lightning_diloco.protocol.records import LeaseRecord, TapeLine, decode_line, encode_line
 from lightning_diloco.protocol.wire import decode_from_syncer
 from tests.protocol.restarting import RestartingPair
 from tests.protocol.toy import Node
+from tests.tape_leases import lease_figures
 
-__all__ = ["LeasePair"]
+__all__ = ["LeasePair", "check_covered", "check_tape", "job"]
 
 
 class LeasePair(RestartingPair):
@@ -127,3 +130,33 @@ class LeasePair(RestartingPair):
         assert self.syncer.job.leases is not None
         (found,) = [x for x in self.syncer.job.leases.accounts() if x["epoch"] == epoch]
         return found
+
+
+def job(count: int = 2, **options: Any) -> tuple[LeasePair, list[Node]]:
+    pair = LeasePair(**{"num_samples": 40, "until": 1, **options})
+    return pair, [pair.join(i) for i in range(count)]
+
+
+def check_covered(pair: LeasePair, *, but_twice: int | None = 0) -> None:
+    """Every sample of every epoch was trained, and the ledger says how often; so does a fold of the tape."""
+    assert pair.until is not None
+    for epoch in range(pair.until):
+        account = pair.account(epoch)
+        times = {i: n for (e, i), n in pair.times.items() if e == epoch}
+        assert set(times) == set(range(pair.spec.num_samples)), "a sample was lost"
+        assert (account["done"], account["free"], account["outstanding"]) == (pair.spec.num_samples, 0, 0)
+        assert account["twice"] == sum(times.values()) - pair.spec.num_samples
+        assert but_twice is None or account["twice"] == but_twice
+    check_tape(pair)
+
+
+def check_tape(pair: LeasePair) -> None:
+    ledger, sessions = None, {}
+    for i, record in enumerate(pair.tape):
+        ledger = fold_leases(ledger, decode_line(encode_line(TapeLine(i, 0.0, record))).record, sessions)
+    assert ledger is not None and pair.syncer.job.leases is not None
+    assert ledger.accounts() == pair.syncer.job.leases.accounts()
+    plain = [json.loads(encode_line(TapeLine(i, 0.0, record))) for i, record in enumerate(pair.tape)]
+    figures, samples = lease_figures(plain)
+    assert figures == ledger.accounts()
+    assert samples == {m: ledger.samples(m) for m in samples}
