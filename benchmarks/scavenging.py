@@ -12,8 +12,8 @@ validated after the job, on the held-out text.
 
 | figure | what |
 |---|---|
-| time to a loss | seconds from the first step until the global model has it, with the two more over without; the losses are those of the job without at half of its time and at its end |
-| longest step | of the two that train throughout, around each join and leave, over their median step; aim: at most 2 |
+| time to a loss | seconds until the global model has it, without over with; losses: that of `without` at half of its time, and at its end |
+| longest step | of the two that train throughout, around each change, over their median step; aim: at most 2 |
 
 The exit code is 1 if the aim is missed, or if more machines did not bring the loss sooner.
 """

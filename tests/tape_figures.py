@@ -10,6 +10,8 @@ import statistics
 from collections import Counter, defaultdict
 from typing import Any
 
+from tests.tape_leases import lease_figures
+
 REASONS = ["overwritten", "died", "fenced", "nonfinite", "norm", "rollback", "drain"]
 Event = dict[str, Any]
 
@@ -124,6 +126,7 @@ def recompute(tape: list[Event]) -> dict[str, Any]:
         "global_sha256": end["global_sha256"] if end else None,
         "restarts": run["restarts"] if run else {"learners": 0, "syncer": 0},
         "steps_lost": steps_lost(tape),
+        "leases": lease_figures(tape)[0],
         "learners": learners,
     }
 
@@ -150,6 +153,8 @@ def learner_figures(tape: list[Event], learner: int, *, is_ended: bool) -> dict[
     stalls = sorted(s for e in reports for s in e["stalls_s"])
     steps = [s for e in reports for s in net_steps(e)]
     sizes = [e["batch_size"] for e in mine if e.get("batch_size")]
+    fields = ("inner_step", "batch_size", "accumulate", "lr_factor", "reason")
+    chosen = [{name: e[name] for name in fields} for e in mine if e["event"] == "batch"]
     fragment_ids = [f["fragment_id"] for f in parameter_fragments(tape)]
     lost = {p: sum(discarded[learner, p, r] for r in REASONS) for p in fragment_ids}
     tokens = sum(t for _, t in totals)
@@ -168,7 +173,9 @@ def learner_figures(tape: list[Event], learner: int, *, is_ended: bool) -> dict[
         "rounds_eligible": eligible,
         "participation": rounds / eligible if eligible else None,
         "batch_size": sizes[-1] if sizes else 0,
+        "batches": chosen if len(chosen) <= 20 else [chosen[0], *chosen[-19:]],
         "discarded": weighted(tape, lost),
+        "samples": lease_figures(tape)[1].get(learner, 0) if lease_figures(tape)[0] is not None else None,
     }
 
 

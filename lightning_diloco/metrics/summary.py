@@ -13,6 +13,8 @@ from typing import Any
 from lightning_diloco.metrics.accounts import TokenAccounts
 from lightning_diloco.metrics.activity import Activity
 from lightning_diloco.metrics.participation import MergeLog
+from lightning_diloco.protocol.lease_fold import fold_leases
+from lightning_diloco.protocol.leases import LeaseLedger
 from lightning_diloco.protocol.records import (
     BatchRecord,
     ContributionRecord,
@@ -50,6 +52,8 @@ class SummaryFold:
         self._last_s = 0.0
         self._end: tuple[float, EndRecord] | None = None
         self._run: RunRecord | None = None
+        self._leases: LeaseLedger | None = None
+        self._sessions: dict[tuple[int, int], str] = {}
 
     @property
     def has_run_record(self) -> bool:
@@ -60,6 +64,7 @@ class SummaryFold:
         """Take the next line of the tape."""
         t_s = line.t_s
         self._last_s = max(self._last_s, t_s)
+        self._leases = fold_leases(self._leases, line.record, self._sessions)
         match line.record:
             case JobRecord() as record:
                 self._found(record)
@@ -131,6 +136,7 @@ class SummaryFold:
             "global_sha256": self._end[1].global_sha256 if self._end else None,
             "restarts": dict(self._run.restarts) if self._run else {"learners": 0, "syncer": 0},
             "steps_lost": self._accounts.steps_lost(),
+            "leases": self._leases.accounts() if self._leases is not None else None,
             "learners": learners,
         }
 
@@ -201,5 +207,6 @@ class SummaryFold:
             "participation": merges.participation(learner_id),
             "batch_size": activity.batch_size(learner_id),
             "batches": activity.batches(learner_id),
+            "samples": self._leases.samples(learner_id) if self._leases is not None else None,
             "discarded": accounts.discarded(learner_id),
         }

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from lightning_diloco.protocol.identity import ContributionKey, MergedThrough, Origin, Refusal, Version
+from lightning_diloco.protocol.identity import ContributionKey, DataSpec, MergedThrough, Origin, Refusal, Version
 from lightning_diloco.protocol.messages import Contribution, FromLearner, FromSyncer, HeldFragment
 from lightning_diloco.protocol.records import Record
 
@@ -261,6 +261,7 @@ class Joined(_Action, frozen=True, kw_only=True):
     incarnation: int
     role: str
     job_step: int
+    data: DataSpec | None = None
 
 
 class RefuseJoin(_Action, frozen=True, kw_only=True):

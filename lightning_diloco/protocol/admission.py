@@ -15,6 +15,8 @@ from lightning_diloco.protocol.actions import BeginFounding, CloseSession, Reply
 from lightning_diloco.protocol.events import FoundingArrived
 from lightning_diloco.protocol.identity import LeaveReason, Version
 from lightning_diloco.protocol.job import Job
+from lightning_diloco.protocol.leases import LeaseLedger
+from lightning_diloco.protocol.leasing import data_difference
 from lightning_diloco.protocol.members import MAX_JOINING, Member
 from lightning_diloco.protocol.messages import (
     PROTOCOL_VERSION,
@@ -130,6 +132,9 @@ class Admission:
                 "config",
                 f"{field}={theirs!r:.500} differs from the job's {ours!r:.500}. The founder's configuration holds: use the same value.",
             )
+        data = data_difference(None if self._job.leases is None else self._job.leases.spec, hello.data)
+        if data is not None:
+            return "data", data
         if hello.fingerprint != self._job.fingerprint:
             return (
                 "wrong_layout",
@@ -277,6 +282,7 @@ class Admission:
         hello = self._hellos[event.session]
         job.found(config=self._founding_config, fingerprint=hello.fingerprint, fragments=found.fragments, currents=currents)
         job.static_crc, job.static_bytes = found.static_crc, found.static_bytes
+        job.leases = None if hello.data is None else LeaseLedger(hello.data)
         self._rounds.start()
         actions: list[SyncerAction] = [Tape(record=self._job_record(numbers, event, member.learner_id))]
         job.publisher.start(member.session, {i: c.version for i, c in enumerate(currents)})
@@ -307,6 +313,7 @@ class Admission:
             num_slots=job.options.num_slots,
             versions=job.options.versions,
             payload_at=event.payload_at,
+            data=None if job.leases is None else job.leases.spec,
         )
 
     def ready(self, session: str, now_s: float) -> list[SyncerAction]:
@@ -347,6 +354,8 @@ class Admission:
         job.members.remove(member, reason)
         job.publisher.stop(member.session)
         self._hellos.pop(member.session, None)
+        if job.leases is not None:
+            job.leases.end(member.learner_id, member.incarnation, member.session, said_last_word=reason not in ("died", "fenced"))
         # What is said to it now, and what was said just before, are control messages; only what is queued on bulk is dropped.
         actions: list[SyncerAction] = [CloseSession(session=member.session)]
         if not was_joined:
@@ -378,6 +387,7 @@ class Admission:
             next_seq=job.next_seq(member.learner_id),
             static_crc=job.static_crc,
             static_bytes=job.static_bytes,
+            data=None if job.leases is None else job.leases.spec,
         )
         return Reply(session=member.session, message=message, incarnation=member.incarnation)
 

@@ -153,6 +153,7 @@ class CountersRead(_Event, frozen=True, kw_only=True):
     incarnation: int
     inner_steps: int
     tokens: int
+    samples: int = 0
 
 
 class Finish(_Event, frozen=True, kw_only=True):

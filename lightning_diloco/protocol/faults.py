@@ -1,4 +1,4 @@
-"""What no learner of a job can say: the limits of the wire are wider than those of one job. A fault ends the sender's session."""
+"""What a message says that no learner of this job can say. The limits of the wire are wider; who breaks these loses its session."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_diloco.protocol.identity import DiscardReason
 from lightning_diloco.protocol.job import Job
 from lightning_diloco.protocol.messages import Contribution, FromLearner, Heartbeat, Leave
 
-__all__ = ["MAX_TOTAL", "fault_in"]
+__all__ = ["fault_of"]
 
 MAX_TOTAL = 2**53
 """No counter of a learner gets above this: weights are floats, and sums of a few of them must stay within the wire's 62 bits."""
@@ -16,7 +16,7 @@ REPORTED_DISCARDS: Final = ("overwritten", "nonfinite", "norm")
 """What a learner may say of discarded tokens, and `rollback` after a restart; all other reasons are the syncer's own findings."""
 
 
-def fault_in(job: Job, message: FromLearner | Contribution) -> str:
+def fault_of(job: Job, message: FromLearner | Contribution) -> str:
     """What of this message no learner of this job can say, or nothing. The limits of the wire are wider."""
     report = message.report if isinstance(message, Leave) else message
     fragment_id = getattr(report, "fragment_id", 0)

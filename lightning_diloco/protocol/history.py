@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from statistics import median_low
 
 from lightning_diloco.protocol.identity import FragmentInfo, LeaveReason, MergedThrough, Version
+from lightning_diloco.protocol.lease_fold import fold_leases
+from lightning_diloco.protocol.leases import LeaseLedger
 from lightning_diloco.protocol.ledger import Ledger
 from lightning_diloco.protocol.records import (
     ContributionRecord,
@@ -67,6 +69,7 @@ class History:
         self.next_incarnation: dict[int, int] = {}
         self.last_seq: dict[tuple[int, int], int] = {}
         self.ledger = Ledger(0)
+        self.leases: LeaseLedger | None = None
         self.ended: dict[str, LeaveReason] = {}
         """Sessions whose incarnations have ended, the newest last."""
         self.is_winding_up = False
@@ -78,9 +81,11 @@ class History:
         self._keep_above = keep_above
         self._held: dict[tuple[int, int], list[MergedMember]] = {}
         self._merges: list[list[tuple[Version, tuple[MergedMember, ...]]]] = []
+        self._sessions: dict[tuple[int, int], str] = {}
 
     def feed(self, record: Record) -> None:
         """Take the next record."""
+        self.leases = fold_leases(self.leases, record, self._sessions)
         match record:
             case JobRecord():
                 self._found(record)

@@ -18,8 +18,10 @@ __all__ = [
     "STATIC_FRAGMENT",
     "ContributionKey",
     "Count",
+    "DataSpec",
     "DiscardReason",
     "FragmentInfo",
+    "LeaseRange",
     "LeaveReason",
     "MergedThrough",
     "Refusal",
@@ -95,3 +97,27 @@ class FragmentInfo(msgspec.Struct, frozen=True):
     fragment_id: Count
     num_params: Annotated[int, Meta(ge=1, le=2**62)]
     kind: Literal["parameters", "buffers"] = "parameters"
+
+
+class LeaseRange(msgspec.Struct, frozen=True, array_like=True):
+    """Positions from `start` to below `stop` of one epoch's permutation."""
+
+    epoch: Count
+    start: Count
+    stop: Count
+
+
+class DataSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The data set that a job hands out in leases.
+
+    Args:
+        num_samples: of the whole data set.
+        is_shuffled: whether an epoch's positions are a permutation of the samples, or their own order.
+        seed: of the permutations; the founder's is the job's.
+        first_epoch: number of the first epoch (a fit that goes on from a checkpoint begins later).
+    """
+
+    num_samples: Annotated[int, Meta(ge=1, le=2**53)]
+    is_shuffled: bool
+    seed: Count = 0
+    first_epoch: Count = 0

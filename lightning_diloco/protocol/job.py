@@ -10,6 +10,7 @@ from lightning_diloco.protocol.actions import SyncerAction
 from lightning_diloco.protocol.gates import NormGate
 from lightning_diloco.protocol.grace import GraceWindow
 from lightning_diloco.protocol.identity import FragmentInfo, MergedThrough, Refusal, Version
+from lightning_diloco.protocol.leases import LeaseLedger
 from lightning_diloco.protocol.ledger import Ledger
 from lightning_diloco.protocol.members import GIVEN_UP_S, MAX_IDS, SILENT_HEARTBEATS, SILENT_S, Membership
 from lightning_diloco.protocol.messages import ShardAddress
@@ -91,6 +92,8 @@ class Job:
         self.last_seq: dict[tuple[int, int], int] = {}
         self.decisions: dict[tuple[int, int], dict[int, Decision]] = {}
         self.ledger = Ledger(0)
+        self.leases: LeaseLedger | None = None
+        """None: each learner trains on its own part of the data."""
         self.stop_reason: str | None = None
         self.finish_status: str | None = None
         self.is_ended = False

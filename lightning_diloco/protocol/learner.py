@@ -194,6 +194,8 @@ class LearnerMachine:
             tokens_per_step=options.tokens_per_step,
             joined_at_step=self.state.joined_at_step,
             life=options.life,
+            # Once it is known, the job's: a syncer that has lost everything goes on with the same seed.
+            data=options.data if self._welcome is None or self._welcome.data is None else self._welcome.data,
         )
         return [Send(message=hello)]
 
@@ -286,7 +288,13 @@ class LearnerMachine:
         if welcome is None:
             raise LocalProtocolError("joined without a welcome")
         self.state.stage, self.state.joined_at_step = "joined", welcome.job_step
-        joined = Joined(learner_id=self.state.learner_id, incarnation=welcome.incarnation, role=welcome.role, job_step=welcome.job_step)
+        joined = Joined(
+            learner_id=self.state.learner_id,
+            incarnation=welcome.incarnation,
+            role=welcome.role,
+            job_step=welcome.job_step,
+            data=welcome.data,
+        )
         return [Send(message=Ready(inner_step=self.state.inner_step)), joined]
 
     def _stop_requested(self, event: StopRequested) -> list[LearnerAction]:

@@ -7,8 +7,16 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from lightning_diloco.protocol.identity import Count, DiscardReason, FragmentInfo, MergedThrough, Seconds, Version
-from lightning_diloco.protocol.message_base import MAX_FRAGMENTS, Message, Name, PerFragment, StepTimes
+from lightning_diloco.protocol.identity import (
+    Count,
+    DataSpec,
+    DiscardReason,
+    FragmentInfo,
+    MergedThrough,
+    Seconds,
+    Version,
+)
+from lightning_diloco.protocol.message_base import MAX_FRAGMENTS, Again, Message, Name, PerFragment, Ranges, StepTimes
 
 __all__ = [
     "Adopted",
@@ -21,11 +29,11 @@ __all__ = [
     "FoundingFragment",
     "FoundingStatic",
     "FromLearner",
+    "Granted",
     "Heartbeat",
     "HeldFragment",
     "Hello",
     "LearnerHeader",
-    "LeaseDone",
     "LeaseRequest",
     "Leave",
     "NeedFull",
@@ -56,6 +64,14 @@ class Discarded(msgspec.Struct, frozen=True, array_like=True):
     tokens: Count
 
 
+class Granted(msgspec.Struct, frozen=True, array_like=True):
+    """A grant that a learner has received, for a syncer that may have lost it; `before`: samples of all its grants before this one."""
+
+    number: Count
+    ranges: Ranges
+    before: Count = 0
+
+
 # ---- learner to syncer, control ---------------------------------------------------------------------------------------------
 
 
@@ -65,6 +81,7 @@ class Hello(Message, frozen=True, kw_only=True):
     `config` is the JSON of the job's `SyncConfig`; `fingerprint` that of the layout; `versions` and `unresolved` what the process holds.
     `joined_at_step`: the job's step when it joined; 0 before.
     `life`: how many processes of this learner its supervisor started before this one; the supervisor's word of a death names it.
+    `data`: what is handed out in leases; None: each learner trains on its own part.
     """
 
     protocol_version: Count
@@ -84,6 +101,7 @@ class Hello(Message, frozen=True, kw_only=True):
     tokens_per_step: Count = 0
     joined_at_step: Count = 0
     life: Count = 0
+    data: DataSpec | None = None
 
 
 class Found(Message, frozen=True, kw_only=True):
@@ -129,6 +147,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
         last_step_age_s: from the end of the last step to the sending of this report.
         clock_s: the learner's monotonic clock at the sending (0: not told); tells how long the report was on its way.
         is_paused: inside validation or a checkpoint at this moment.
+        samples: trained under leases by this incarnation so far, in the order of its grants.
+        again: per epoch, samples trained once more because there was no lease (running totals).
     """
 
     inner_step: Count
@@ -144,6 +164,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     clock_s: Seconds = 0.0
     is_paused: bool = False
     batch_size: Count = 0
+    samples: Count = 0
+    again: Again = ()
 
 
 class BatchChosen(Message, frozen=True, kw_only=True):
@@ -207,15 +229,23 @@ class Ping(Message, frozen=True, kw_only=True):
 
 
 class LeaseRequest(Message, frozen=True, kw_only=True):
-    """Asks for sample ranges (data leases: not there yet)."""
+    """Asks for sample ranges; answered by `LeaseGrant` with the same number. Said again, unchanged, until the answer is here.
 
-    num_samples: Count
+    Args:
+        number: of the request, from 1 in each life.
+        wanted: samples (0: none; the learner only tells what it holds).
+        batch_size: samples of a batch at this moment.
+        until: the first epoch that is not wanted (None: all are).
+        samples: as in `Heartbeat`.
+        known: the last grants, told to a syncer that has started again and may have lost them.
+    """
 
-
-class LeaseDone(Message, frozen=True, kw_only=True):
-    """Sample ranges that an optimizer step has finished (data leases: not there yet)."""
-
-    ranges: tuple[tuple[Count, Count], ...]
+    number: Annotated[int, Meta(ge=1, le=2**53)]
+    wanted: Count
+    batch_size: Annotated[int, Meta(ge=1, le=2**53)]
+    until: Count | None = None
+    samples: Count = 0
+    known: Annotated[tuple[Granted, ...], Meta(max_length=64)] = ()
 
 
 class PeerStateRequest(Message, frozen=True, kw_only=True):
@@ -314,7 +344,6 @@ FromLearner = (
     | Leave
     | Ping
     | LeaseRequest
-    | LeaseDone
     | PeerStateRequest
 )
 LearnerHeader = FoundingFragment | FoundingStatic | Contribution | HeldFragment | PeerState

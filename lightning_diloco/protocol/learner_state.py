@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lightning_diloco.protocol.identity import DiscardReason, MergedThrough, Version
+from lightning_diloco.protocol.identity import DataSpec, DiscardReason, MergedThrough, Version
 from lightning_diloco.protocol.messages import Contribution, Envelope
 
 __all__ = ["NOTHING", "FragmentState", "LearnerOptions", "LearnerState", "Pending", "Stage"]
@@ -181,6 +181,7 @@ class LearnerOptions:
         learner_id: the id it wants (None: any free one).
         founded_n: what a founder says in `Found.versions` (founding from a checkpoint).
         value_fragments: ids of the fragments that hold running statistics: their merges are left out of the figures, as in summary.json.
+        data: what the job shall hand out in leases (None: each learner trains on its own part).
     """
 
     nonce: str
@@ -197,6 +198,7 @@ class LearnerOptions:
     life: int = 0
     founded_n: tuple[int, ...] = ()
     value_fragments: tuple[int, ...] = ()
+    data: DataSpec | None = None
 
 
 class LearnerState:

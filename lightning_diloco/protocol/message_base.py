@@ -7,14 +7,17 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from lightning_diloco.protocol.identity import Count, Seconds
+from lightning_diloco.protocol.identity import Count, LeaseRange, Seconds
 
-__all__ = ["MAX_FRAGMENTS", "Message", "Name", "PerFragment", "Sentence", "StepTimes"]
+__all__ = ["MAX_FRAGMENTS", "Again", "Message", "Name", "PerFragment", "Ranges", "Sentence", "StepTimes"]
 
 Name = Annotated[str, Meta(max_length=200)]
 Sentence = Annotated[str, Meta(max_length=2000)]
 MAX_FRAGMENTS = 100_000
 PerFragment = Annotated[tuple[Count, ...], Meta(max_length=MAX_FRAGMENTS)]
+Ranges = Annotated[tuple[LeaseRange, ...], Meta(max_length=1024)]
+Again = Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=64)]
+"""Per epoch, samples that were trained without a lease."""
 StepTimes = Annotated[tuple[Seconds, ...], Meta(max_length=8192)]
 
 

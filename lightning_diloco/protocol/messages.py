@@ -3,7 +3,7 @@
 Every message travels in an `Envelope` that names the job, the lineage, the epoch and the sender's incarnation. Control messages are
 small and go over the control socket; `Header` messages announce a payload and go with it over the bulk socket. Types are tagged,
 frozen, closed (unknown fields are refused) and validated by msgspec when they are decoded; values that one type alone cannot rule out are
-checked by the machines. Shapes of what is not there yet (leases, peer state) stand here already, so that nothing is torn up when they come.
+checked by the machines. Shapes of what is not there yet (peer state) stand here already, so that nothing is torn up when they come.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lightning_diloco.protocol.learner_messages import (
     FoundingFragment,
     FoundingStatic,
     FromLearner,
+    Granted,
     Heartbeat,
     HeldFragment,
     Hello,
     LearnerHeader,
-    LeaseDone,
     LeaseRequest,
     Leave,
     NeedFull,
@@ -80,13 +80,13 @@ __all__ = [
     "FromLearner",
     "FromObserver",
     "FromSyncer",
+    "Granted",
     "Header",
     "Heartbeat",
     "HeldFragment",
     "Hello",
     "JoinRefused",
     "LearnerHeader",
-    "LeaseDone",
     "LeaseGrant",
     "LeaseRequest",
     "Leave",

@@ -11,7 +11,17 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from lightning_diloco.protocol.identity import Count, DiscardReason, FragmentInfo, LeaveReason, MergedThrough, Refusal, Version
+from lightning_diloco.protocol.identity import (
+    Count,
+    DataSpec,
+    DiscardReason,
+    FragmentInfo,
+    LeaseRange,
+    LeaveReason,
+    MergedThrough,
+    Refusal,
+    Version,
+)
 
 __all__ = [
     "BatchRecord",
@@ -21,6 +31,8 @@ __all__ = [
     "EndRecord",
     "JobRecord",
     "JoinRecord",
+    "LeaseLateRecord",
+    "LeaseRecord",
     "LeaveRecord",
     "Member",
     "MergeRecord",
@@ -50,6 +62,7 @@ class JobRecord(_Base, frozen=True, kw_only=True, tag="job"):
 
     `payload_at`: where its tensors begin in the file of recorded payloads (None: they are not there).
     `is_rebuilt`: no founding, but what was taken from the learners of a job whose run directory was lost.
+    `data`: what is handed out in leases; None: each learner trains on its own part.
     """
 
     job_id: str
@@ -65,6 +78,7 @@ class JobRecord(_Base, frozen=True, kw_only=True, tag="job"):
     versions: dict[str, str] = {}
     payload_at: Count | None = None
     is_rebuilt: bool = False
+    data: DataSpec | None = None
 
 
 class JoinRecord(_Base, frozen=True, kw_only=True, tag="join"):
@@ -85,7 +99,10 @@ class JoinRecord(_Base, frozen=True, kw_only=True, tag="join"):
 
 
 class ProgressRecord(_Base, frozen=True, kw_only=True, tag="progress"):
-    """One report of an incarnation: totals since its start, and each step since the previous report, numbered from 0 at the join."""
+    """One report of an incarnation: totals since its start, and each step since the previous report, numbered from 0 at the join.
+
+    `samples`: trained under its leases, in their order; `again`: (epoch, samples) trained once more without a lease.
+    """
 
     learner_id: int
     incarnation: int
@@ -98,6 +115,8 @@ class ProgressRecord(_Base, frozen=True, kw_only=True, tag="progress"):
     last_step_age_s: float = 0.0
     is_paused: bool = False
     batch_size: int = 0
+    samples: int = 0
+    again: tuple[tuple[int, int], ...] = ()
 
 
 class BatchRecord(_Base, frozen=True, kw_only=True, tag="batch"):
@@ -117,12 +136,41 @@ class BatchRecord(_Base, frozen=True, kw_only=True, tag="batch"):
 
 
 class CountersRecord(_Base, frozen=True, kw_only=True, tag="counters"):
-    """Totals of an incarnation that could not report them itself, read from its memory-mapped file."""
+    """Totals of an incarnation that could not report them itself, read from its memory-mapped file.
+
+    `samples`: that it has trained under its leases (None: not known). What it had not reported of them is handed out again.
+    """
 
     learner_id: int
     incarnation: int
     inner_steps: int
     tokens: int
+    samples: int | None = None
+
+
+class LeaseRecord(_Base, frozen=True, kw_only=True, tag="lease"):
+    """Sample ranges were handed to an incarnation, which trains them in this order; `samples`: what it had trained by then.
+
+    `number`: of its request. `before`: samples of all its grants before this one. `is_told`: a grant that the tape had lost and its
+    learner tells of.
+    """
+
+    learner_id: int
+    incarnation: int
+    number: int
+    ranges: tuple[LeaseRange, ...]
+    samples: int = 0
+    before: int = 0
+    is_told: bool = False
+
+
+class LeaseLateRecord(_Base, frozen=True, kw_only=True, tag="lease_late"):
+    """A process whose incarnation had been ended says how many samples it had trained under its leases."""
+
+    learner_id: int
+    incarnation: int
+    session: str
+    samples: int
 
 
 class LeaveRecord(_Base, frozen=True, kw_only=True, tag="leave"):
@@ -274,6 +322,8 @@ Record = (
     | ProgressRecord
     | BatchRecord
     | CountersRecord
+    | LeaseRecord
+    | LeaseLateRecord
     | LeaveRecord
     | RoundOpenRecord
     | RoundCancelRecord

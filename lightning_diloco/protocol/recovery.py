@@ -135,7 +135,7 @@ class Recovery:
             ledger=history.ledger,
             last_seq=history.last_seq,
         )
-        job.static_crc, job.static_bytes = known.static_crc, known.static_bytes
+        job.static_crc, job.static_bytes, job.leases = known.static_crc, known.static_bytes, history.leases
         self._rounds.start(history.round_ids)
         for learner_id, incarnation in history.next_incarnation.items():
             job.members.seen(learner_id, incarnation)

@@ -37,9 +37,10 @@ from lightning_diloco.protocol.events import (
     SyncerEvent,
     Tick,
 )
-from lightning_diloco.protocol.faults import fault_in
+from lightning_diloco.protocol.faults import fault_of
 from lightning_diloco.protocol.identity import ContributionKey, Version
 from lightning_diloco.protocol.job import Job, JobOptions
+from lightning_diloco.protocol.leasing import Leasing
 from lightning_diloco.protocol.members import Member
 from lightning_diloco.protocol.messages import (
     Adopted,
@@ -50,6 +51,7 @@ from lightning_diloco.protocol.messages import (
     Heartbeat,
     Hello,
     JoinRefused,
+    LeaseRequest,
     Leave,
     NeedFull,
     NotHeld,
@@ -86,6 +88,7 @@ class SyncerMachine:
         self._admission = Admission(self.job, self.rounds)
         self._contributions = Contributions(self.job, self.rounds, self._admission)
         self._departures = Departures(self.job, self.rounds, self._admission)
+        self._leasing = Leasing(self.job)
         self.recovery = None if resumption is None else Recovery(self.job, self.rounds, self._admission, resumption)
         self._departures.is_winding_up = resumption is not None and resumption.history.is_winding_up
         self._now_s = 0.0
@@ -112,6 +115,7 @@ class SyncerMachine:
             NeedFull: self._need_full,
             Paused: self._paused,
             StopRequest: self._stop_request,
+            LeaseRequest: self._leasing.requested,
             Leave: self._leave,
             BatchChosen: self._batch_chosen,
         }
@@ -169,7 +173,7 @@ class SyncerMachine:
             return [Reply(session=session, message=pong)]
         if member is None or event.envelope.incarnation != member.incarnation:
             # A leave that was completed is told so again: the answer may have been lost.
-            return [self._admission.farewell(session) or Reply(session=session, message=WhoAreYou())]
+            return [*self._leasing.late(event), self._admission.farewell(session) or Reply(session=session, message=WhoAreYou())]
         if is_recovering or event.envelope.epoch < self.job.epoch:
             return self._of_old_epoch(member, message, now_s)
         if isinstance(message, Found):
@@ -184,13 +188,13 @@ class SyncerMachine:
             return self._departures.leave_early(member, message, now_s)
         if handler is None or not may_speak:
             return actions
-        fault = fault_in(self.job, message)
+        fault = fault_of(self.job, message)
         return actions + (self._close_session(member, "wrong_layout", fault, now_s) if fault else handler(member, message, now_s))
 
     def _of_old_epoch(self, member: Member, message: FromLearner, now_s: float) -> list[SyncerAction]:
         """Of one that does not know yet that this syncer has started again reports count, and nothing else; it is asked who it is."""
         actions: list[SyncerAction] = []
-        if member.stage == "joined" and isinstance(message, Progress | Heartbeat) and not fault_in(self.job, message):
+        if member.stage == "joined" and isinstance(message, Progress | Heartbeat) and not fault_of(self.job, message):
             actions += self._progress(member, message, now_s) if isinstance(message, Progress) else self._report(member, message, now_s)
         if member.stage == "joined" and isinstance(message, Heartbeat | Paused):
             member.is_paused = message.is_paused
@@ -205,7 +209,7 @@ class SyncerMachine:
         if self.recovery is not None and self.recovery.is_running:
             learner_id = member.learner_id if member is not None else 0
             return [DropPayload(key=ContributionKey(learner_id, event.header.fragment_id, event.header.seq))]
-        fault = fault_in(self.job, event.header) if member is not None and member.stage == "joined" else ""
+        fault = fault_of(self.job, event.header) if member is not None and member.stage == "joined" else ""
         if member is None or not fault:
             return self._contributions.arrived(event, now_s)
         key = ContributionKey(member.learner_id, event.header.fragment_id, event.header.seq)
@@ -246,6 +250,7 @@ class SyncerMachine:
         # Tokens that came without a step are nobody's; the tape and the ledger must tell the same.
         tokens = min(message.tokens, member.tokens)
         member.taped_tokens = max(member.taped_tokens, tokens)
+        self._leasing.reported(member, message)
         # A report tells again what its learner does not know to be on the tape.
         untold = slice(max(0, member.num_gaps - message.first_gap), None)
         first_gap = max(member.num_gaps, message.first_gap)
@@ -262,6 +267,8 @@ class SyncerMachine:
             last_step_age_s=message.last_step_age_s + member.delay_s(message.clock_s, now_s),
             is_paused=message.is_paused,
             batch_size=member.batch_size,
+            samples=message.samples,
+            again=message.again,
         )
         self._target.told(member.learner_id, record, self.job.members.active(now_s), now_s)
         actions: list[SyncerAction] = [Tape(record=record)]
@@ -329,13 +336,20 @@ class SyncerMachine:
 
     def _counters(self, event: CountersRead, now_s: float) -> list[SyncerAction]:
         member = self.job.members.by_id(event.learner_id)
-        if member is None or member.incarnation != event.incarnation or event.tokens <= member.taped_tokens or member.stage != "joined":
+        if member is None or member.incarnation != event.incarnation or member.stage != "joined":
+            return []
+        has_more_samples = self._leasing.read(event)
+        if event.tokens <= member.taped_tokens and not has_more_samples:
             return []
         member.tokens, member.inner_step = max(member.tokens, event.tokens), max(member.inner_step, event.inner_steps)
-        member.taped_tokens = event.tokens
+        member.taped_tokens = max(member.taped_tokens, event.tokens)
         self.job.ledger.trained(event.learner_id, event.tokens)
         record = CountersRecord(
-            learner_id=event.learner_id, incarnation=event.incarnation, inner_steps=event.inner_steps, tokens=event.tokens
+            learner_id=event.learner_id,
+            incarnation=event.incarnation,
+            inner_steps=event.inner_steps,
+            tokens=event.tokens,
+            samples=event.samples if self.job.leases is not None else None,
         )
         return [Tape(record=record)]
 

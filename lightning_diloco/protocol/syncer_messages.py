@@ -6,9 +6,9 @@ from typing import Literal
 
 import msgspec
 
-from lightning_diloco.protocol.identity import Count, MergedThrough, Refusal, Seconds, Version
+from lightning_diloco.protocol.identity import Count, DataSpec, MergedThrough, Refusal, Seconds, Version
 from lightning_diloco.protocol.learner_messages import PeerState
-from lightning_diloco.protocol.message_base import Message, Name, PerFragment, Sentence
+from lightning_diloco.protocol.message_base import Message, Name, PerFragment, Ranges, Sentence
 
 __all__ = [
     "Describe",
@@ -48,7 +48,8 @@ class Welcome(Message, frozen=True, kw_only=True):
 
     `role`: "waiting" (another founds; a second Welcome follows), "founder" (send `Found`), "joiner" (full transfers follow),
     "member" (the founder's fragments are in; it holds everything), "resumed" (same process as before).
-    `next_seq` holds the next sequence number per fragment; `job_step` the median inner step of the active learners.
+    `next_seq` holds the next sequence number per fragment; `job_step` the median inner step of the active learners; `data` what is handed
+    out in leases, with the founder's seed.
     """
 
     role: Literal["waiting", "founder", "joiner", "member", "resumed"]
@@ -59,6 +60,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     next_seq: PerFragment = ()
     static_crc: Count = 0
     static_bytes: Count = 0
+    data: DataSpec | None = None
 
 
 class JoinRefused(Message, frozen=True, kw_only=True):
@@ -147,10 +149,14 @@ class Pong(Message, frozen=True, kw_only=True):
 
 
 class LeaseGrant(Message, frozen=True, kw_only=True):
-    """Sample ranges handed out (data leases: not there yet)."""
+    """Answer to the `LeaseRequest` with this number: ranges, in the order in which they are to be trained.
 
-    epoch: Count
-    ranges: tuple[tuple[Count, Count], ...]
+    `is_over`: nothing is free below the epoch that the learner has named.
+    """
+
+    number: Count
+    ranges: Ranges = ()
+    is_over: bool = False
 
 
 # ---- syncer to learner, payload headers -------------------------------------------------------------------------------------

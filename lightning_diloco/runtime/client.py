@@ -18,7 +18,6 @@ References:
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import time
@@ -33,17 +32,17 @@ from lightning_diloco.errors import FencedError, SyncerUnavailableError
 from lightning_diloco.outer import plan_layout
 from lightning_diloco.protocol.actions import Adopt, Heal, LearnerAction, Send, Snapshot
 from lightning_diloco.protocol.events import Boundary, JoinRequested, LeaveRequested, PauseChanged, StopRequested
-from lightning_diloco.protocol.identity import Version
+from lightning_diloco.protocol.identity import DataSpec, Version
 from lightning_diloco.protocol.learner import LearnerMachine
-from lightning_diloco.protocol.learner_state import LearnerOptions
 from lightning_diloco.protocol.messages import BatchChosen
 from lightning_diloco.runtime.client_loop import ClientLoop, Encode
-from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOptions, JoinInfo
+from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOptions, JoinInfo, learner_options
 from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
 from lightning_diloco.runtime.global_state import MomentumTracker
 from lightning_diloco.runtime.healing import Remedy, describe, poisoned_fragments, tensors_of
 from lightning_diloco.runtime.learner_store import Adoption, LearnerStore
+from lightning_diloco.runtime.leases import Link
 from lightning_diloco.runtime.transport import LearnerTransport
 from lightning_diloco.runtime.unanswered import explain
 from lightning_diloco.runtime.weights import Weights
@@ -86,7 +85,7 @@ class LearnerClient:
         self._module = module
         self._options = options
         self._nonce = secrets.token_bytes(16)
-        self._machine = LearnerMachine(self._learner_options())
+        self._machine = LearnerMachine(learner_options(options, self.layout, self._nonce))
         self._store = LearnerStore(
             module,
             self.layout,
@@ -119,25 +118,6 @@ class LearnerClient:
         self.weights = Weights(module, self._store, self._loop.lock)
         self._is_closed = False
 
-    def _learner_options(self) -> LearnerOptions:
-        options = self._options
-        return LearnerOptions(
-            nonce=self._nonce.hex(),
-            num_fragments=len(self.layout.fragments),
-            fingerprint=self.layout.fingerprint(),
-            config=json.dumps(options.config.as_dict()).encode(),
-            adopt=options.config.adopt,
-            learner_id=options.learner_id,
-            token=options.token,
-            takeover_token=options.takeover_token,
-            device=options.device,
-            batch_size=options.batch_size,
-            tokens_per_step=options.tokens_per_step,
-            life=options.life,
-            founded_n=options.founding.numbers(self.layout),
-            value_fragments=tuple(i for i, fragment in enumerate(self.layout.fragments) if fragment.holds_values),
-        )
-
     # ---- joining ------------------------------------------------------------------------------------------------------------
 
     def join(self) -> JoinInfo:
@@ -159,6 +139,8 @@ class LearnerClient:
             raise
         joined = self._loop.joined
         assert joined is not None
+        if joined.data is not None:
+            self._wait_for_lease(joined.data)
         if joined.role != "member":
             for fragment_id, view in enumerate(self._store.views):
                 view.copy_from(self._store.base(fragment_id))
@@ -186,6 +168,29 @@ class LearnerClient:
         if self._loop.fatal is not None:
             raise self._loop.fatal
 
+    def _wait_for_lease(self, data: DataSpec) -> None:
+        """A learner begins with samples; a join may wait, later nothing does."""
+        leases, loop = self._options.leases, self._loop
+        assert leases is not None
+        leases.follow(data)
+        leases.connect(
+            Link(
+                send=loop.send,
+                wake=loop.wake,
+                is_heard=loop.reports.is_heard,
+                syncer_epoch=lambda: self._machine.state.envelope.epoch,
+                heartbeat_s=self._options.config.heartbeat_s,
+            )
+        )
+        loop.reports.leases = leases
+        loop.wake()
+        while not leases.has_answer and loop.fatal is None and self.stop_reason is None:
+            if time.monotonic() - loop.reports.heard_s > self._patience_s:
+                raise SyncerUnavailableError(f"The syncer at {self._options.endpoint} has fallen silent before it handed out any samples.")
+            time.sleep(0.005)
+        if loop.fatal is not None:
+            raise loop.fatal
+
     # ---- training -----------------------------------------------------------------------------------------------------------
 
     def boundary(self, *, tokens: int) -> None:
@@ -199,8 +204,9 @@ class LearnerClient:
         self._tokens += tokens
         self._uncounted_steps += 1
         self._uncounted_tokens += tokens
+        samples = self._options.leases.stepped() if self._options.leases is not None else 0
         if self._counters is not None:
-            self._counters.update(self._inner_steps, self._tokens)
+            self._counters.update(self._inner_steps, self._tokens, samples)
         self._exchange()
         if self.on_boundary is not None:
             self.on_boundary()

@@ -57,7 +57,6 @@ from lightning_diloco.protocol.messages import (
     Leave,
     Message,
     NotHeld,
-    Pong,
     Progress,
     Publication,
     Recall,
@@ -129,12 +128,12 @@ class ClientLoop:
             module=module,
             store=store,
             feed=self._feed,
-            send=self._send,
+            send=self.send,
             send_payload=self._send_payload,
             patience_s=patience_s,
             founding=founding,
         )
-        self.reports = Reports(machine, self.lock, times, config, self._send)
+        self.reports = Reports(machine, self.lock, times, config, self.send)
         self.leave_again: Literal["limit", "signal", "stopped"] | None = None
         self._complaints = Complaints(_log)
         self._is_over = False
@@ -296,8 +295,8 @@ class ClientLoop:
             self._dial(message.shards[0].bulk_endpoint)
         elif isinstance(message, SendState):
             self._joining.send_state()
-        elif isinstance(message, Pong):
-            self.reports.answered(message)
+        else:
+            self.reports.heed(message)
 
     def _dial(self, endpoint: str) -> None:
         """Go where payloads are served; an address that is none leaves everything as it is."""
@@ -310,7 +309,7 @@ class ClientLoop:
 
     def _do(self, action: LearnerAction) -> None:
         if isinstance(action, Send):
-            self._send(action.message)
+            self.send(action.message)
         elif isinstance(action, Decode):
             self._decode(action)
         elif isinstance(action, SendContribution):
@@ -322,7 +321,7 @@ class ClientLoop:
         elif isinstance(action, SendLeave):
             reports = self.reports
             reports.leave = reports.leave or Leave(reason=action.reason, report=reports.make())
-            self._send(reports.leave)
+            self.send(reports.leave)
         elif isinstance(action, SendFounding):
             self._joining.describe()
         elif isinstance(action, SendHeld):
@@ -356,7 +355,7 @@ class ClientLoop:
         elif isinstance(action, LeftDone):
             self.left.set()
 
-    def _send(self, message: Message) -> bool:
+    def send(self, message: Message) -> bool:
         """Whether the socket took it."""
         return self._transport.send_control(SYNCER, encode(self._machine.state.envelope, message))
 
@@ -369,7 +368,7 @@ class ClientLoop:
         if header.crc in (0, crc := crc32(values)):
             self._send_payload(msgspec.structs.replace(header, crc=crc), buffer_of(values))
         else:
-            self._send(NotHeld(fragment_id=header.fragment_id))
+            self.send(NotHeld(fragment_id=header.fragment_id))
 
     def _encode(self, job: Encode) -> None:
         crc = self._store.encode(job.fragment_id, job.seq, job.base, job.local, job.after)

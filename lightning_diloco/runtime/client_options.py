@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_diloco.config import SyncConfig
+from lightning_diloco.outer import Layout
+from lightning_diloco.protocol.learner_state import LearnerOptions
 from lightning_diloco.runtime.global_state import FoundingState
 from lightning_diloco.runtime.keys import SiteKeys
+from lightning_diloco.runtime.leases import Leases
 
-__all__ = ["JOIN_TIMEOUT_S", "ClientOptions", "JoinInfo"]
+__all__ = ["JOIN_TIMEOUT_S", "ClientOptions", "JoinInfo", "learner_options"]
 
 JOIN_TIMEOUT_S = 60.0
 """How long a learner looks for a syncer that answers, unless told otherwise."""
@@ -34,6 +38,7 @@ class ClientOptions:
         founding: versions and outer momentum to begin with, should this process found the job.
         keys: of this site; must be given if the syncer has keys (None: the link is not encrypted).
         keeps_momentum: follow the outer momentum, for `LearnerClient.global_state`; costs 4 bytes per parameter.
+        leases: of the training data (None: this learner trains on its own part).
     """
 
     endpoint: str
@@ -50,6 +55,7 @@ class ClientOptions:
     founding: FoundingState = field(default_factory=FoundingState)
     keeps_momentum: bool = False
     keys: SiteKeys | None = None
+    leases: Leases | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,3 +67,30 @@ class JoinInfo:
     role: str
     job_step: int
     lineage: str
+
+
+def learner_options(options: ClientOptions, layout: Layout, nonce: bytes) -> LearnerOptions:
+    """What the process tells the rules of itself.
+
+    Args:
+        options: of the process.
+        layout: of its module.
+        nonce: its random name.
+    """
+    return LearnerOptions(
+        nonce=nonce.hex(),
+        num_fragments=len(layout.fragments),
+        fingerprint=layout.fingerprint(),
+        config=json.dumps(options.config.as_dict()).encode(),
+        adopt=options.config.adopt,
+        learner_id=options.learner_id,
+        token=options.token,
+        takeover_token=options.takeover_token,
+        device=options.device,
+        batch_size=options.batch_size,
+        tokens_per_step=options.tokens_per_step,
+        life=options.life,
+        founded_n=options.founding.numbers(layout),
+        value_fragments=tuple(i for i, fragment in enumerate(layout.fragments) if fragment.holds_values),
+        data=options.leases.spec if options.leases is not None else None,
+    )

@@ -3,12 +3,13 @@
 A learner that is killed cannot report its last steps. Its totals therefore also live in a mapped file of the run directory: stores into
 the mapping belong to the kernel's page cache and outlast the process (not the machine; a machine that is lost takes its learners along).
 
-Layout, little endian: magic (8 bytes), version, incarnation (all ones: not known yet), then two slots of (begin, inner_steps, tokens, end),
-each field 8 bytes. An update writes the slot that does not hold the newest totals: begin = k, the two totals, end = k, where k counts
-updates. A slot counts if begin == end; the valid slot with the larger k is the truth. A process killed between two stores leaves
-the other slot untouched, so one step at most is missing and a torn pair is never read.
+Layout, little endian: magic (8 bytes), version, incarnation (all ones: not known yet), then two slots of (begin, inner_steps, tokens,
+samples, end), each field 8 bytes. Samples are those trained under data leases (0 without them). An update writes the slot that does not
+hold the newest totals: begin = k, the totals, end = k, where k counts updates. A slot counts if begin == end; the valid slot with the
+larger k is the truth. A process killed between two stores leaves the other slot untouched, so one step at most is missing and a torn
+pair is never read.
 
-An update is four 8-byte stores on the training thread: no system call, no allocation that grows, no lock.
+An update is five 8-byte stores on the training thread: no system call, no allocation that grows, no lock.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from lightning_diloco.protocol.members import Member
 __all__ = ["CounterFile", "CounterFileError", "Counters", "read_counters", "read_totals"]
 
 _MAGIC: Final = b"LDLCNT\r\n"
-_VERSION: Final = 1
-_NUM_WORDS: Final = 11
+_VERSION: Final = 2
+_NUM_WORDS: Final = 13
 _SIZE: Final = _NUM_WORDS * 8
-_VERSION_AT, _INCARNATION_AT, _SLOTS_AT, _SLOT_WORDS = 1, 2, 3, 4
+_VERSION_AT, _INCARNATION_AT, _SLOTS_AT, _SLOT_WORDS = 1, 2, 3, 5
 _UNKNOWN: Final = 2**64 - 1
-_LAYOUT: Final = struct.Struct("<8s10Q")
+_LAYOUT: Final = struct.Struct("<8s12Q")
 
 
 class CounterFileError(DiLoCoError):
@@ -47,6 +48,7 @@ class Counters:
     incarnation: int | None
     inner_steps: int
     tokens: int
+    samples: int = 0
 
 
 class CounterFile:
@@ -81,14 +83,15 @@ class CounterFile:
         """Note whose totals these are."""
         self._words[_INCARNATION_AT] = incarnation
 
-    def update(self, inner_steps: int, tokens: int) -> None:
+    def update(self, inner_steps: int, tokens: int, samples: int = 0) -> None:
         """Note the totals since the start of this incarnation; once per inner step, never blocks."""
         self._updates = updates = self._updates + 1
         at, words = _SLOTS_AT + _SLOT_WORDS * (updates & 1), self._words
         words[at] = updates
         words[at + 1] = inner_steps
         words[at + 2] = tokens
-        words[at + 3] = updates
+        words[at + 3] = samples
+        words[at + 4] = updates
 
     def close(self) -> None:
         """Unmap; the file stays. Idempotent."""
@@ -114,11 +117,11 @@ def read_counters(path: Path) -> Counters:
     if version != _VERSION:
         raise CounterFileError(f"{path}: version {version}, and this program reads version {_VERSION}. Use the program that wrote it.")
     slots = [words[i : i + _SLOT_WORDS] for i in (0, _SLOT_WORDS)]
-    whole = [slot for slot in slots if slot[0] == slot[3]]
+    whole = [slot for slot in slots if slot[0] == slot[-1]]
     if not whole:
         raise CounterFileError(f"{path}: both slots are half-written. A single writer cannot do that; the file is damaged.")
-    _, inner_steps, tokens, _ = max(whole)
-    return Counters(None if incarnation == _UNKNOWN else incarnation, inner_steps, tokens)
+    _, inner_steps, tokens, samples, _ = max(whole)
+    return Counters(None if incarnation == _UNKNOWN else incarnation, inner_steps, tokens, samples)
 
 
 def read_totals(folder: Path, member: Member) -> CountersRead | None:
@@ -132,5 +135,5 @@ def read_totals(folder: Path, member: Member) -> CountersRead | None:
         counters = read_counters(folder / f"{member.session}.bin")
     except CounterFileError:
         return None
-    totals = {"inner_steps": counters.inner_steps, "tokens": counters.tokens}
+    totals = {"inner_steps": counters.inner_steps, "tokens": counters.tokens, "samples": counters.samples}
     return CountersRead(learner_id=member.learner_id, incarnation=member.incarnation, **totals)

@@ -302,6 +302,7 @@ class Rebuilding:
             num_slots=self._num_slots,
             versions=package_versions(),
             is_rebuilt=True,
+            data=first.hello.data,
         )
 
 

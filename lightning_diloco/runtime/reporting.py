@@ -7,10 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.protocol.learner import LearnerMachine
-from lightning_diloco.protocol.messages import Heartbeat, Leave, Message, Ping, Pong, StopRequest
+from lightning_diloco.protocol.messages import FromSyncer, Heartbeat, LeaseGrant, Leave, Message, Ping, Pong, StopRequest
 from lightning_diloco.runtime.figures import StepTimes
+from lightning_diloco.runtime.leases import Leases
 
 __all__ = ["Reports"]
 
@@ -39,6 +42,8 @@ class Reports:
         """Said once, it is the report that is repeated: its figures are the last ones."""
         self.lost_syncer = False
         self.heard_s = time.monotonic()
+        self.leases: Leases | None = None
+        """The learner's data leases, if it has any."""
         self._machine, self._lock, self._times, self._config, self._send = machine, lock, times, config, send
         self._due_s = 0.0
         self._is_taken = True
@@ -56,6 +61,8 @@ class Reports:
         if now_s >= self._due_s or is_early:
             self._report(now_s)
         self._count_offline_steps()
+        if self.leases is not None and self.leave is None:
+            self.leases.tick(now_s)
 
     def _count_offline_steps(self) -> None:
         inner_step, limit = self._machine.state.inner_step, self._config.max_offline_steps
@@ -74,8 +81,9 @@ class Reports:
     def make(self) -> Heartbeat:
         """A full report of this moment, with all step times of which it is not known that they are on the tape."""
         steps = self._times.take(is_heard=self.is_heard(time.monotonic()))
+        samples, again = (self.leases.samples, self.leases.reported_again()) if self.leases is not None else (0, ())
         with self._lock:
-            return self._machine.report(
+            report = self._machine.report(
                 first_gap=steps.first,
                 step_gaps_s=steps.gaps_s,
                 paused_s=steps.paused_s,
@@ -83,11 +91,15 @@ class Reports:
                 last_step_age_s=steps.age_s,
                 clock_s=time.monotonic(),
             )
+        return msgspec.structs.replace(report, samples=samples, again=again)
 
-    def answered(self, pong: Pong) -> None:
-        """The syncer has said how many steps it has on its tape, and how long one is to be."""
-        self._times.confirm(pong.num_gaps)
-        self.target_step_s = pong.target_step_s or self.target_step_s
+    def heed(self, message: FromSyncer) -> None:
+        """The syncer has said how many steps it has on its tape and how long one is to be, or which samples are this learner's."""
+        if isinstance(message, Pong):
+            self._times.confirm(message.num_gaps)
+            self.target_step_s = message.target_step_s or self.target_step_s
+        elif isinstance(message, LeaseGrant) and self.leases is not None:
+            self.leases.granted(message)
 
     def _report(self, now_s: float) -> None:
         self._due_s = now_s + self._config.heartbeat_s

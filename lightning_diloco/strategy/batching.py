@@ -31,9 +31,11 @@ from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.strategy.batch_options import BatchOptions, lr_factor
 from lightning_diloco.strategy.counting import count_tokens
 from lightning_diloco.strategy.inner_rate import InnerRate
+from lightning_diloco.strategy.lease_loader import CountedBatches
 from lightning_diloco.strategy.live_batches import LiveBatchSampler, LiveSize, make_live
 from lightning_diloco.strategy.loop_lengths import is_epoch_over, refresh_lengths
 from lightning_diloco.strategy.memory_probe import MAX_SIZE, largest_that_fits, make_batch, probe_step
+from lightning_diloco.strategy.outer_sync import OuterSync
 from lightning_diloco.strategy.size_search import SizeSearch
 
 if TYPE_CHECKING:
@@ -68,10 +70,11 @@ class BatchSizing(Callback):
 
     @classmethod
     def attach(cls, trainer: pl.Trainer, strategy: DecoupledDiLoCoStrategy, options: BatchOptions) -> BatchSizing:
-        """Put a fresh one behind the Trainer's `OuterSync`, which is its first callback."""
+        """Put a fresh one behind the Trainer's `OuterSync`, which comes before all callbacks of the user's."""
         callback = cls(strategy, options)
         callback._remove_from(trainer)
-        trainer.callbacks.insert(1, callback)  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.insert(1 + next(i for i, other in enumerate(callbacks) if isinstance(other, OuterSync)), callback)
         return callback
 
     def detach(self) -> None:
@@ -120,7 +123,7 @@ class BatchSizing(Callback):
             if is_epoch_over(trainer):
                 for sampler in self._samplers(trainer):
                     sampler.rewind()
-            refresh_lengths(trainer)
+            self._refresh(trainer)
         self._ended_s = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -194,7 +197,7 @@ class BatchSizing(Callback):
                 lost = len(samples)
         if lost:
             _log.warning("%d samples that did not fit into memory are not trained in this epoch: nothing of it is drawn any more.", lost)
-        refresh_lengths(trainer)
+        self._refresh(trainer)
 
     # ---- choices ------------------------------------------------------------------------------------------------------------
 
@@ -220,7 +223,7 @@ class BatchSizing(Callback):
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0 or self._accumulate == trainer.accumulate_grad_batches:
             trainer.accumulate_grad_batches = self._accumulate
         self._rate.factor = factor = lr_factor(self._options.lr_rule, size * self._accumulate, self._reference)
-        refresh_lengths(trainer)
+        self._refresh(trainer)
         _log.info("batches of %d, %d to a step, learning rate x %.4g: %s", size, self._accumulate, factor, reason)
         if self._strategy.client is not None:
             self._strategy.client.batch_chosen(batch_size=size, accumulate=self._accumulate, lr_factor=factor, reason=reason)
@@ -274,8 +277,14 @@ class BatchSizing(Callback):
                 f"{name} with accumulate_grad_batches: both say how many batches make a step. Leave out one of the two."
             )
 
+    def _refresh(self, trainer: pl.Trainer) -> None:
+        if not any(isinstance(loader.batch_sampler, CountedBatches) for loader in self._loaders(trainer)):
+            # Of leased samples nobody knows how many come, whatever their batches are.
+            refresh_lengths(trainer)
+
     def _samplers(self, trainer: pl.Trainer) -> list[LiveBatchSampler]:
-        return [loader.batch_sampler for loader in self._loaders(trainer)]
+        found: list[Any] = [loader.batch_sampler for loader in self._loaders(trainer)]
+        return [sampler.batches if isinstance(sampler, CountedBatches) else sampler for sampler in found]
 
     def _loaders(self, trainer: pl.Trainer) -> list[Any]:
         combined = trainer.fit_loop._combined_loader

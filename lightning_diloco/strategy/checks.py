@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator
@@ -14,10 +12,7 @@ from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError, not_there_yet
 from lightning_diloco.strategy.registration import wrong_framework
 
-if TYPE_CHECKING:
-    from lightning_diloco.runtime.client import LearnerClient
-
-__all__ = ["check_callbacks", "check_host", "check_island", "check_local", "check_trainable", "check_unfrozen"]
+__all__ = ["check_callbacks", "check_host", "check_island", "check_local", "check_trainable"]
 
 
 def check_host(accelerator: Accelerator | None, num_nodes: int) -> None:
@@ -102,23 +97,4 @@ def check_island(num_devices: int) -> None:
     if num_devices != 1:
         raise not_there_yet(
             f"syncer= with devices={num_devices}: a learner of several devices", "Pass devices=1 and start one Trainer for each learner."
-        )
-
-
-def check_unfrozen(client: LearnerClient) -> None:
-    """Look at a joined learner's module for parameters that nobody would merge.
-
-    Raises:
-        ConfigurationError: there are some, added or unfrozen after the job had begun.
-    """
-    names, known = client.weights.unmerged_parameters(), {tensor.name for tensor in client.layout.static}
-    if added := [name for name in names if name not in known]:
-        raise ConfigurationError(
-            f"{added[0]} (and {len(added) - 1} more) was added to the module after the job had begun: it is not merged, and every "
-            "learner would train its own. Make all parameters before training starts (in __init__, setup or configure_model)."
-        )
-    if names:
-        raise ConfigurationError(
-            f"{names[0]} (and {len(names) - 1} more) became trainable after the job had begun, but what is frozen at its beginning is "
-            "not merged, and every learner would train its own. Pass DecoupledDiLoCoStrategy(include_frozen=True)."
         )

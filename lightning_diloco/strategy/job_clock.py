@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-__all__ = ["JobClock"]
+__all__ = ["JobClock", "move_epochs"]
 
 
 class JobClock:
@@ -74,10 +74,23 @@ class JobClock:
         return epochs
 
     def _advance_schedules(self, job_step: int, epochs: int) -> None:
+        advance_schedules(self._trainer, job_step, epochs)
+
+
+def move_epochs(trainer: pl.Trainer, count: int) -> None:
+    """Go on `count` epochs later (earlier, if it is negative); schedules that count epochs only go forward."""
+    if count:
+        _move(trainer.fit_loop.epoch_progress.current, count)
+        advance_schedules(trainer, 0, max(0, count))
+
+
+def advance_schedules(trainer: pl.Trainer, job_step: int, epochs: int) -> None:
+    """Step the schedules for what was passed over."""
+    if job_step or epochs:
         with warnings.catch_warnings():
             # torch warns that a schedule was stepped before the optimizer: here that is the purpose.
             warnings.simplefilter("ignore")
-            for config in self._trainer.lr_scheduler_configs:
+            for config in trainer.lr_scheduler_configs:
                 if config.reduce_on_plateau or isinstance(config.scheduler, ReduceLROnPlateau):
                     continue
                 passed = job_step if config.interval == "step" else epochs

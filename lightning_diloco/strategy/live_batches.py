@@ -21,9 +21,10 @@ from itertools import islice
 from typing import Any
 
 from lightning.fabric.utilities.data import has_iterable_dataset
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.strategy.lease_loader import CountedBatches
 
 __all__ = ["LiveBatchSampler", "LiveSize", "make_live", "present_batch_size"]
 
@@ -64,9 +65,9 @@ class LiveBatchSampler(BatchSampler):
     """
 
     def __init__(
-        self, sampler: Sampler[Any], size: LiveSize, own: int, *, drop_last: bool, num_samples: int | None, is_stream: bool
+        self, sampler: Any, size: LiveSize, own: int, *, drop_last: bool, num_samples: int | None = None, is_stream: bool = False
     ) -> None:
-        super().__init__(sampler, own, drop_last)
+        self.sampler, self.drop_last = sampler, drop_last
         self._size, self._own, self._num_samples, self._is_stream = size, own, num_samples, is_stream
         self._drawn: deque[list[Any]] = deque()
         self._returned: deque[Any] = deque()
@@ -97,7 +98,7 @@ class LiveBatchSampler(BatchSampler):
             self._samples += len(batch)
             self._last = len(batch)
             self._drawn.append(batch)
-            self._is_over = not self._is_stream and self._rest() == 0
+            self._is_over = self._num_samples is not None and not self._is_stream and self._rest() == 0
             yield batch
         self._is_over = True
 
@@ -134,7 +135,7 @@ class LiveBatchSampler(BatchSampler):
         return self._num_samples // size if self.drop_last else -(-self._num_samples // size)
 
     @property
-    def present_size(self) -> int:
+    def batch_size(self) -> int:  # type: ignore[override]
         """Samples of the batch that is drawn next."""
         return self._size.of(self._own)
 
@@ -173,10 +174,15 @@ def make_live(loader: Any, size: LiveSize) -> Any:
             f"batch_sizing= and tokens_per_step= need a loader whose batches are made by torch's own BatchSampler; {why}. "
             "Give the DataLoader a batch_size, or leave out the option and set sizes yourself."
         )
-    batches = loader.batch_sampler
+    counted = loader.batch_sampler
+    batches = counted.batches if isinstance(counted, CountedBatches) else counted
     if isinstance(batches, LiveBatchSampler):
         return loader
     size.adopt(batches.batch_size)
+    if isinstance(counted, CountedBatches):
+        # Leased: how many samples an epoch has for this learner nobody knows, and the loader is a copy already.
+        counted.replace(LiveBatchSampler(batches.sampler, size, batches.batch_size, drop_last=batches.drop_last))
+        return loader
     is_stream = has_iterable_dataset(loader)
     live = LiveBatchSampler(
         batches.sampler,
@@ -199,7 +205,7 @@ def present_batch_size(trainer: Any) -> int:
     combined = trainer.fit_loop._combined_loader
     loaders = combined.flattened if combined is not None else []
     sampler = getattr(loaders[0], "batch_sampler", None) if loaders else None
-    size = sampler.present_size if isinstance(sampler, LiveBatchSampler) else getattr(sampler, "batch_size", None)
+    size = getattr(sampler, "batch_size", None)
     return size if isinstance(size, int) else 0
 
 
@@ -208,7 +214,7 @@ def _obstacle(loader: Any) -> str:
         return f"the training data is a {type(loader).__name__}, not a DataLoader"
     if loader.batch_sampler is None:
         return "this one has batch_size=None"
-    if type(loader.batch_sampler) not in (BatchSampler, LiveBatchSampler):
+    if type(loader.batch_sampler) not in (BatchSampler, LiveBatchSampler, CountedBatches):
         return f"this one has a {type(loader.batch_sampler).__name__}"
     return ""
 

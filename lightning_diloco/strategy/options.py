@@ -58,11 +58,15 @@ class ProcessOptions:
     """Directory of the run; None: ``outputs/DATE_TIME`` under the working directory."""
     token_counter: Callable[[Any], int] | None = None
     """Tokens of a batch; None: see `lightning_diloco.strategy.counting`."""
+    data: Literal["shard", "lease"] = "shard"
+    """Whether each learner trains on its own part of the data, or the syncer hands out samples."""
 
     def __post_init__(self) -> None:
         """Check each field, then what they say together."""
         if self.launch not in ("supervised", "inline"):
             raise ConfigurationError(f"launch={self.launch!r}: must be 'supervised' or 'inline'.")
+        if self.data not in ("shard", "lease"):
+            raise ConfigurationError(f"data={self.data!r}: must be 'shard' or 'lease'.")
         need_int("max_restarts", self.max_restarts, 0)
         if self.token_counter is not None and not callable(self.token_counter):
             raise ConfigurationError(f"token_counter={self.token_counter!r}: must be a function of a batch that returns its tokens.")
@@ -130,17 +134,13 @@ def name_sync_fields(init: _Init) -> _Init:
 def refuse_what_is_not_there_yet(
     *,
     devices_per_learner: Any,
-    data: Any,
 ) -> None:
     """Refuse options of the stable surface that are not there yet.
 
     Raises:
         ConfigurationError: one of them has another value than its default.
     """
-    later = (
-        ("devices_per_learner", devices_per_learner, 1, "Leave it 1: every learner has one device."),
-        ("data", data, "shard", "Leave it 'shard': every learner trains on its part."),
-    )
+    later = (("devices_per_learner", devices_per_learner, 1, "Leave it 1: every learner has one device."),)
     for name, value, default, remedy in later:
         if value != default:
             raise not_there_yet(f"{name}={value!r}", remedy)

@@ -37,10 +37,11 @@ from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.runtime.global_state import GlobalState
 from lightning_diloco.strategy.advice import advise_before
 from lightning_diloco.strategy.assignment import Assignment
-from lightning_diloco.strategy.checks import check_callbacks, check_unfrozen
+from lightning_diloco.strategy.checks import check_callbacks
 from lightning_diloco.strategy.counting import count_tokens
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 from lightning_diloco.strategy.job_clock import JobClock
+from lightning_diloco.strategy.lease_feed import LeaseFeed
 from lightning_diloco.strategy.live_batches import present_batch_size
 from lightning_diloco.strategy.own_weights import OWN_WEIGHTS, all_close, checksums
 from lightning_diloco.strategy.rejoin import InnerStateSaver, restore_inner_state
@@ -49,6 +50,7 @@ from lightning_diloco.strategy.seeding import reseed_learner
 from lightning_diloco.strategy.showing import Showing
 from lightning_diloco.strategy.step_watch import StepWatch
 from lightning_diloco.strategy.training_state import refreshed
+from lightning_diloco.strategy.unfrozen import check_unfrozen
 
 if TYPE_CHECKING:
     from lightning_diloco.strategy.strategy import DecoupledDiLoCoStrategy
@@ -80,6 +82,8 @@ class OuterSync(Callback):
         self._resumed = Resumed()
         self._saved: GlobalState | None = None
         self._left_sums: tuple[int, ...] = ()
+        self.feed: LeaseFeed | None = None
+        """Feeds the training loader, where samples are leased."""
         self.figures: Figures | None = None
         """The client's figures at the last boundary; None before the first one."""
         self._written: dict[str, Any] | None = None
@@ -92,6 +96,9 @@ class OuterSync(Callback):
         callback = cls(strategy)
         _remove_from(trainer)
         trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
+        if strategy.process_options.data == "lease" and strategy.assignment is not None:
+            callback.feed = LeaseFeed(trainer, strategy.assignment)
+            trainer.callbacks.insert(0, callback.feed)  # type: ignore[attr-defined]
         return callback
 
     def detach(self) -> None:
@@ -175,8 +182,8 @@ class OuterSync(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the batch; at the beginning of an epoch, look whether something was unfrozen that nobody would merge."""
-        if batch_idx == 0 and self._client is not None and self.is_joined:
-            check_unfrozen(self._client)
+        if batch_idx == 0:
+            check_unfrozen(self._client if self.is_joined else None)
         if self._clock is not None:
             self._clock.on_first_batch()
         self._watch.on_batch_start(trainer.scaler)
@@ -237,8 +244,7 @@ class OuterSync(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look once more for what nobody would merge, and pass on a stop that was decided outside of a batch."""
-        if self._client is not None and self.is_joined:
-            check_unfrozen(self._client)
+        check_unfrozen(self._client if self.is_joined else None)
         self._pass_on_stop(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -337,6 +343,7 @@ class OuterSync(Callback):
             counters_path=assignment.counters_path(),
             founding=self._resumed.founding,
             keeps_momentum=self._strategy.is_global_zero,
+            leases=self.feed.leases if self.feed is not None else None,
         )
 
     def _keep_metrics(self) -> None:
@@ -385,4 +392,4 @@ class OuterSync(Callback):
 
 
 def _remove_from(trainer: pl.Trainer) -> None:
-    trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, OuterSync)]  # type: ignore[attr-defined]
+    trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, OuterSync | LeaseFeed)]  # type: ignore[attr-defined]

@@ -66,7 +66,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         target_step_s: seconds of an inner step under ``auto`` (None: the median of the job's learners).
         tokens_per_step: tokens of an inner step, kept by gradient accumulation (None: whatever the batches have).
         inner_lr_rule: how the inner learning rate follows the samples of a step: ``none``, ``sqrt`` or ``linear``.
-        data: ``shard``: each learner trains on its part. ``lease`` is not there yet.
+        data: ``shard``: each learner trains on its part. ``lease``: the syncer hands out samples, and fast learners take more.
         max_restarts: how often a learner that a signal has ended is started again.
         run_dir: where the run's files go (None: ``outputs/DATE_TIME`` under the working directory).
         token_counter: tokens of a batch (None: see `lightning_diloco.strategy.counting`).
@@ -117,7 +117,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        refuse_what_is_not_there_yet(devices_per_learner=devices_per_learner, data=data)
+        refuse_what_is_not_there_yet(devices_per_learner=devices_per_learner)
         self.sync = SyncConfig.from_options(sync)
         """What the learners of the job agree on."""
         folder, is_insecure = read_keys(keys)
@@ -131,6 +131,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
             max_restarts=max_restarts,
             run_dir=None if run_dir is None else Path(run_dir),
             token_counter=token_counter,
+            data=data,
         )
         """What this process was told about its part."""
         self.batch_options = BatchOptions(
@@ -258,8 +259,8 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         is_fit = trainer.state.fn == TrainerFn.FITTING
         num_learners = 1 if self.assignment is None else self.assignment.num_learners
         # With one learner the user's loader object stays as it is.
-        connector.use_distributed_sampler = self._wants_sampler and is_fit and num_learners > 1
-        is_learner = is_fit and self.assignment is not None
+        is_leased, is_learner = self.process_options.data == "lease", is_fit and self.assignment is not None
+        connector.use_distributed_sampler = self._wants_sampler and is_fit and num_learners > 1 and not is_leased
         self._outer_sync = OuterSync.attach(trainer, self) if is_learner else None
         self.batching = BatchSizing.attach(trainer, self, self.batch_options) if is_learner and self.batch_options.is_active else None
 
@@ -285,7 +286,9 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         share = self.distributed_sampler_kwargs
-        if self._wants_sampler:
+        if self._outer_sync is not None and self._outer_sync.feed is not None:
+            dataloader = self._outer_sync.feed.take(dataloader)
+        elif self._wants_sampler:
             dataloader = share_stream(dataloader, share["rank"], share["num_replicas"])
         if self.batching is not None and self._trainer is not None and self._trainer.state.stage == RunningStage.TRAINING:
             dataloader = self.batching.make_live(dataloader)

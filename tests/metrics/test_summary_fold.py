@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_diloco.metrics import LedgerError
+from lightning_diloco.protocol.records import BatchRecord
 from tests.metrics.tape_builder import TapeBuilder, two_learner_run
 
 
@@ -39,12 +40,13 @@ def test_figures_of_a_run_with_a_death_a_pause_and_carried_work():
         "global_sha256": "ab",
         "restarts": {"learners": 1, "syncer": 0},
         "steps_lost": 3,
+        "leases": None,
     }
 
 
 def test_figures_of_the_learners_of_that_run():
     learners = two_learner_run().summary()["learners"]
-    assert len(learners) == 2
+    assert [learner.pop("batches") for learner in learners] == [[], []]
     assert learners[0] == pytest.approx(
         {
             "learner_id": 0,
@@ -59,6 +61,7 @@ def test_figures_of_the_learners_of_that_run():
             "participation": 1.0,
             "batch_size": 4,
             "discarded": 0,
+            "samples": None,
         }
     )
     assert learners[1] == pytest.approx(
@@ -75,8 +78,23 @@ def test_figures_of_the_learners_of_that_run():
             "participation": 0.8,
             "batch_size": 4,
             "discarded": 15,
+            "samples": None,
         }
     )
+
+
+def test_choices_of_a_batch_are_told_the_first_one_and_the_last_ones():
+    tape = TapeBuilder()
+    tape.job()
+    tape.join(0, batch_size=4)
+    for step in range(25):
+        tape.add(
+            BatchRecord(learner_id=0, incarnation=0, inner_step=step, batch_size=5 + step, accumulate=2, lr_factor=1.5, reason=f"{step}")
+        )
+    (learner,) = tape.summary()["learners"]
+    assert learner["batch_size"] == 29
+    assert [choice["inner_step"] for choice in learner["batches"]] == [0, *range(6, 25)]
+    assert learner["batches"][0] == {"inner_step": 0, "batch_size": 5, "accumulate": 2, "lr_factor": 1.5, "reason": "0"}
 
 
 def test_nothing_is_defined_before_the_first_line():

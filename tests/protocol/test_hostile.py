@@ -74,7 +74,7 @@ control = st.one_of(
         static_crc=count,
         versions=st.lists(count, max_size=3).map(tuple),
     ),
-    st.builds(msg.LeaseRequest, num_samples=count),
+    st.builds(msg.LeaseRequest, number=number, wanted=count, batch_size=number, samples=count),
     st.builds(msg.PeerStateRequest, learner_id=count),
 )
 contribution = st.builds(

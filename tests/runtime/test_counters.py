@@ -26,11 +26,11 @@ def test_totals_are_read_back_while_the_writer_lives_and_after_it(path: Path):
     assert read_counters(path) == Counters(None, 0, 0)
     file.set_incarnation(3)
     for step in range(1, 6):
-        file.update(step, step * 128)
-        assert read_counters(path) == Counters(3, step, step * 128)
+        file.update(step, step * 128, step * 4)
+        assert read_counters(path) == Counters(3, step, step * 128, step * 4)
     file.close()
     file.close()
-    assert read_counters(path) == Counters(3, 5, 640)
+    assert read_counters(path) == Counters(3, 5, 640, 20)
 
 
 def test_totals_survive_sigkill(path: Path):
@@ -46,23 +46,23 @@ def test_totals_survive_sigkill(path: Path):
     assert read_counters(path) == Counters(2, 1000, 7000)
 
 
-@pytest.mark.parametrize("stores_done", [1, 2, 3])
+@pytest.mark.parametrize("stores_done", [1, 2, 3, 4])
 def test_process_killed_between_two_stores_loses_one_step_and_no_more(path: Path, stores_done: int):
     file = CounterFile(path)
     file.set_incarnation(0)
-    file.update(1, 10)
-    file.update(2, 20)
-    for at, value in list(zip(range(7, 11), (3, 3, 30, 3), strict=True))[:stores_done]:  # the third update goes to the second slot
+    file.update(1, 10, 4)
+    file.update(2, 20, 8)
+    for at, value in list(zip(range(8, 13), (3, 3, 30, 12, 3), strict=True))[:stores_done]:  # the third update goes to the second slot
         file._words[at] = value
     file.close()
-    assert read_counters(path) == Counters(0, 2, 20)
+    assert read_counters(path) == Counters(0, 2, 20, 8)
 
 
 def test_third_update_goes_where_the_test_above_says(path: Path):
     file = CounterFile(path)
     for step in (1, 2, 3):
-        file.update(step, 10 * step)
-    assert list(file._words[7:11]) == [3, 3, 30, 3]
+        file.update(step, 10 * step, 4 * step)
+    assert list(file._words[8:13]) == [3, 3, 30, 12, 3]
     file.close()
 
 
@@ -77,8 +77,8 @@ def test_new_incarnation_overwrites_an_old_file(path: Path):
 
 def test_large_totals_are_exact(path: Path):
     file = CounterFile(path)
-    file.update(2**40, 2**62)
-    assert read_counters(path) == Counters(None, 2**40, 2**62)
+    file.update(2**40, 2**62, 2**61)
+    assert read_counters(path) == Counters(None, 2**40, 2**62, 2**61)
     file.close()
 
 
@@ -91,15 +91,15 @@ def test_damaged_file_is_a_sentence(path: Path):
     file.close()
     good = path.read_bytes()
     path.write_bytes(good[:-1])
-    with pytest.raises(CounterFileError, match="87 bytes and should be 88"):
+    with pytest.raises(CounterFileError, match="103 bytes and should be 104"):
         read_counters(path)
     path.write_bytes(b"x" + good[1:])
     with pytest.raises(CounterFileError, match="is not a counter file"):
         read_counters(path)
-    path.write_bytes(good[:8] + struct.pack("<Q", 2) + good[16:])
-    with pytest.raises(CounterFileError, match="version 2"):
+    path.write_bytes(good[:8] + struct.pack("<Q", 1) + good[16:])
+    with pytest.raises(CounterFileError, match="version 1"):
         read_counters(path)
-    path.write_bytes(good[:24] + struct.pack("<Q", 77) + good[32:56] + struct.pack("<Q", 78) + good[64:])
+    path.write_bytes(good[:24] + struct.pack("<Q", 77) + good[32:64] + struct.pack("<Q", 78) + good[72:])
     with pytest.raises(CounterFileError, match="both slots are half-written"):
         read_counters(path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 
 import lightning.pytorch as pl
 import pytest
@@ -16,6 +17,7 @@ from lightning_diloco import DecoupledDiLoCoStrategy
 from lightning_diloco.errors import ConfigurationError
 from tests.strategy.kit import quiet, summary_of
 from tests.strategy.test_live_sizes import Numbers
+from tests.tape_checker import check_run
 
 
 class Slow(pl.LightningModule):
@@ -156,6 +158,27 @@ def test_the_learning_rate_follows_the_rule(tmp_path):
 def test_what_contradicts_itself_is_refused(tmp_path, options, words):
     with pytest.raises(ConfigurationError, match=words):
         fit(tmp_path / "run", Slow(), **options)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_sizes_change_over_leased_samples(tmp_path, drop_last):
+    """Leases know samples, not batches: each is trained once in an epoch, also what did not fit the first time."""
+    module = Slow(holds=6)
+    strategy = DecoupledDiLoCoStrategy(
+        launch="inline", run_dir=tmp_path / "run", num_fragments=1, sync_interval_steps=100, data="lease", batch_sizing="auto"
+    )
+    trainer = pl.Trainer(**quiet(), strategy=strategy, devices=1, max_epochs=2)
+    trainer.fit(module, DataLoader(Numbers(203), batch_size=16, shuffle=True, drop_last=drop_last))
+    summary = check_run(tmp_path / "run")
+    assert max(len(batch) for batch in module.trained) <= 6
+    times = Counter(i for batch in module.trained for i in batch)
+    if drop_last:
+        # What the end of an epoch left out opens the next one; only the very last is not trained.
+        assert 2 * 203 - 16 < sum(times.values()) <= 2 * 203 and max(times.values()) <= 2
+    else:
+        assert set(times.values()) == {2} and len(times) == 203
+    assert sum(epoch["done"] for epoch in summary["leases"]) == sum(times.values())
+    assert sum(epoch["twice"] for epoch in summary["leases"]) == 0
 
 
 class OfTwoSpeeds(Slow):

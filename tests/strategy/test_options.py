@@ -31,7 +31,7 @@ WRONG = [
     ({"target_step_s": 0.5}, "target_step_s=0.5 is not there yet. Leave it"),
     ({"tokens_per_step": 64}, "tokens_per_step=64 is not there yet. Leave it"),
     ({"inner_lr_rule": "sqrt"}, "inner_lr_rule='sqrt' is not there yet. Leave it"),
-    ({"data": "lease"}, "data='lease' is not there yet. Leave it"),
+    ({"data": "leases"}, "data='leases': must be 'shard' or 'lease'"),
     ({"launch": "spawn"}, "must be 'supervised' or 'inline'"),
     ({"max_restarts": -1}, "max_restarts=-1"),
     ({"token_counter": 3}, "token_counter=3"),
