@@ -240,9 +240,9 @@ class LeaseRequest(Message, frozen=True, kw_only=True):
         known: the last grants, told to a syncer that has started again and may have lost them.
     """
 
-    number: Annotated[int, Meta(ge=1, le=2**53)]
+    number: Annotated[int, Meta(ge=1, le=2**62)]
     wanted: Count
-    batch_size: Annotated[int, Meta(ge=1, le=2**53)]
+    batch_size: Annotated[int, Meta(ge=1, le=2**62)]
     until: Count | None = None
     samples: Count = 0
     known: Annotated[tuple[Granted, ...], Meta(max_length=64)] = ()

@@ -12,7 +12,7 @@ from lightning_diloco.protocol import records as rec
 from lightning_diloco.protocol.contributions import contribution_weight
 from lightning_diloco.protocol.gates import WARMUP, NormGate
 from lightning_diloco.protocol.grace import GraceWindow, MovingAverage
-from lightning_diloco.protocol.identity import FragmentInfo, MergedThrough, Version
+from lightning_diloco.protocol.identity import FragmentInfo, LeaseRange, MergedThrough, Version
 from lightning_diloco.protocol.ledger import Ledger
 from lightning_diloco.protocol.members import MAX_ENDED, Membership
 from lightning_diloco.protocol.messages import Discarded
@@ -330,7 +330,6 @@ RECORDS = [
         founded_n=(0, 0),
         founder_id=0,
         founding_bytes=10,
-        versions={"torch": "2"},
     ),
     rec.JoinRecord(learner_id=0, incarnation=0, role="founder"),
     rec.ProgressRecord(learner_id=0, incarnation=0, inner_steps=3, tokens=30, step_gaps_s=(0.1, 0.2)),
@@ -374,6 +373,8 @@ RECORDS = [
     rec.RestartRecord(epoch=1, versions=(Version(1, 5),)),
     rec.EndRecord(status="finished", versions=(1,), global_sha256=None),
     rec.RunRecord(status="finished", startup_s=1.0, restarts={"0": 1}, val={"loss": 1.5}),
+    rec.LeaseRecord(learner_id=0, incarnation=0, number=1, ranges=(LeaseRange(0, 4, 8),), samples=4),
+    rec.LeaseLateRecord(learner_id=0, incarnation=0, session="ab", samples=4),
 ]
 
 
