@@ -117,10 +117,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class Clock:
-    """The time of every stage, without the stages that it calls."""
+    """The time of every stage, without the stages that it calls.
 
-    def __init__(self) -> None:
+    Args:
+        now: a clock in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.spent_s: defaultdict[str, float] = defaultdict(float)
+        self._now = now
         self._inner_s = [0.0]
 
     def wrap(self, owner: Any, name: str, title: str) -> None:
@@ -129,12 +134,12 @@ class Clock:
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             """Add the time of this call to its title."""
-            start_s = time.perf_counter()
+            start_s = self._now()
             self._inner_s.append(0.0)
             try:
                 return function(*args, **kwargs)
             finally:
-                all_s = time.perf_counter() - start_s
+                all_s = self._now() - start_s
                 self.spent_s[title] += all_s - self._inner_s.pop()
                 self._inner_s[-1] += all_s
 
