@@ -26,6 +26,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -61,6 +62,7 @@ def main() -> int:
     if arguments.end:
         serve(*arguments.end)
         return 0
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that both ends end with this process
     if len(os.sched_getaffinity(0)) < 2:
         parser.error("two cores are needed, one for each end.")
     options = {"seconds": arguments.seconds, "mib": arguments.mib, "reference": reference()}
