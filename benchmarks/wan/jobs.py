@@ -264,6 +264,8 @@ class Job:
             row["peak_bytes_per_s"] = peak_bytes_per_s(self._folder / "links", begin_s, end_s)
         if self.method == "ours":
             row |= {key: [r[key] for r in rows] for key in ("answers", "unanswered", "most_on_way")}
+            sync = SYNC | self.sync
+            row["due"] = steps * sync["num_fragments"] / sync["sync_interval_steps"]
             row["merges"] = sum(b["merges"] - a["merges"] for a, b in pairs) / len(rows)
             summary = json.loads((self._folder / "run" / "summary.json").read_text())
             names = ("status", "tokens", "tokens_merged", "tokens_pending", "tokens_discarded", "discarded_by_reason", "mean_members")

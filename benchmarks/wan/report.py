@@ -69,7 +69,7 @@ def ratio(jobs: dict[str, dict[str, Any]], wires: list[str], rounds: int, num_pa
         if ddp is not None:
             missed += _against_ddp(wire, ours, ddp, num_params, num_learners)
     header = ["method", "jobs", "tokens/s", "over `ddp`", "of `alone`", "up + down a step, kB", "of it payload", "`ddp` over it"]
-    print("\n" + table([*header, "peak, of the link", "other CPU a step, ms", "loss at the end (steps)"], lines))
+    print("\n" + table([*header, "peak, of the link", "merges, of those due", "syncer's CPU a step, ms", "loss at the end (steps)"], lines))
     _print_losses(jobs, wires)
     return missed
 
@@ -77,7 +77,8 @@ def ratio(jobs: dict[str, dict[str, Any]], wires: list[str], rounds: int, num_pa
 def _line(title: str, rows: list[dict[str, Any]], ddp: dict[str, Any] | None, shares: list[float] | None = None) -> list[str]:
     speed = statistics.mean(row["tokens_per_s"] for row in rows)
     link, payload = link_bytes(rows), statistics.mean(_payload(row) for row in rows)
-    peaks = [max(pair) / row["bytes_per_s"] for row in rows if row["bytes_per_s"] for pair in row.get("peak_bytes_per_s", {}).values()]
+    peaks = [max(pair) / row["bytes_per_s"] for row in rows if row["bytes_per_s"] for pair in learners_peaks(row)]
+    merges = [row["merges"] / row["due"] for row in rows if "due" in row]
     losses = [row["val_loss"] for row in rows if row["val_loss"] is not None]
     return [
         title,
@@ -89,9 +90,15 @@ def _line(title: str, rows: list[dict[str, Any]], ddp: dict[str, Any] | None, sh
         f"{payload / 1e3:.1f}" if payload else "-",
         f"{link_bytes([ddp]) / link:.1f}" if link and ddp else "-",
         f"{max(peaks):.2f}" if peaks else "-",
-        f"{1e3 * statistics.mean(row['syncer_s_per_step'] for row in rows):.1f}",
+        f"{statistics.mean(merges):.2f}" if merges else "-",
+        f"{1e3 * statistics.mean(row['syncer_s_per_step'] for row in rows):.1f}" if merges else "-",
         f"{statistics.mean(losses):.3f} ({rows[0]['max_steps']})" if losses else "-",
     ]
+
+
+def learners_peaks(row: dict[str, Any]) -> list[tuple[float, float]]:
+    """The highest rates of the learners' links, up and down; the syncer's (`vs`) is wider."""
+    return [pair for link, pair in row.get("peak_bytes_per_s", {}).items() if link != "vs"]
 
 
 def link_bytes(rows: list[dict[str, Any]]) -> float:
@@ -146,7 +153,7 @@ def single(title: str, row: dict[str, Any], alone: list[dict[str, Any]]) -> list
     lines = [
         ["tokens/s, of `alone`", f"{row['tokens_per_s']:,.0f}, {share:.3f}"],
         ["link: limit; up, down of it", f"{8e-6 * rate:.2f} Mbit/s; {up / rate:.2f}, {down / rate:.2f}"],
-        ["merges in the time that counts, mean members", f"{row['merges']:.0f}, {summary['mean_members']}"],
+        ["merges, of those due, mean members", f"{row['merges']:.0f}, {row['merges'] / row['due']:.2f}, {summary['mean_members']}"],
         ["participation", ", ".join("-" if p is None else f"{p:.3f}" for p in row["participation"])],
         ["most contributions of a fragment on their way", str(max(row["most_on_way"]))],
         [
