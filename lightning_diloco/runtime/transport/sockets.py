@@ -23,6 +23,8 @@ ConfigureSocket = Callable[["zmq.Socket[bytes]"], None]
 """Called with every socket before it is bound or connected, for keys and authentication."""
 
 _CONTROL_HWM = 1024
+_ENCRYPTED_BYTES = 64
+"""ZeroMQ applies its limit to what is on the wire: CURVE adds 33 bytes to each part of a message."""
 _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 1000
 
@@ -49,7 +51,7 @@ def make_socket(
     mark = 2 * options.window_chunks + 8 if is_bulk else _CONTROL_HWM
     sock.setsockopt(zmq.SNDHWM, mark)
     sock.setsockopt(zmq.RCVHWM, mark)
-    sock.setsockopt(zmq.MAXMSGSIZE, CHUNK_BYTES if is_bulk else MAX_MESSAGE_BYTES)
+    sock.setsockopt(zmq.MAXMSGSIZE, (CHUNK_BYTES if is_bulk else MAX_MESSAGE_BYTES) + _ENCRYPTED_BYTES)
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
     sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
