@@ -42,6 +42,7 @@ from lightning_diloco.protocol.learner_messages import (
 )
 from lightning_diloco.protocol.message_base import Message, Name
 from lightning_diloco.protocol.syncer_messages import (
+    ID_IN_USE,
     Describe,
     Fenced,
     FromSyncer,
@@ -82,6 +83,7 @@ __all__ = [
     "Heartbeat",
     "HeldFragment",
     "Hello",
+    "ID_IN_USE",
     "JoinRefused",
     "LearnerHeader",
     "LeaseDone",
