@@ -7,6 +7,7 @@ sees 0 takes the learner for done and does not start it again.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from lightning_diloco.strategy.strategy import DecoupledDiLoCoStrategy
 
 __all__ = ["IslandLauncher"]
+
+_log = logging.getLogger(__name__)
 
 
 class IslandLauncher(_Launcher):
@@ -50,17 +53,27 @@ class IslandLauncher(_Launcher):
         policy.install()
         try:
             return function(*args, **kwargs)
+        except Exception as error:
+            if not policy.was_told:
+                raise
+            # Who signals every process of a job signals the workers of its loaders too, and those die at once.
+            _log.info("after SIGTERM %s was raised: the fit ends in order", type(error).__name__)
+            self._leave(trainer, policy)
+            raise SIGTERMException(EXIT_SIGTERM) from error
         except SIGTERMException as error:
-            policy.let_leave()
+            self._leave(trainer, policy)
             error.code = EXIT_SIGTERM
-            if self._strategy._outer_sync is not None:
-                # Lightning would come to it after this, when the handler is the user's again.
-                self._strategy._outer_sync.on_exception(trainer, trainer.lightning_module, error)
             raise
         finally:
             # Otherwise Lightning would put the policy's handler back after it was removed.
             trainer._signal_connector.teardown()
             policy.remove()
+
+    def _leave(self, trainer: pl.Trainer, policy: SigtermPolicy) -> None:
+        """Lightning would come to it only when the handler is the user's again, and one more SIGTERM the end."""
+        policy.let_leave()
+        if self._strategy._outer_sync is not None:
+            self._strategy._outer_sync.on_exception(trainer, trainer.lightning_module, SIGTERMException())
 
     def kill(self, signum: _SIGNUM) -> None:
         """There is nobody below."""

@@ -36,7 +36,8 @@ class SigtermPolicy:
     def __init__(self, find_sync: Callable[[], OuterSync | None], *, is_guest: bool = False) -> None:
         self._find_sync = find_sync
         self._is_guest = is_guest
-        self._was_told = False
+        self.was_told = False
+        """Whether a SIGTERM has come that the loops are to obey."""
         self._lets_leave = False
         self._previous: Any = None
         self._is_installed = False
@@ -64,8 +65,8 @@ class SigtermPolicy:
         if self._lets_leave or (sync is not None and sync.has_left):
             # On its way out already.
             return
-        if sync is not None and sync.is_joined and not sync.is_validating and not self._was_told:
-            self._was_told = True
+        if sync is not None and sync.is_joined and not sync.is_validating and not self.was_told:
+            self.was_told = True
             return
         if "lightning.pytorch" in sys.modules:
             from lightning.pytorch.utilities.exceptions import SIGTERMException

@@ -73,7 +73,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         token_counter: tokens of a batch (None: see `lightning_diloco.strategy.counting`).
         accelerator: as for every strategy.
         parallel_devices: as for every strategy.
-        cluster_environment: as for every strategy.
+        cluster_environment: as for every strategy; with `syncer` None is a process that stands alone.
         checkpoint_io: as for every strategy.
         precision_plugin: as for every strategy.
         **sync: the fields of `lightning_diloco.SyncConfig`.
