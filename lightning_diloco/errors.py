@@ -13,6 +13,7 @@ __all__ = [
     "DiLoCoError",
     "FencedError",
     "JoinRefusedError",
+    "LearnerIdInUseError",
     "LearnerFailedError",
     "LocalProtocolError",
     "ProtocolError",
@@ -54,6 +55,10 @@ class RemoteProtocolError(ProtocolError):
 
 class JoinRefusedError(DiLoCoError):
     """The syncer refused this learner; the sentence names the field that differs or the rule that was broken."""
+
+
+class LearnerIdInUseError(JoinRefusedError):
+    """The syncer refused this learner because a process that it was hearing of lately has its id; in a while that may be over."""
 
 
 class FencedError(DiLoCoError):

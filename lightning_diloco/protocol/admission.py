@@ -19,6 +19,7 @@ from lightning_diloco.protocol.leases import LeaseLedger
 from lightning_diloco.protocol.leasing import data_difference
 from lightning_diloco.protocol.members import MAX_JOINING, Member
 from lightning_diloco.protocol.messages import (
+    ID_IN_USE,
     PROTOCOL_VERSION,
     Envelope,
     Fenced,
@@ -181,7 +182,7 @@ class Admission:
             return [fenced, *self.end(before, "fenced", now_s)], None
         if self._may_replace(before, now_s):
             return self.end(before, "died", now_s), None
-        return [], ("learner_id", f"learner_id={learner_id} is in use by a live process. Use another id, or none to be given one.")
+        return [], (ID_IN_USE, f"learner_id={learner_id} is in use by a live process. Use another id, or none to be given one.")
 
     def _place(self, member: Member, now_s: float) -> list[SyncerAction]:
         """Founder, in line behind the founder, or joiner."""

@@ -43,6 +43,7 @@ from lightning_diloco.protocol.learner_messages import (
 from lightning_diloco.protocol.message_base import Message, Name
 from lightning_diloco.protocol.observer_messages import FromObserver, Status, StatusRefused, StatusRequest, ToObserver
 from lightning_diloco.protocol.syncer_messages import (
+    ID_IN_USE,
     Describe,
     Fenced,
     FromSyncer,
@@ -85,6 +86,7 @@ __all__ = [
     "Heartbeat",
     "HeldFragment",
     "Hello",
+    "ID_IN_USE",
     "JoinRefused",
     "LearnerHeader",
     "LeaseGrant",

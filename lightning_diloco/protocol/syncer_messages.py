@@ -11,6 +11,7 @@ from lightning_diloco.protocol.learner_messages import PeerState
 from lightning_diloco.protocol.message_base import Message, Name, PerFragment, Ranges, Sentence
 
 __all__ = [
+    "ID_IN_USE",
     "Describe",
     "Fenced",
     "FromSyncer",
@@ -61,6 +62,10 @@ class Welcome(Message, frozen=True, kw_only=True):
     static_crc: Count = 0
     static_bytes: Count = 0
     data: DataSpec | None = None
+
+
+ID_IN_USE = "id_in_use"
+"""Reason of a `JoinRefused` that may not hold for long: the process that has the id may be dead."""
 
 
 class JoinRefused(Message, frozen=True, kw_only=True):

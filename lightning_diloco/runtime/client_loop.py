@@ -20,7 +20,7 @@ import msgspec
 from torch import Tensor, nn
 
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.errors import ConfigurationError, DiLoCoError, FencedError, JoinRefusedError, RemoteProtocolError
+from lightning_diloco.errors import ConfigurationError, DiLoCoError, FencedError, JoinRefusedError, LearnerIdInUseError, RemoteProtocolError
 from lightning_diloco.outer import buffer_of, payload_bytes, static_bytes
 from lightning_diloco.protocol.actions import (
     Decode,
@@ -51,6 +51,7 @@ from lightning_diloco.protocol.events import (
 )
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.messages import (
+    ID_IN_USE,
     Describe,
     FromSyncer,
     HeldFragment,
@@ -343,7 +344,8 @@ class ClientLoop:
             self._joining.end()
             self.settled.set()
         elif isinstance(action, RefuseJoin):
-            self.fatal = JoinRefusedError(f"{action.reason}: {action.detail}")
+            kind = LearnerIdInUseError if action.reason == ID_IN_USE else JoinRefusedError
+            self.fatal = kind(f"{action.reason}: {action.detail}")
             self.settled.set()
         elif isinstance(action, Fence):
             self.fatal = FencedError(action.detail)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -92,9 +93,15 @@ def check_island(num_devices: int) -> None:
     """Check a learner of a syncer that someone else started.
 
     Raises:
-        ConfigurationError: several devices.
+        ConfigurationError: several devices, or one process of several that torchrun takes for one job.
     """
     if num_devices != 1:
         raise not_there_yet(
             f"syncer= with devices={num_devices}: a learner of several devices", "Pass devices=1 and start one Trainer for each learner."
+        )
+    # Of torchrun's processes one that dies takes the others with it: they can be one learner, but not several.
+    if TorchElasticEnvironment.detect() and (size := TorchElasticEnvironment().world_size()) > 1:
+        raise not_there_yet(
+            f"syncer= in one of {size} processes of torchrun: a learner of several processes",
+            "Start one torchrun --nproc-per-node 1 for each learner, with --standalone or a --master-port of its own.",
         )

@@ -41,6 +41,7 @@ from lightning_diloco.strategy.checks import check_callbacks
 from lightning_diloco.strategy.counting import count_tokens
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 from lightning_diloco.strategy.job_clock import JobClock
+from lightning_diloco.strategy.joining import join_when_free, patience_s
 from lightning_diloco.strategy.lease_feed import LeaseFeed
 from lightning_diloco.strategy.live_batches import present_batch_size
 from lightning_diloco.strategy.own_weights import OWN_WEIGHTS, all_close, checksums
@@ -159,12 +160,15 @@ class OuterSync(Callback):
         if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             # It will unfreeze what is frozen now.
             self._strategy.sync = dataclasses.replace(self._strategy.sync, include_frozen=True)
-        client = LearnerClient(pl_module, self._client_options(trainer, assignment), context=assignment.context)
+        is_restarted_by_others = assignment.role == "island" and assignment.is_id_given
+        client, info = join_when_free(
+            lambda: LearnerClient(pl_module, self._client_options(trainer, assignment), context=assignment.context),
+            patience_s(self._strategy.sync.heartbeat_s) if is_restarted_by_others else 0.0,
+        )
         self._client = client
         if (effective := sum(not f.holds_values for f in client.layout.fragments)) < self._strategy.sync.num_fragments:
             _log.info("num_fragments=%d, but the model has %d tensors: that many are used", self._strategy.sync.num_fragments, effective)
         client.on_heal = lambda parameters: reset_nonfinite_moments(trainer.optimizers, parameters)
-        info = client.join()
         _log.info("learner %d joined as %s, incarnation %d, job step %d", info.learner_id, info.role, info.incarnation, info.job_step)
         if info.role == "member":
             client.weights.set_local(self._resumed.local)

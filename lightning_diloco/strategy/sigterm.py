@@ -36,7 +36,9 @@ class SigtermPolicy:
     def __init__(self, find_sync: Callable[[], OuterSync | None], *, is_guest: bool = False) -> None:
         self._find_sync = find_sync
         self._is_guest = is_guest
-        self._was_told = False
+        self.was_told = False
+        """Whether a SIGTERM has come that the loops are to obey."""
+        self._lets_leave = False
         self._previous: Any = None
         self._is_installed = False
 
@@ -45,6 +47,10 @@ class SigtermPolicy:
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._on_sigterm)
             self._is_installed = True
+
+    def let_leave(self) -> None:
+        """The process is on its way out: one more SIGTERM must not cut off what it still hands over."""
+        self._lets_leave = True
 
     def remove(self) -> None:
         """Put the handler back that was there before."""
@@ -56,11 +62,11 @@ class SigtermPolicy:
         if self._is_guest:
             tell_user(self._previous, signum, frame)
         sync = self._find_sync()
-        if sync is not None and sync.has_left:
-            # On its way out already, with its contributions delivered.
+        if self._lets_leave or (sync is not None and sync.has_left):
+            # On its way out already.
             return
-        if sync is not None and sync.is_joined and not sync.is_validating and not self._was_told:
-            self._was_told = True
+        if sync is not None and sync.is_joined and not sync.is_validating and not self.was_told:
+            self.was_told = True
             return
         if "lightning.pytorch" in sys.modules:
             from lightning.pytorch.utilities.exceptions import SIGTERMException

@@ -38,6 +38,7 @@ from lightning_diloco.strategy import checks
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
 from lightning_diloco.strategy.batch_options import BatchOptions, LrRule
 from lightning_diloco.strategy.batching import BatchSizing
+from lightning_diloco.strategy.island_environment import choose_environment
 from lightning_diloco.strategy.oom_guard import OutOfMemoryGuard
 from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, read_keys, refuse_what_is_not_there_yet
 from lightning_diloco.strategy.outer_sync import OuterSync
@@ -72,7 +73,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         token_counter: tokens of a batch (None: see `lightning_diloco.strategy.counting`).
         accelerator: as for every strategy.
         parallel_devices: as for every strategy.
-        cluster_environment: as for every strategy.
+        cluster_environment: as for every strategy; with `syncer` None is a process that stands alone.
         checkpoint_io: as for every strategy.
         precision_plugin: as for every strategy.
         **sync: the fields of `lightning_diloco.SyncConfig`.
@@ -113,7 +114,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
+            cluster_environment=choose_environment(cluster_environment, syncer),
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
@@ -222,7 +223,10 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         num_devices = len(self.parallel_devices or [])
         checks.check_host(self.accelerator, self.num_nodes)
         if self.process_options.syncer is not None:
+            from lightning_diloco.strategy.island_launcher import IslandLauncher
+
             checks.check_island(num_devices)
+            self._launcher = IslandLauncher(self)
             self.take(Assignment.of_island(self.process_options))
             return
         checks.check_local(self.sync, self.process_options.launch, num_devices, self.cluster_environment)

@@ -23,7 +23,7 @@ REFUSALS = {
     "infinite number": ({"config": {"outer_lr": 10**400}}, "config", ""),
     "token": ({"token": "guess"}, "token", "token"),
     "learner_id": ({"learner_id": 7}, "learner_id", "learner_id=7: this job has 3 learners, ids 0 to 2"),
-    "id in use": ({"learner_id": 0}, "learner_id", "learner_id=0 is in use"),
+    "id in use": ({"learner_id": 0}, "id_in_use", "learner_id=0 is in use"),
 }
 
 

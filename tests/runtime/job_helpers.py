@@ -46,7 +46,7 @@ class Job:
         self.run_dir = run_dir
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         bind = f"inproc://{secrets.token_hex(8)}" if kind == "inproc" else "tcp://127.0.0.1:0"
-        self.service = SyncerService(ServiceOptions(run_dir=run_dir, bind=bind, supervised=True, **options), self.context)
+        self.service = SyncerService(ServiceOptions(run_dir=run_dir, bind=bind, **{"supervised": True, **options}), self.context)
         self.endpoint = self.service.start()
         self.clients: list[LearnerClient] = []
 

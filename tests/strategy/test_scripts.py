@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from lightning_diloco import DecoupledDiLoCoStrategy
 from lightning_diloco.outer import FragmentView
 from lightning_diloco.runtime.weights import Weights
+from lightning_diloco.strategy.island_launcher import IslandLauncher
 from tests.strategy.kit import (
     ROOT,
     Script,
@@ -211,7 +212,7 @@ def test_a_learner_of_a_syncer_that_was_started_by_hand(tmp_path, monkeypatch):
         trainer = Trainer(**quiet(devices=1, max_steps=30, strategy=strategy))
         start = parameters_of(model)
         trainer.fit(model, loader())
-        assert strategy.launcher is None
+        assert isinstance(strategy.launcher, IslandLauncher)
         assert trainer.global_step == 30
         assert not torch.equal(start["layer.weight"], model.layer.weight)
         layout, state = published[-1]
