@@ -8,7 +8,7 @@ import msgspec
 
 from lightning_diloco.protocol.identity import Count, MergedThrough, Refusal, Seconds, Version
 from lightning_diloco.protocol.learner_messages import PeerState
-from lightning_diloco.protocol.message_base import Message, Name, PerFragment, Sentence
+from lightning_diloco.protocol.message_base import Kinds, Message, Name, PerFragment, Sentence
 
 __all__ = [
     "Describe",
@@ -17,6 +17,7 @@ __all__ = [
     "JoinRefused",
     "LeaseGrant",
     "Left",
+    "PeerStateWanted",
     "Pong",
     "Publication",
     "Pull",
@@ -153,6 +154,14 @@ class LeaseGrant(Message, frozen=True, kw_only=True):
     ranges: tuple[tuple[Count, Count], ...]
 
 
+class PeerStateWanted(Message, frozen=True, kw_only=True):
+    """Asks for this learner's inner optimizer state of one fragment, for a learner that has none: answered by `PeerState`."""
+
+    ticket: Count
+    fragment_id: Count
+    optimizers: Kinds
+
+
 # ---- syncer to learner, payload headers -------------------------------------------------------------------------------------
 
 
@@ -190,5 +199,6 @@ FromSyncer = (
     | Left
     | Pong
     | LeaseGrant
+    | PeerStateWanted
 )
 SyncerHeader = Publication | StaticState | PeerState

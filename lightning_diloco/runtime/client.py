@@ -37,13 +37,13 @@ from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.learner_state import LearnerOptions
 from lightning_diloco.protocol.messages import BatchChosen
-from lightning_diloco.runtime.client_loop import ClientLoop, Encode
+from lightning_diloco.runtime.client_loop import ClientLoop
 from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOptions, JoinInfo
 from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
 from lightning_diloco.runtime.global_state import MomentumTracker
 from lightning_diloco.runtime.healing import Remedy, describe, poisoned_fragments, tensors_of
-from lightning_diloco.runtime.learner_store import Adoption, LearnerStore
+from lightning_diloco.runtime.learner_store import Adoption, Encode, LearnerStore
 from lightning_diloco.runtime.transport import LearnerTransport
 from lightning_diloco.runtime.unanswered import explain
 from lightning_diloco.runtime.weights import Weights
@@ -111,6 +111,8 @@ class LearnerClient:
             patience_s=self._patience_s,
             founding=options.founding,
         )
+        self.peers = self._loop.peers
+        """Inner optimizer state from and for other learners."""
         self._counters: CounterFile | None = None
         self._inner_steps = 0
         self._tokens = 0
