@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 
+from lightning_diloco import DecoupledDiLoCoStrategy
 from lightning_diloco.outer import buffer_of, plan_layout
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.messages import PeerState, PeerStateWanted
@@ -20,6 +25,7 @@ from lightning_diloco.strategy.peer_state import PeerStateTaker, missing_states
 from lightning_diloco.strategy.rejoin import keep_inner_state
 from tests.runtime.job_helpers import CONFIG, Job, make_module, running_job, step, train, until
 from tests.runtime.job_raw_peer import RawPeer
+from tests.strategy.kit import ROOT, Script, TinyModel, loader, quiet, wait_until
 
 LATE = dataclasses.replace(CONFIG, rejoin_every_steps=8)
 
@@ -324,3 +330,62 @@ def test_who_is_asking_itself_or_has_nothing_to_give_says_so_at_once():
     assert first.ticket == 7 and alone.peers.next_wanted() is None, "one is on its way at a time"
     alone.peers.give(first, None)
     assert [alone.peers.next_wanted().ticket] == [8]
+
+
+# ---- in processes ---------------------------------------------------------------------------------------------------------------
+
+OPTIONS = {"sync_interval_steps": 5, "num_fragments": 2, "rejoin_every_steps": 20}
+OLD = f"""
+import sys
+from lightning.pytorch import Trainer
+from lightning_diloco import DecoupledDiLoCoStrategy
+from tests.strategy.kit import TinyModel, loader, quiet
+
+strategy = DecoupledDiLoCoStrategy(syncer=sys.argv[1], learner_id=0, **{OPTIONS})
+Trainer(**quiet(devices=1, max_epochs=-1, strategy=strategy)).fit(TinyModel(0.005, "adamw"), loader())
+"""
+
+
+class Until(Callback):
+    """Counts this process's own steps, and stops when it has asked for everything."""
+
+    def __init__(self) -> None:
+        self.own_steps = 0
+        self.counts: list[int] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.own_steps += 1
+        (optimizer,) = trainer.optimizers
+        self.counts = [int(state["step"]) for state in optimizer.state.values()]
+        if not trainer.strategy._outer_sync.client.peers.is_asking or self.own_steps > 2000:
+            trainer.should_stop = True
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_a_late_learner_by_hand_goes_on_with_the_state_of_one_without_a_run_directory(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run_dir = tmp_path / "syncer"
+    command = [sys.executable, "-m", "lightning_diloco", "syncer", "--bind", "tcp://127.0.0.1:0", "--run-dir", str(run_dir)]
+    with (tmp_path / "syncer.txt").open("wb") as file:
+        syncer = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+    old = Script(tmp_path, OLD)
+    try:
+        wait_until((run_dir / "syncer.json").exists, "the syncer's address")
+        endpoint = json.loads((run_dir / "syncer.json").read_text())["endpoint"]
+        old.start(endpoint)
+        tape = run_dir / "tape.jsonl"
+        wait_until(lambda: tape.read_text().count('"event":"merge"') >= 20, "some merges", script=old)
+        late, strategy = Until(), DecoupledDiLoCoStrategy(syncer=endpoint, run_dir=tmp_path / "mine", **OPTIONS)
+        trainer = Trainer(**quiet(devices=1, max_epochs=-1, strategy=strategy, callbacks=[late]))
+        trainer.fit(TinyModel(0.005, "adamw"), loader())
+        assert "goes on with a peer's inner optimizer state of 2 of 2 fragments" in caplog.text
+        assert len(late.counts) == 4 and all(count >= late.own_steps + 20 for count in late.counts), (late.counts, late.own_steps)
+    finally:
+        old.close()
+        syncer.terminate()
+        try:
+            syncer.wait(20)
+        except subprocess.TimeoutExpired:
+            syncer.kill()
+            syncer.wait()
