@@ -94,7 +94,8 @@ class SyncConfig:
     snapshot_interval_s: float = 30.0
     """Seconds between two snapshots of the syncer."""
     rejoin_every_steps: int = 50
-    """Inner steps in which a learner saves its whole inner optimizer state once, a fragment at a time, for a life after this one."""
+    """Inner steps in which a learner saves its whole inner optimizer state once, a fragment at a time, for a life after this one.
+    Who joins a job that is so many steps old, and finds none, asks a peer."""
     max_offline_steps: int | None = None
     """A learner whose syncer was silent for ten heartbeats (10 s at least) ends when it has done so many inner steps since the last word
     (None: it goes on to its own limit)."""

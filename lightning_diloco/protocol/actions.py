@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from lightning_diloco.protocol.identity import ContributionKey, DataSpec, MergedThrough, Origin, Refusal, Version
-from lightning_diloco.protocol.messages import Contribution, FromLearner, FromSyncer, HeldFragment
+from lightning_diloco.protocol.messages import Contribution, FromLearner, FromSyncer, HeldFragment, PeerState
 from lightning_diloco.protocol.records import Record
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "CloseSession",
     "Decode",
     "DropPayload",
+    "DropPeerState",
     "DropPrepared",
     "Ended",
     "Fence",
@@ -32,6 +33,7 @@ __all__ = [
     "LeftDone",
     "MakeDurable",
     "RefuseJoin",
+    "RelayPeerState",
     "Reply",
     "Send",
     "SendContribution",
@@ -117,6 +119,19 @@ class TransmitStatic(_Action, frozen=True, kw_only=True):
     learner_id: int
 
 
+class RelayPeerState(_Action, frozen=True, kw_only=True):
+    """Send the waiting payload on, under its header, to the session that asked for it; answer with `PeerStateRelayed`."""
+
+    session: str
+    header: PeerState
+
+
+class DropPeerState(_Action, frozen=True, kw_only=True):
+    """Give a payload up that is being relayed: nobody takes it."""
+
+    ticket: int
+
+
 class MakeDurable(_Action, frozen=True, kw_only=True):
     """Write a snapshot of all fragments as they are now, and answer with `Durable`: only then may a syncer that started again serve.
 
@@ -145,7 +160,21 @@ class Ended(_Action, frozen=True, kw_only=True):
     versions: tuple[int, ...]
 
 
-SyncerAction = Reply | BeginFounding | Fold | DropPayload | Close | Transmit | TransmitStatic | MakeDurable | CloseSession | Tape | Ended
+SyncerAction = (
+    Reply
+    | BeginFounding
+    | Fold
+    | DropPayload
+    | Close
+    | Transmit
+    | TransmitStatic
+    | RelayPeerState
+    | DropPeerState
+    | MakeDurable
+    | CloseSession
+    | Tape
+    | Ended
+)
 
 # ---- of a learner -----------------------------------------------------------------------------------------------------------
 

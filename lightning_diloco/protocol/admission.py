@@ -133,8 +133,7 @@ class Admission:
                 "config",
                 f"{field}={theirs!r:.500} differs from the job's {ours!r:.500}. The founder's configuration holds: use the same value.",
             )
-        data = data_difference(None if self._job.leases is None else self._job.leases.spec, hello.data)
-        if data is not None:
+        if (data := data_difference(None if self._job.leases is None else self._job.leases.spec, hello.data)) is not None:
             return "data", data
         if hello.fingerprint != self._job.fingerprint:
             return (

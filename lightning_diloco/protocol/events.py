@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from lightning_diloco.protocol.identity import LeaveReason, Version
-from lightning_diloco.protocol.messages import Contribution, Envelope, FromLearner, FromSyncer, HeldFragment, Publication
+from lightning_diloco.protocol.messages import Contribution, Envelope, FromLearner, FromSyncer, HeldFragment, PeerState, Publication
 
 __all__ = [
     "Boundary",
@@ -32,6 +32,8 @@ __all__ = [
     "Merged",
     "PauseChanged",
     "PayloadFailed",
+    "PeerStateArrived",
+    "PeerStateRelayed",
     "PublicationArrived",
     "PublicationDelivered",
     "PublicationFailed",
@@ -100,6 +102,19 @@ class HeldArrived(_Event, frozen=True, kw_only=True):
     session: str
     header: HeldFragment
     crc_ok: bool
+
+
+class PeerStateArrived(_Event, frozen=True, kw_only=True):
+    """A peer's inner optimizer state is complete; nobody has looked into it."""
+
+    session: str
+    header: PeerState
+
+
+class PeerStateRelayed(_Event, frozen=True, kw_only=True):
+    """`RelayPeerState` was performed: it was taken, or the transport gave up."""
+
+    ticket: int
 
 
 class Durable(_Event, frozen=True, kw_only=True):
@@ -172,6 +187,8 @@ SyncerEvent = (
     | PayloadFailed
     | FoundingArrived
     | HeldArrived
+    | PeerStateArrived
+    | PeerStateRelayed
     | Durable
     | Merged
     | PublicationDelivered

@@ -16,7 +16,7 @@ from lightning_diloco.protocol.identity import (
     Seconds,
     Version,
 )
-from lightning_diloco.protocol.message_base import MAX_FRAGMENTS, Again, Message, Name, PerFragment, Ranges, StepTimes
+from lightning_diloco.protocol.message_base import MAX_FRAGMENTS, Again, Kinds, Message, Name, PerFragment, Ranges, StepTimes
 
 __all__ = [
     "Adopted",
@@ -249,9 +249,14 @@ class LeaseRequest(Message, frozen=True, kw_only=True):
 
 
 class PeerStateRequest(Message, frozen=True, kw_only=True):
-    """Asks a peer for inner optimizer state (recovery: not there yet)."""
+    """Asks for the inner optimizer state that a healthy peer has of one fragment: answered by `PeerState`, if anybody has it.
 
-    learner_id: Count
+    `optimizers`: a state fits optimizers of its own kinds. `attempt`: how many answers were of no use, so that another peer is asked.
+    """
+
+    fragment_id: Count
+    optimizers: Kinds
+    attempt: Count = 0
 
 
 # ---- learner to syncer, payload headers -------------------------------------------------------------------------------------
@@ -321,10 +326,13 @@ class Description(Message, frozen=True, kw_only=True):
 
 
 class PeerState(Message, frozen=True, kw_only=True):
-    """Payload: inner optimizer state of a healthy peer (recovery: not there yet)."""
+    """Payload: a peer's inner optimizer state of one fragment, as safetensors; no bytes: it has none that fits.
 
+    From the peer to the syncer, and as it is from there to the learner that asked. `ticket`: of the `PeerStateWanted` that it answers.
+    """
+
+    ticket: Count
     fragment_id: Count
-    crc: Count
 
 
 FromLearner = (

@@ -9,9 +9,11 @@ from msgspec import Meta
 
 from lightning_diloco.protocol.identity import Count, LeaseRange, Seconds
 
-__all__ = ["MAX_FRAGMENTS", "Again", "Message", "Name", "PerFragment", "Ranges", "Sentence", "StepTimes"]
+__all__ = ["MAX_FRAGMENTS", "Again", "Kinds", "Message", "Name", "PerFragment", "Ranges", "Sentence", "StepTimes"]
 
 Name = Annotated[str, Meta(max_length=200)]
+Kinds = Annotated[tuple[Name, ...], Meta(max_length=64)]
+"""Class names of a learner's optimizers, in order."""
 Sentence = Annotated[str, Meta(max_length=2000)]
 MAX_FRAGMENTS = 100_000
 PerFragment = Annotated[tuple[Count, ...], Meta(max_length=MAX_FRAGMENTS)]

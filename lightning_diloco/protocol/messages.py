@@ -3,7 +3,7 @@
 Every message travels in an `Envelope` that names the job, the lineage, the epoch and the sender's incarnation. Control messages are
 small and go over the control socket; `Header` messages announce a payload and go with it over the bulk socket. Types are tagged,
 frozen, closed (unknown fields are refused) and validated by msgspec when they are decoded; values that one type alone cannot rule out are
-checked by the machines. Shapes of what is not there yet (peer state) stand here already, so that nothing is torn up when they come.
+checked by the machines.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from lightning_diloco.protocol.syncer_messages import (
     JoinRefused,
     LeaseGrant,
     Left,
+    PeerStateWanted,
     Pong,
     Publication,
     Pull,
@@ -100,6 +101,7 @@ __all__ = [
     "Paused",
     "PeerState",
     "PeerStateRequest",
+    "PeerStateWanted",
     "Ping",
     "Pong",
     "Progress",

@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import Iterable
 from statistics import median
 
+from lightning_diloco.protocol.actions import SyncerAction, Tape
 from lightning_diloco.protocol.job import JobOptions
 from lightning_diloco.protocol.members import Member
 from lightning_diloco.protocol.messages import BatchChosen
 from lightning_diloco.protocol.records import BatchRecord, ProgressRecord
 
-__all__ = ["StepTarget", "chosen_record"]
+__all__ = ["StepTarget"]
 
 FIRST = 2
 """Steps of a life that say little: memory is allocated and kernels are chosen in them."""
@@ -69,20 +70,21 @@ class StepTarget:
             self.target_s = median(known)
             self._steps.clear()
 
+    def chosen(self, member: Member, message: BatchChosen, now_s: float) -> list[SyncerAction]:
+        """A learner has changed its batch: for the tape, with the target of that moment."""
+        member.batch_size = message.batch_size
+        record = BatchRecord(
+            learner_id=member.learner_id,
+            incarnation=member.incarnation,
+            inner_step=message.inner_step,
+            batch_size=message.batch_size,
+            accumulate=message.accumulate,
+            lr_factor=message.lr_factor,
+            reason=message.reason,
+            target_step_s=self.target_s,
+        )
+        return [Tape(record=record)]
+
     def _median_s(self, member: Member) -> float:
         steps = self._steps.get((member.learner_id, member.incarnation), ())
         return median(steps) if len(steps) >= ENOUGH else 0.0
-
-
-def chosen_record(member: Member, message: BatchChosen, target_s: float) -> BatchRecord:
-    """What the tape holds of a learner's choice."""
-    return BatchRecord(
-        learner_id=member.learner_id,
-        incarnation=member.incarnation,
-        inner_step=message.inner_step,
-        batch_size=message.batch_size,
-        accumulate=message.accumulate,
-        lr_factor=message.lr_factor,
-        reason=message.reason,
-        target_step_s=target_s,
-    )

@@ -3,7 +3,8 @@
 `handle(event, now_s)` takes one event and returns what is to be done, in order. It decides which contributions are merged, with which
 weights, when, and who gets the result; it emits `Fold(contribution, weight)` and `Close(fragment)`. The runtime performs them with tensors,
 the simulator as durations. What a peer may send in which stage is decided here and in the parts that this class composes: `Admission`
-(join, found, leave, fence), `Rounds` (due, quorum, grace, merge), `Contributions` (accept or refuse), `Publisher` (who holds what).
+(join, found, leave, fence), `Rounds` (due, quorum, grace, merge), `Contributions` (accept or refuse), `Publisher` (who holds what),
+`PeerStates` (inner optimizer state from one learner to another).
 
 Invariants (each a property test): a contribution is merged at most once; no merge of fewer contributions than its quorum; versions only
 grow; only an empty job is founded; a fenced incarnation changes nothing; every pull and every round ends; the ledger's identity holds;
@@ -32,6 +33,8 @@ from lightning_diloco.protocol.events import (
     Merged,
     MessageReceived,
     PayloadFailed,
+    PeerStateArrived,
+    PeerStateRelayed,
     PublicationDelivered,
     PublicationFailed,
     SyncerEvent,
@@ -56,6 +59,7 @@ from lightning_diloco.protocol.messages import (
     NeedFull,
     NotHeld,
     Paused,
+    PeerStateRequest,
     Ping,
     Pong,
     Progress,
@@ -65,10 +69,11 @@ from lightning_diloco.protocol.messages import (
     StopRequest,
     WhoAreYou,
 )
+from lightning_diloco.protocol.peer_state import PeerStates
 from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, ProgressRecord
 from lightning_diloco.protocol.recovery import Recovery, Resumption
 from lightning_diloco.protocol.rounds import Rounds
-from lightning_diloco.protocol.step_target import StepTarget, chosen_record
+from lightning_diloco.protocol.step_target import StepTarget
 
 __all__ = ["SyncerMachine"]
 
@@ -89,6 +94,7 @@ class SyncerMachine:
         self._contributions = Contributions(self.job, self.rounds, self._admission)
         self._departures = Departures(self.job, self.rounds, self._admission)
         self._leasing = Leasing(self.job)
+        self.peer_states = PeerStates(self.job)
         self.recovery = None if resumption is None else Recovery(self.job, self.rounds, self._admission, resumption)
         self._departures.is_winding_up = resumption is not None and resumption.history.is_winding_up
         self._now_s = 0.0
@@ -98,6 +104,8 @@ class SyncerMachine:
             PayloadFailed: self._payload_failed,
             FoundingArrived: self._admission.founded,
             HeldArrived: lambda event, now_s: self.recovery.arrived(event, now_s) if self.recovery is not None else [],
+            PeerStateArrived: self.peer_states.arrived,
+            PeerStateRelayed: self.peer_states.relayed,
             Durable: self._durable,
             Merged: self.rounds.merged,
             PublicationDelivered: self._delivered,
@@ -117,7 +125,8 @@ class SyncerMachine:
             StopRequest: self._stop_request,
             LeaseRequest: self._leasing.requested,
             Leave: self._leave,
-            BatchChosen: self._batch_chosen,
+            BatchChosen: self._target.chosen,
+            PeerStateRequest: self.peer_states.requested,
         }
 
     def handle(self, event: SyncerEvent, now_s: float) -> list[SyncerAction]:
@@ -143,6 +152,7 @@ class SyncerMachine:
             actions += self.rounds.tick(now_s)
             actions += self.rounds.open_due(now_s)
             actions += self._departures.complete(now_s)
+            actions += self.peer_states.progress(now_s)
         return actions
 
     def next_deadline_s(self) -> float | None:
@@ -284,10 +294,6 @@ class SyncerMachine:
                 )
                 actions.append(Tape(record=discard))
         return actions
-
-    def _batch_chosen(self, member: Member, message: BatchChosen, now_s: float) -> list[SyncerAction]:
-        member.batch_size = message.batch_size
-        return [Tape(record=chosen_record(member, message, self._target.target_s))]
 
     def _end_pull(self, member: Member, message: Busy, now_s: float) -> list[SyncerAction]:
         member.answered()

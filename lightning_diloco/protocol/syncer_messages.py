@@ -8,7 +8,7 @@ import msgspec
 
 from lightning_diloco.protocol.identity import Count, DataSpec, MergedThrough, Refusal, Seconds, Version
 from lightning_diloco.protocol.learner_messages import PeerState
-from lightning_diloco.protocol.message_base import Message, Name, PerFragment, Ranges, Sentence
+from lightning_diloco.protocol.message_base import Kinds, Message, Name, PerFragment, Ranges, Sentence
 
 __all__ = [
     "ID_IN_USE",
@@ -18,6 +18,7 @@ __all__ = [
     "JoinRefused",
     "LeaseGrant",
     "Left",
+    "PeerStateWanted",
     "Pong",
     "Publication",
     "Pull",
@@ -164,6 +165,14 @@ class LeaseGrant(Message, frozen=True, kw_only=True):
     is_over: bool = False
 
 
+class PeerStateWanted(Message, frozen=True, kw_only=True):
+    """Asks for this learner's inner optimizer state of one fragment, for a learner that has none: answered by `PeerState`."""
+
+    ticket: Count
+    fragment_id: Count
+    optimizers: Kinds
+
+
 # ---- syncer to learner, payload headers -------------------------------------------------------------------------------------
 
 
@@ -201,5 +210,6 @@ FromSyncer = (
     | Left
     | Pong
     | LeaseGrant
+    | PeerStateWanted
 )
 SyncerHeader = Publication | StaticState | PeerState

@@ -35,13 +35,13 @@ from lightning_diloco.protocol.events import Boundary, JoinRequested, LeaveReque
 from lightning_diloco.protocol.identity import DataSpec, Version
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.messages import BatchChosen
-from lightning_diloco.runtime.client_loop import ClientLoop, Encode
+from lightning_diloco.runtime.client_loop import ClientLoop
 from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOptions, JoinInfo, learner_options
 from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
 from lightning_diloco.runtime.global_state import MomentumTracker
 from lightning_diloco.runtime.healing import Remedy, describe, poisoned_fragments, tensors_of
-from lightning_diloco.runtime.learner_store import Adoption, LearnerStore
+from lightning_diloco.runtime.learner_store import Adoption, Encode, LearnerStore
 from lightning_diloco.runtime.leases import Link
 from lightning_diloco.runtime.transport import LearnerTransport
 from lightning_diloco.runtime.unanswered import explain
@@ -110,6 +110,8 @@ class LearnerClient:
             patience_s=self._patience_s,
             founding=options.founding,
         )
+        self.peers = self._loop.peers
+        """Inner optimizer state from and for other learners."""
         self._counters: CounterFile | None = None
         self._inner_steps = 0
         self._tokens = 0

@@ -13,11 +13,10 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError, DiLoCoError, FencedError, JoinRefusedError, LearnerIdInUseError, RemoteProtocolError
@@ -58,6 +57,8 @@ from lightning_diloco.protocol.messages import (
     Leave,
     Message,
     NotHeld,
+    PeerState,
+    PeerStateWanted,
     Progress,
     Publication,
     Recall,
@@ -71,27 +72,17 @@ from lightning_diloco.runtime.client_joining import Joining
 from lightning_diloco.runtime.complaints import Complaints
 from lightning_diloco.runtime.figures import StepTimes
 from lightning_diloco.runtime.global_state import FoundingState
-from lightning_diloco.runtime.learner_store import LearnerStore, Receive
+from lightning_diloco.runtime.learner_store import Encode, LearnerStore, Receive
 from lightning_diloco.runtime.outbox import Outbox
+from lightning_diloco.runtime.peer_state import PeerStates
 from lightning_diloco.runtime.reporting import Reports
 from lightning_diloco.runtime.threads import never_interrupt_others
 from lightning_diloco.runtime.transport import SYNCER, LearnerTransport, PayloadDelivered, PayloadFailed, PayloadReceived, TransportEvent
 from lightning_diloco.runtime.transport import ControlReceived as ControlBytes
 
-__all__ = ["ClientLoop", "Encode"]
+__all__ = ["ClientLoop"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Encode:
-    """A snapshot that waits for encoding; `base` is the one that the parameters stood on at its boundary."""
-
-    fragment_id: int
-    seq: int
-    base: Tensor
-    local: Tensor
-    after: int
 
 
 class ClientLoop:
@@ -134,6 +125,7 @@ class ClientLoop:
             patience_s=patience_s,
             founding=founding,
         )
+        self.peers = PeerStates(store.layout.fragments, send=self.send, send_payload=self._send_once, wake=transport.wake)
         self.reports = Reports(machine, self.lock, times, config, self.send)
         self.leave_again: Literal["limit", "signal", "stopped"] | None = None
         self._complaints = Complaints(_log)
@@ -230,6 +222,7 @@ class ClientLoop:
             self._joining.tick(now_s)
         elif not self.left.is_set():
             self.reports.tick(now_s)
+            self.peers.tick(now_s)
 
     def _drain_queue(self) -> None:
         newest: Send | None = None
@@ -265,7 +258,7 @@ class ClientLoop:
             fragment = self._store.layout.fragments[header.fragment_id]
             wire_dtype = "fp32" if header.parent is None else fragment.wire_dtype(self._config.wire_dtype)
             return total_bytes == payload_bytes(fragment.num_params, wire_dtype)
-        return False
+        return isinstance(header, PeerState) and self.peers.accepts(header, total_bytes)
 
     def _take(self, event: TransportEvent) -> None:
         if isinstance(event, ControlBytes):
@@ -287,8 +280,11 @@ class ClientLoop:
                 self._waiting.pop(header.fragment_id, None)
             elif isinstance(header, StaticState) and self.joined is None:
                 self._joining.install_static(header, event.payload)
+            elif isinstance(header, PeerState):
+                self.peers.take(header, event.payload)
         elif isinstance(event, PayloadDelivered | PayloadFailed):
             self._outbox.ended(event.transfer_id)
+            self.peers.ended(event.transfer_id)
 
     def _heed(self, message: FromSyncer) -> None:
         """What a message of this learner's syncer asks of this thread, beside what the rules make of it."""
@@ -296,6 +292,8 @@ class ClientLoop:
             self._dial(message.shards[0].bulk_endpoint)
         elif isinstance(message, SendState):
             self._joining.send_state()
+        elif isinstance(message, PeerStateWanted):
+            self.peers.heard(message)
         else:
             self.reports.heed(message)
 
@@ -363,6 +361,9 @@ class ClientLoop:
 
     def _send_payload(self, header: Message, payload: memoryview) -> None:
         self._outbox.send(encode(self._machine.state.envelope, header), payload)
+
+    def _send_once(self, header: Message, payload: memoryview) -> int:
+        return self._transport.send_payload(SYNCER, encode(self._machine.state.envelope, header), payload)
 
     def _send_held(self, header: HeldFragment) -> None:
         """A syncer that started again has lost this version; the founder's first one came without a checksum."""

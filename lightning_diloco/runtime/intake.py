@@ -14,13 +14,14 @@ from torch import Tensor
 
 from lightning_diloco.outer import FragmentState
 from lightning_diloco.protocol.events import ContributionArrived, FoundingArrived, HeldArrived, SyncerEvent
-from lightning_diloco.protocol.messages import Contribution, Envelope, HeldFragment
+from lightning_diloco.protocol.messages import Contribution, Envelope, HeldFragment, PeerState
 from lightning_diloco.protocol.syncer import SyncerMachine
 from lightning_diloco.protocol.wire import decode_learner_header
 from lightning_diloco.runtime.founding import Founded
 from lightning_diloco.runtime.healing import is_sound
 from lightning_diloco.runtime.payloads import PayloadKey
 from lightning_diloco.runtime.performer import Performer
+from lightning_diloco.runtime.relay import PeerStateRelay
 
 __all__ = ["MIN_DECODING", "Intake"]
 
@@ -34,6 +35,7 @@ class Intake:
     Args:
         machine: whose rules they are.
         performer: owns the store.
+        relay: of inner optimizer states, which pass through.
         submit: runs (work, then) on the numerics thread and back.
         handle: gives the machine an event, with the decoded contribution that it is about.
     """
@@ -42,11 +44,12 @@ class Intake:
         self,
         machine: SyncerMachine,
         performer: Performer,
+        relay: PeerStateRelay,
         *,
         submit: Callable[[Callable[[], Any], Callable[[Any], None]], None],
         handle: Callable[[SyncerEvent, Tensor | None], None],
     ) -> None:
-        self._machine, self._performer, self._submit, self._handle = machine, performer, submit, handle
+        self._machine, self._performer, self._relay, self._submit, self._handle = machine, performer, relay, submit, handle
         self._decoding: dict[str, int] = {}
 
     def accepts(self, peer: bytes, header: bytes, total_bytes: int) -> bool | str:
@@ -57,7 +60,8 @@ class Intake:
         recovery = self._machine.recovery
         if recovery is not None and recovery.is_running:
             return self._performer.accepts_held(header, total_bytes, lambda held: recovery.expects(session, held.fragment_id, held.version))
-        return self._performer.accepts(session, header, total_bytes)
+        is_accepted = self._relay.accepts(session, header, total_bytes)
+        return self._performer.accepts(session, header, total_bytes) if is_accepted is None else is_accepted
 
     def take(self, session: str, data: bytes, payload: memoryview) -> None:
         """Take a payload that is complete."""
@@ -66,6 +70,8 @@ class Intake:
             self._contribution(session, envelope, header, payload)
         elif isinstance(header, HeldFragment):
             self._held(session, header, payload)
+        elif isinstance(header, PeerState):
+            self._relay.take(session, header, payload)
         else:
             self._performer.take_founding(session, header, payload, lambda founded: self._founded(session, founded))
 

@@ -42,7 +42,7 @@ from lightning_diloco.runtime.global_state import GlobalState, MomentumTracker
 from lightning_diloco.runtime.healing import Remedy
 from lightning_diloco.runtime.memory import Pool
 
-__all__ = ["Adoption", "LearnerStore", "Receive", "Received"]
+__all__ = ["Adoption", "Encode", "LearnerStore", "Receive", "Received"]
 
 
 @dataclass(slots=True)
@@ -51,6 +51,17 @@ class Adoption:
 
     published: Tensor
     delta_views: list[Tensor] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """A snapshot that waits for encoding; `base` is the one that the parameters stood on at its boundary."""
+
+    fragment_id: int
+    seq: int
+    base: Tensor
+    local: Tensor
+    after: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,9 @@ copy of twice the model. Moments belong to their parameter alone, so fragments o
 own. It never waits for the disk: while a file is being written no other one is begun, so on a slow disk the checkpoints are older.
 
 **Which one is taken** (PROTOCOL.md section 9): of each fragment the one of the newest version, this learner's own where two are equally
-new. Files of other learners count as well where they are in the same folder, which is how a learner takes moments from a healthy
-peer; while it was down, theirs went on. Only files of this job's lineage, of the same optimizers, and whole ones count.
+new. Files of other learners count as well where they are in the same folder: while it was down, theirs went on. What no file has comes
+from a healthy peer over the network, in the same format (`peer_state`). Only files of this job's lineage, of the same optimizers, and
+whole ones count.
 
 The files outlast the process, not the machine: they are renamed into place when they are whole, and not forced to the disk. Their checksum
 finds what a machine's crash has left, and a file that is damaged counts as none.
@@ -25,23 +26,25 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_diloco.errors import RemoteProtocolError
 from lightning_diloco.outer.memory import raw
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.runtime.checksum import crc32
-from lightning_diloco.runtime.tensor_file import write_tensors
+from lightning_diloco.runtime.tensor_file import parts_of, read_tensors, write_tensors
 from lightning_diloco.runtime.threads import never_interrupt_others
 
-__all__ = ["FOLDER", "InnerState", "RejoinFiles", "read_freshest"]
+__all__ = ["FOLDER", "InnerState", "RejoinFiles", "pack", "read_freshest", "unpack"]
 
 _log = logging.getLogger(__name__)
 
@@ -83,12 +86,12 @@ class RejoinFiles:
     """Writes the rejoin checkpoint of one learner, a fragment at a time, on a thread of its own.
 
     Args:
-        folder: the run directory's folder of rejoin checkpoints; made if need be.
+        folder: the run directory's folder of rejoin checkpoints; made if need be. None: there are none, states are only packed.
         learner_id: whose.
     """
 
-    def __init__(self, folder: Path, learner_id: int) -> None:
-        self._folder = folder / f"learner_{learner_id}"
+    def __init__(self, folder: Path | None, learner_id: int) -> None:
+        self._folder = None if folder is None else folder / f"learner_{learner_id}"
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="diloco-rejoin", initializer=never_interrupt_others)
         self.is_busy = False
         """Whether the tensors given last are still being read; while they are, they must not change."""
@@ -101,23 +104,39 @@ class RejoinFiles:
         self.is_busy = True
         self._thread.submit(self._write, state)
 
+    def pack(self, state: InnerState, then: Callable[[Tensor | None], None]) -> None:
+        """Begin to pack one fragment's state; returns at once. Only while it is not busy.
+
+        Args:
+            state: its tensors are read until it is not busy any more.
+            then: called on the thread with what `pack` gives, or None if it cannot be packed.
+        """
+        self.is_busy = True
+        self._thread.submit(self._pack, state, then)
+
     def close(self, *, removes: bool) -> None:
         """End the thread; `removes`: this learner is done, and will not come back."""
         self._thread.shutdown(wait=True)
-        if removes:
+        if removes and self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _pack(self, state: InnerState, then: Callable[[Tensor | None], None]) -> None:
+        packed = None
+        try:
+            packed = pack(state)
+        except Exception as error:  # whatever it is, somebody waits for an answer
+            _log.warning("The inner optimizer state of fragment %d could not be packed for a peer: %s", state.fragment_id, error)
+        finally:
+            self.is_busy = False
+            then(packed)
+
     def _write(self, state: InnerState) -> None:
+        assert self._folder is not None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"fragment_{state.fragment_id:04d}.safetensors"
             temporary = path.with_suffix(".tmp")
-            # A number that is not finite has no place in JSON, and is none that an optimizer goes on from.
-            numbers = {k: v for k, v in state.numbers.items() if v is None or math.isfinite(v)}
-            fields = {name: getattr(state, name) for name in InnerState.__slots__ if name != "tensors"} | {"numbers": numbers}
-            header = _Header(**fields, crc=0)
-            text = msgspec.json.encode(msgspec.structs.replace(header, crc=_checksum(header, state.tensors))).decode()
-            write_tensors(temporary, state.tensors, {_ENTRY: text}, is_durable=False)
+            write_tensors(temporary, state.tensors, {_ENTRY: _header_of(state)}, is_durable=False)
             temporary.replace(path)
             self.num_written += 1
             self._has_failed = False
@@ -132,6 +151,54 @@ class RejoinFiles:
             self._has_failed = True
         finally:
             self.is_busy = False
+
+
+def pack(state: InnerState) -> Tensor:
+    """The bytes of a rejoin checkpoint of one fragment, for the network: uint8, a copy.
+
+    Raises:
+        KeyError: a tensor's dtype has no name in the format.
+    """
+    parts = parts_of(state.tensors, {_ENTRY: _header_of(state)})
+    packed, at = raw(sum(len(part) for part in parts)), 0
+    for part in parts:
+        if len(part):
+            # Copied by torch, which leaves the interpreter's lock alone meanwhile.
+            packed[at : at + len(part)].copy_(torch.frombuffer(bytearray(part) if isinstance(part, bytes) else part, dtype=torch.uint8))
+        at += len(part)
+    return packed
+
+
+def unpack(data: memoryview) -> InnerState:
+    """What somebody has packed.
+
+    Args:
+        data: writable bytes; the tensors of the state lie in them.
+
+    Raises:
+        RemoteProtocolError: the bytes are no such state.
+    """
+    try:
+        tensors, metadata = read_tensors(data)
+        header = msgspec.json.decode(metadata.get(_ENTRY, ""), type=_Header)
+    except (ValueError, msgspec.DecodeError, RecursionError) as error:
+        raise RemoteProtocolError("wrong_layout", f"not an inner optimizer state: {error}") from error
+    if _checksum(header, tensors) != header.crc:
+        raise RemoteProtocolError("bad_checksum", "an inner optimizer state does not have its checksum")
+    return _state(header, tensors)
+
+
+def _header_of(state: InnerState) -> str:
+    # A number that is not finite has no place in JSON, and is none that an optimizer goes on from.
+    numbers = {k: v for k, v in state.numbers.items() if v is None or math.isfinite(v)}
+    fields = {name: getattr(state, name) for name in InnerState.__slots__ if name != "tensors"} | {"numbers": numbers}
+    header = _Header(**fields, crc=0)
+    return msgspec.json.encode(msgspec.structs.replace(header, crc=_checksum(header, state.tensors))).decode()
+
+
+def _state(header: _Header, tensors: Mapping[str, Tensor]) -> InnerState:
+    fields: dict[str, Any] = {name: getattr(header, name) for name in InnerState.__slots__ if name != "tensors"}
+    return InnerState(**fields, tensors=tensors)
 
 
 def read_freshest(
@@ -189,8 +256,7 @@ def _read(path: Path) -> InnerState | None:
     if _checksum(header, tensors) != header.crc:
         _log.warning("%s is not used: it does not have its checksum", path)
         return None
-    fields: dict[str, Any] = {name: getattr(header, name) for name in InnerState.__slots__ if name != "tensors"}
-    return InnerState(**fields, tensors=tensors)
+    return _state(header, tensors)
 
 
 def _checksum(header: _Header, tensors: Mapping[str, Tensor]) -> int:

@@ -52,6 +52,7 @@ from lightning_diloco.runtime.observers import Observers
 from lightning_diloco.runtime.opening import open_job
 from lightning_diloco.runtime.performer import Performer
 from lightning_diloco.runtime.rebuilding import Rebuilding, refuse_a_folder_in_use
+from lightning_diloco.runtime.relay import PeerStateRelay
 from lightning_diloco.runtime.rundir import lock_run_dir
 from lightning_diloco.runtime.service_options import ServiceOptions
 from lightning_diloco.runtime.snapshot import SnapshotStore
@@ -154,7 +155,8 @@ class SyncerService:
             on_durable=lambda: self._handle(Durable()),
         )
         self._machine = SyncerMachine(self._performer.job_options(), opening.resumption)
-        self._intake = Intake(self._machine, self._performer, submit=self._submit, handle=self._handle)
+        self._relay = PeerStateRelay(self._machine, self._transport, store=lambda: self._performer.store, handle=self._handle)
+        self._intake = Intake(self._machine, self._performer, self._relay, submit=self._submit, handle=self._handle)
         token = options.observer_token
         self._observers = Observers(self._machine, self._tape, self._transport, self._live, token, self._on_loop)
 
@@ -255,6 +257,7 @@ class SyncerService:
             self._performer.keep_all(self._machine.job.currents, durable[0].origins if durable else ())
         self._performer.perform(actions, decoded)
         self._observers.note(actions)
+        self._relay.perform(actions)
 
     def _complain_of_missing(self, now_s: float) -> None:
         """A job that goes on may need a learner that has not come back: say which fragments nobody has."""
@@ -301,6 +304,7 @@ class SyncerService:
             # A last word, encrypted for the key that it had; what it answers is not heard any more.
             self._performer.refuse(session, "key_revoked", "The key of this site was revoked: it takes no part in this job any more.")
         elif isinstance(event, PayloadDelivered | TransportFailed):
+            self._relay.ended(session, event.transfer_id)
             sent = self._performer.take_off_way(session, event.transfer_id)
             if sent is not None and isinstance(event, PayloadDelivered):
                 self._failures.pop(session, None)

@@ -4,24 +4,29 @@ The library's writer copies what it writes and holds the interpreter's lock for 
 publishes would wait. Here a block goes from the tensor to the kernel, which needs neither. Readers use the library.
 
 The format: 8 bytes with the header's length, the header as JSON (names, dtypes, shapes, places, and a mapping of texts), then the bytes.
+What comes over the network in this format is read here too: in place, and only if all of it is as it is written here.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from lightning_diloco.outer import buffer_of
 from lightning_diloco.runtime.checksum import crc32
 
-__all__ = ["DTYPES", "write_file", "write_tensors"]
+__all__ = ["DTYPES", "parts_of", "read_tensors", "write_file", "write_tensors"]
 
+_Size = Annotated[int, Meta(ge=0, le=2**53)]
 _BLOCK_BYTES: Final = 4 << 20
 DTYPES: Final = {
     torch.float64: "F64",
@@ -54,6 +59,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         OSError: the disk failed.
         KeyError: a dtype has no name in the format.
     """
+    return write_file(path, parts_of(tensors, metadata), is_durable=is_durable)
+
+
+def parts_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """The bytes of such a file, one part behind the other, in the tensors' own memory.
+
+    Args:
+        tensors: contiguous, in host memory, of a dtype of `DTYPES`.
+        metadata: texts that belong to them.
+
+    Raises:
+        KeyError: a dtype has no name in the format.
+    """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at, parts = 0, list[bytes | memoryview]()
     # The widest first, so that every tensor stands at a multiple of its own width: readers view the bytes in place.
@@ -64,7 +82,46 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         parts.append(part)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return write_file(path, [len(text).to_bytes(8, "little"), text, *parts], is_durable=is_durable)
+    return [len(text).to_bytes(8, "little"), text, *parts]
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dtype: str
+    shape: Annotated[tuple[_Size, ...], Meta(max_length=16)]
+    data_offsets: tuple[_Size, _Size]
+
+
+def read_tensors(data: memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and texts of such a file that somebody sent.
+
+    Args:
+        data: writable bytes; the tensors lie in them.
+
+    Raises:
+        ValueError: it is not such a file, to the last byte.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    if not 8 < start <= len(data) or start % 8:
+        raise ValueError(f"a header that ends at byte {start} of {len(data)}")
+    try:
+        header = msgspec.json.decode(data[8:start], type=dict[str, msgspec.Raw])
+        metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
+        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()}
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(f"the header is none: {error}") from error
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    tensors, at = dict[str, Tensor](), 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        begin, end = entry.data_offsets
+        dtype, count = dtypes.get(entry.dtype), math.prod(entry.shape)
+        # One behind the other and without gaps, the widest first: as they are written.
+        if dtype is None or begin != at or end - begin != count * dtype.itemsize or begin % dtype.itemsize or start + end > len(data):
+            raise ValueError(f"{name!r:.100} has dtype {entry.dtype!r:.20}, shape {entry.shape} and place {entry.data_offsets}")
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0, dtype=dtype)
+        tensors[name], at = flat.view(entry.shape), end
+    if start + at != len(data):
+        raise ValueError(f"{len(data) - start - at} bytes too many")
+    return tensors, metadata
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview], *, is_durable: bool) -> tuple[int, int]:

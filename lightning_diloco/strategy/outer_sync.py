@@ -45,7 +45,7 @@ from lightning_diloco.strategy.joining import join_when_free, patience_s
 from lightning_diloco.strategy.lease_feed import LeaseFeed
 from lightning_diloco.strategy.live_batches import present_batch_size
 from lightning_diloco.strategy.own_weights import OWN_WEIGHTS, all_close, checksums
-from lightning_diloco.strategy.rejoin import InnerStateSaver, restore_inner_state
+from lightning_diloco.strategy.rejoin import InnerStateSaver, keep_inner_state
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY, Resumed, outer_state, read_resumed
 from lightning_diloco.strategy.seeding import reseed_learner
 from lightning_diloco.strategy.showing import Showing
@@ -173,11 +173,8 @@ class OuterSync(Callback):
         if info.role == "member":
             client.weights.set_local(self._resumed.local)
         self._resumed = Resumed()
-        if (folder := assignment.rejoin_path()) is not None:
-            if info.role == "joiner":
-                restore_inner_state(client, trainer.optimizers, folder, info)
-            self._saver = InnerStateSaver(client, trainer.optimizers, folder, info, every_steps=self._strategy.sync.rejoin_every_steps)
-            client.on_boundary = self._saver.boundary
+        if assignment.role != "inline":
+            self._saver = keep_inner_state(client, trainer.optimizers, assignment.rejoin_path(), info, self._strategy.sync)
         self._strategy.on_joined(info.learner_id)
         self._showing = Showing(trainer, is_logged=not self.is_identity)
         self._clock = JobClock(trainer)

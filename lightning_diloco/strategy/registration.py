@@ -26,7 +26,7 @@ from typing import Any
 
 from lightning_diloco.errors import ConfigurationError
 
-__all__ = ["STRATEGY_NAME", "install", "wrong_framework"]
+__all__ = ["STRATEGY_NAME", "install", "serve_other_framework", "wrong_framework"]
 
 STRATEGY_NAME = "decoupled_diloco"
 """The name for ``Trainer(strategy=...)``."""
@@ -138,3 +138,10 @@ class _HookingLoader(Loader):
         self._loader.exec_module(module)
         self._finder.done()
         self._finder.hook(module)
+
+
+def serve_other_framework(strategy: type[Any]) -> None:
+    """Let an instance pass ``pytorch_lightning``'s isinstance check, so that our own check can say what is wrong."""
+    other = sys.modules.get("pytorch_lightning.strategies")
+    if other is not None and hasattr(other, "Strategy"):
+        other.Strategy.register(strategy)

@@ -14,7 +14,6 @@ References:
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -42,6 +41,7 @@ from lightning_diloco.strategy.island_environment import choose_environment
 from lightning_diloco.strategy.oom_guard import OutOfMemoryGuard
 from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, read_keys, refuse_what_is_not_there_yet
 from lightning_diloco.strategy.outer_sync import OuterSync
+from lightning_diloco.strategy.registration import serve_other_framework
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY
 from lightning_diloco.strategy.streams import share_stream
 from lightning_diloco.strategy.training_state import leave_training_state
@@ -392,11 +392,4 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         return state
 
 
-def _serve_other_framework() -> None:
-    """Let an instance pass ``pytorch_lightning``'s isinstance check, so that our own check can say what is wrong."""
-    other = sys.modules.get("pytorch_lightning.strategies")
-    if other is not None and hasattr(other, "Strategy"):
-        other.Strategy.register(DecoupledDiLoCoStrategy)
-
-
-_serve_other_framework()
+serve_other_framework(DecoupledDiLoCoStrategy)

@@ -75,7 +75,7 @@ control = st.one_of(
         versions=st.lists(count, max_size=3).map(tuple),
     ),
     st.builds(msg.LeaseRequest, number=number, wanted=count, batch_size=number, samples=count),
-    st.builds(msg.PeerStateRequest, learner_id=count),
+    st.builds(msg.PeerStateRequest, fragment_id=count, optimizers=st.lists(st.text(max_size=4), max_size=3).map(tuple), attempt=count),
 )
 contribution = st.builds(
     msg.Contribution,

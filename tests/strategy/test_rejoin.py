@@ -12,6 +12,7 @@ from torch import nn
 from lightning_diloco.outer import plan_layout
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.runtime.client_options import JoinInfo
+from lightning_diloco.runtime.peer_state import PeerStates
 from lightning_diloco.strategy.rejoin import InnerStateSaver, _placed, restore_inner_state
 from tests.strategy.kit import PATIENCE_S
 
@@ -28,6 +29,7 @@ class Learner:
         self.layout = plan_layout(self.module, num_fragments=4, merge="rda", mean_patterns=(), include_frozen=False)
         self.weights = SimpleNamespace(parameters_of=self._parameters_of)
         self.boundaries: list[int] = []
+        self.peers = PeerStates(self.layout.fragments, send=print, send_payload=lambda *_: 0, wake=lambda: None)
 
     def _parameters_of(self, fragment_id: int):
         return [(part.name, self.module.get_parameter(part.name)) for part in self.layout.fragments[fragment_id].slices]
@@ -84,7 +86,7 @@ def test_a_later_life_goes_on_with_the_same_state_and_takes_the_same_step(tmp_pa
     saver.close(is_done=False)
     second = Learner(MAKERS[name])
     second.module.load_state_dict(first.module.state_dict())
-    assert restore_inner_state(second, [second.optimizer], tmp_path, INFO) == 4
+    assert len(restore_inner_state(second, [second.optimizer], tmp_path, INFO)) == 4
     for ours, theirs in zip(states(first), states(second), strict=True):
         assert ours.keys() == theirs.keys() and ours
         for key, value in ours.items():
@@ -130,7 +132,7 @@ def test_an_optimizer_whose_state_cannot_be_saved_in_parts_is_told_of_once(tmp_p
     saver.close(is_done=False)
     assert len(caplog.records) == 1 and "comes back with a fresh inner optimizer" in caplog.text
     fresh = Learner(lambda p: torch.optim.LBFGS(p, lr=0.1))
-    assert restore_inner_state(fresh, [fresh.optimizer], tmp_path, INFO) == 0 and states(fresh) == [{}, {}, {}, {}]
+    assert restore_inner_state(fresh, [fresh.optimizer], tmp_path, INFO) == {} and states(fresh) == [{}, {}, {}, {}]
 
 
 class ScheduleFree(torch.optim.Optimizer):
@@ -175,7 +177,7 @@ def test_a_state_with_a_nan_does_not_come_back(tmp_path):
         save(saver)
     saver.close(is_done=False)
     second = Learner(MAKERS["adamw"])
-    assert restore_inner_state(second, [second.optimizer], tmp_path, INFO) == 4
+    assert len(restore_inner_state(second, [second.optimizer], tmp_path, INFO)) == 4
     for state in states(second):
         assert not state["exp_avg"].any() and state["exp_avg_sq"].any() and int(state["step"]) == 3
 
