@@ -70,11 +70,6 @@ def test_what_a_killed_learner_had_not_reported_is_trained_again_and_the_ledger_
     model = Killed(tmp_path, count=2, slow=(0.1, 0.02))
     summary = fit(model, epochs=2, sync={"heartbeat_s": 60.0})
     assert summary["restarts"]["learners"] == 1
-    by_epoch: dict[int, list[int]] = {0: [], 1: []}
-    for lines in recorded(tmp_path):
-        for line in lines:
-            by_epoch[line["epoch"]] += line["samples"]
-    # A learner's last range of an epoch may be trained in its next one: the two together are exact.
     times = times_of(tmp_path)
     assert set(times) == set(range(N))
     twice = {i for x in summary["leases"] for a, b in x["twice_ranges"] for i in range(a, b)}
