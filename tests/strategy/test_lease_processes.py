@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_diloco import DecoupledDiLoCoStrategy
-from tests.strategy.kit import latest, quiet
+from tests.strategy.kit import ROOT, latest, quiet, wait_until
 from tests.strategy.lease_kit import Recorder, numbered, recorded, times_of
 from tests.tape_checker import check_run, load_tape
 
@@ -68,11 +70,6 @@ def test_what_a_killed_learner_had_not_reported_is_trained_again_and_the_ledger_
     model = Killed(tmp_path, count=2, slow=(0.1, 0.02))
     summary = fit(model, epochs=2, sync={"heartbeat_s": 60.0})
     assert summary["restarts"]["learners"] == 1
-    by_epoch: dict[int, list[int]] = {0: [], 1: []}
-    for lines in recorded(tmp_path):
-        for line in lines:
-            by_epoch[line["epoch"]] += line["samples"]
-    # A learner's last range of an epoch may be trained in its next one: the two together are exact.
     times = times_of(tmp_path)
     assert set(times) == set(range(N))
     twice = {i for x in summary["leases"] for a, b in x["twice_ranges"] for i in range(a, b)}
@@ -108,3 +105,45 @@ def test_a_syncer_that_is_killed_goes_on_with_the_ledger_and_learners_do_not_sto
     again = sum(x["again"] for x in summary["leases"])
     assert sum(times.values()) - 2 * N == again + sum(x["twice"] for x in summary["leases"])
     assert again > 0 and sum(x["twice"] for x in summary["leases"]) == 0
+
+
+ISLAND = """
+import sys
+from pathlib import Path
+from lightning.pytorch import Trainer
+from lightning_diloco import DecoupledDiLoCoStrategy
+from tests.strategy.lease_kit import Recorder, numbered
+
+class Island(Recorder):
+    @property
+    def learner_id(self):
+        return self.trainer.strategy.learner_id
+
+learner_id = int(sys.argv[2])
+strategy = DecoupledDiLoCoStrategy(syncer=sys.argv[1], learner_id=learner_id, data="lease", num_fragments=2, sync_interval_steps=8)
+trainer = Trainer(accelerator="cpu", strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False)
+trainer.fit(Island(Path(sys.argv[3]), count=2, slow=(0.02, 0.06)), numbered(301, batch_size=(4, 3)[learner_id], shuffle=True))
+"""
+
+
+def test_learners_of_a_syncer_by_hand_share_an_epoch_with_batches_of_different_sizes(tmp_path):
+    """The progress bar is on, as it is by default: it has no total to show."""
+    script = tmp_path / "island.py"
+    script.write_text(ISLAND)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL}
+    command = [sys.executable, "-m", "lightning_diloco", "syncer", "--run-dir", str(tmp_path / "run")]
+    processes = [subprocess.Popen(command, **options)]
+    try:
+        wait_until((tmp_path / "run" / "syncer.json").exists, "the syncer's address")
+        endpoint = json.loads((tmp_path / "run" / "syncer.json").read_text())["endpoint"]
+        processes += [subprocess.Popen([sys.executable, str(script), endpoint, str(i), str(tmp_path)], **options) for i in range(2)]
+        assert [process.wait(150) for process in processes] == [0, 0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    summary = check_run(tmp_path / "run")
+    assert set(times_of(tmp_path).values()) == {1} and len(times_of(tmp_path)) == N
+    assert [(x["done"], x["free"], x["twice"]) for x in summary["leases"]] == [(N, 0, 0)]
+    assert {len(line["samples"]) for line in recorded(tmp_path)[1]} >= {3}
