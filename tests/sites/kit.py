@@ -173,7 +173,8 @@ def leaves(run_dir: Path) -> list[tuple[int, str]]:
     return [(line["learner_id"], line["reason"]) for line in lines(run_dir) if line["event"] == "leave"]
 
 
-def merges_after_last_join(run_dir: Path) -> int:
+def merges_after_last(event: str, run_dir: Path) -> int:
+    """Merges since the last event of this kind; 0 if there was none."""
     events = [line["event"] for line in lines(run_dir)]
-    last = max((i for i, event in enumerate(events) if event == "join"), default=len(events))
+    last = max((i for i, each in enumerate(events) if each == event), default=len(events))
     return events[last:].count("merge")

@@ -14,7 +14,7 @@ from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.keys import SiteKeys, SyncerKeys, read_admitted
 from tests.sites.cluster import Cluster
-from tests.sites.kit import code, joins, leaves, lines, make_keys, merges_after_last_join, site
+from tests.sites.kit import code, joins, leaves, make_keys, merges_after_last, site
 from tests.tape_checker import check_run
 
 
@@ -72,21 +72,20 @@ def test_pods_come_and_go_and_the_job_goes_on(tmp_path):
         syncer = made.pod("diloco-syncer").run()
         here.wait_until((run_dir / "syncer.json").exists, "the syncer")
         learners = [made.pod("diloco-learner", JOB_COMPLETION_INDEX=str(i)).run() for i in range(2)]
-        here.wait_until(lambda: len(joins(run_dir)) == 2 and merges_after_last_join(run_dir) > 5, "two learners")
+        here.wait_until(lambda: len(joins(run_dir)) == 2 and merges_after_last("join", run_dir) > 5, "two learners")
 
         learners[1].send_signal(signal.SIGTERM)
         assert here.exit_code(learners[1]) == 128 + signal.SIGTERM, here.text()
         assert leaves(run_dir) == [(1, "signal")]
         learners[1] = made.pod("diloco-learner", JOB_COMPLETION_INDEX="1").run()
-        here.wait_until(lambda: (1, 1) in joins(run_dir) and merges_after_last_join(run_dir) > 5, "the next pod of learner 1")
+        here.wait_until(lambda: (1, 1) in joins(run_dir) and merges_after_last("join", run_dir) > 5, "the next pod of learner 1")
 
         syncer.send_signal(signal.SIGTERM)
         time.sleep(made.documents["Job", "diloco-syncer"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"])
         assert syncer.poll() is None, "the shell keeps SIGTERM from the syncer"
         os.killpg(syncer.pid, signal.SIGKILL)
         syncer = made.pod("diloco-syncer").run()
-        here.wait_until(lambda: "restart" in [line["event"] for line in lines(run_dir)], "the next pod of the syncer")
-        here.wait_until(lambda: lines(run_dir)[-1]["event"] == "merge", "merges afterwards")
+        here.wait_until(lambda: merges_after_last("restart", run_dir) > 5, "merges of the syncer's next pod")
         here.stop()
         assert [here.exit_code(process) for process in (*learners, syncer)] == [0, 0, 0], here.text()
     summary = check_run(run_dir)

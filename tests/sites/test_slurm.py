@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.sites.kit import Site, code, joins, leaves, make_keys, merges_after_last_join, site, write_program
+from tests.sites.kit import Site, code, joins, leaves, make_keys, merges_after_last, site, write_program
 from tests.tape_checker import check_run
 
 SRUN = Path(__file__).with_name("srun.py")
@@ -55,7 +55,7 @@ def test_a_job_of_two_tasks_is_preempted_and_comes_back_as_an_array(tmp_path):
         syncer = here.start_syncer(run_dir)
         by_hand = here.start(*shlex.split(here.command(code("by_hand")))[:-1], "3")
         (job,) = submit(here, code("sbatch"))
-        here.wait_until(lambda: len(joins(run_dir)) == 3 and merges_after_last_join(run_dir) > 5, "three learners")
+        here.wait_until(lambda: len(joins(run_dir)) == 3 and merges_after_last("join", run_dir) > 5, "three learners")
         assert joins(run_dir) == [(0, 0), (1, 0), (2, 0)]
 
         (srun,) = psutil.Process(job.pid).children()
@@ -64,7 +64,7 @@ def test_a_job_of_two_tasks_is_preempted_and_comes_back_as_an_array(tmp_path):
         assert sorted(leaves(run_dir)) == [(1, "signal"), (2, "signal")], here.text()
 
         jobs = submit(here, code("array"))
-        here.wait_until(lambda: len(joins(run_dir)) == 5 and merges_after_last_join(run_dir) > 5, "their next lives")
+        here.wait_until(lambda: len(joins(run_dir)) == 5 and merges_after_last("join", run_dir) > 5, "their next lives")
         assert joins(run_dir) == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
         here.stop()
         assert [here.exit_code(process) for process in (by_hand, *jobs, syncer)] == [0] * 4, here.text()

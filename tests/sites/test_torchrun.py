@@ -8,7 +8,7 @@ import signal
 import psutil
 import pytest
 
-from tests.sites.kit import code, joins, leaves, make_keys, merges_after_last_join, site
+from tests.sites.kit import code, joins, leaves, make_keys, merges_after_last, site
 from tests.tape_checker import check_run
 
 
@@ -23,11 +23,11 @@ def test_two_torchruns_train_one_model_and_a_killed_learner_costs_one_restart(tm
         command = shlex.split(here.command(code("torchrun")))
         assert command[-2:] == ["1", "2"]
         first, second = here.start(*command[:-2], "0", "2"), here.start(*command)
-        here.wait_until(lambda: len(joins(run_dir)) == 2 and merges_after_last_join(run_dir) > 5, "two learners")
+        here.wait_until(lambda: len(joins(run_dir)) == 2 and merges_after_last("join", run_dir) > 5, "two learners")
 
         (learner,) = psutil.Process(second.pid).children()
         learner.send_signal(signal.SIGKILL)
-        here.wait_until(lambda: (1, 1) in joins(run_dir) and merges_after_last_join(run_dir) > 5, "the next incarnation")
+        here.wait_until(lambda: (1, 1) in joins(run_dir) and merges_after_last("join", run_dir) > 5, "the next incarnation")
         assert leaves(run_dir) == [(1, "died")]
 
         second.send_signal(signal.SIGTERM)
@@ -35,7 +35,7 @@ def test_two_torchruns_train_one_model_and_a_killed_learner_costs_one_restart(tm
         assert leaves(run_dir) == [(1, "died"), (1, "signal")], here.text()
 
         second = here.start(*command)
-        here.wait_until(lambda: (1, 2) in joins(run_dir) and merges_after_last_join(run_dir) > 5, "the third life")
+        here.wait_until(lambda: (1, 2) in joins(run_dir) and merges_after_last("join", run_dir) > 5, "the third life")
         here.stop()
         assert [here.exit_code(process) for process in (first, second, syncer)] == [0, 0, 0], here.text()
     summary = check_run(run_dir)
