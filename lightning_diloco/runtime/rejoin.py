@@ -11,7 +11,8 @@ own. It never waits for the disk: while a file is being written no other one is 
 
 **Which one is taken** (PROTOCOL.md section 9): of each fragment the one of the newest version, this learner's own where two are equally
 new. Files of other learners count as well where they are in the same folder: while it was down, theirs went on. What no file has comes
-from a healthy peer over the network, in the same format (`peer_state`). Only files of this job's lineage, of the same optimizers, and whole ones count.
+from a healthy peer over the network, in the same format (`peer_state`). Only files of this job's lineage, of the same optimizers, and
+whole ones count.
 
 The files outlast the process, not the machine: they are renamed into place when they are whole, and not forced to the disk. Their checksum
 finds what a machine's crash has left, and a file that is damaged counts as none.
