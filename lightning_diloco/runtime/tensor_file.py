@@ -27,6 +27,7 @@ from lightning_diloco.runtime.checksum import crc32
 __all__ = ["DTYPES", "parts_of", "read_tensors", "write_file", "write_tensors"]
 
 _Size = Annotated[int, Meta(ge=0, le=2**53)]
+_MAX_ELEMENTS: Final = 2**53
 _BLOCK_BYTES: Final = 4 << 20
 DTYPES: Final = {
     torch.float64: "F64",
@@ -114,8 +115,15 @@ def read_tensors(data: memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, end = entry.data_offsets
         dtype, count = dtypes.get(entry.dtype), math.prod(entry.shape)
-        # One behind the other and without gaps, the widest first: as they are written.
-        if dtype is None or begin != at or end - begin != count * dtype.itemsize or begin % dtype.itemsize or start + end > len(data):
+        # One behind the other and without gaps, the widest first: as they are written. torch multiplies sizes beside a 0 as well.
+        if (
+            math.prod(max(n, 1) for n in entry.shape) > _MAX_ELEMENTS
+            or dtype is None
+            or begin != at
+            or end - begin != count * dtype.itemsize
+            or begin % dtype.itemsize
+            or start + end > len(data)
+        ):
             raise ValueError(f"{name!r:.100} has dtype {entry.dtype!r:.20}, shape {entry.shape} and place {entry.data_offsets}")
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0, dtype=dtype)
         tensors[name], at = flat.view(entry.shape), end

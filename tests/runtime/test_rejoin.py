@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import random
 from dataclasses import replace
 
+import pytest
 import torch
 from safetensors import safe_open
 
+from lightning_diloco.errors import RemoteProtocolError
+from lightning_diloco.outer import buffer_of
 from lightning_diloco.protocol.identity import Version
-from lightning_diloco.runtime.rejoin import InnerState, RejoinFiles, read_freshest, staging
-from lightning_diloco.runtime.tensor_file import DTYPES
+from lightning_diloco.runtime.rejoin import InnerState, RejoinFiles, pack, read_freshest, staging, unpack
+from lightning_diloco.runtime.tensor_file import DTYPES, read_tensors
 
 ADAMW = ("AdamW",)
 
@@ -138,3 +143,50 @@ def test_a_file_can_be_read_without_this_package(tmp_path):
     write(tmp_path, 1, state(4))
     with safe_open(tmp_path / "learner_1" / "fragment_0000.safetensors", "pt") as file:
         assert file.get_tensor("0/layer.weight/exp_avg").tolist() == [[1.0, 1.0]] * 3
+
+
+# ---- over the network -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_packed_is_unpacked_with_every_dtype_and_shape():
+    sizes = [(), (1,), (5,), (3, 2), (0,)]
+    tensors = {f"0/w/{d}{s}": torch.arange(12)[: torch.Size(s).numel()].reshape(s).to(d) for d in DTYPES for s in sizes}
+    found = unpack(buffer_of(pack(replace(state(4), tensors=tensors))))
+    assert found.numbers == state(4).numbers and found.version == Version(0, 4)
+    assert found.tensors.keys() == tensors.keys()
+    assert all(found.tensors[n].dtype == t.dtype and torch.equal(found.tensors[n], t) for n, t in tensors.items())
+
+
+def test_bytes_turned_cut_and_put_in_are_refused_and_nothing_else_happens():
+    dice, whole = random.Random(3), bytes(buffer_of(pack(state(4))))
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(2000):
+        data = bytearray(whole)
+        for _ in range(dice.choice((1, 1, 2, 8))):
+            data[dice.randrange(start if dice.random() < 0.9 else len(data))] = dice.choice((dice.randrange(256), *b'0192",:[]{}'))
+        if dice.random() < 0.2:
+            del data[dice.randrange(len(data)) :]
+        # A space more or less in the header is no damage.
+        if bytes(data).replace(b" ", b"") != whole.replace(b" ", b""):
+            with pytest.raises(RemoteProtocolError):
+                unpack(memoryview(data))
+    assert unpack(memoryview(bytearray(whole))).version == Version(0, 4)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [2**53, 2**53, 0], "data_offsets": [0, 0]},
+        {"shape": [2**53], "data_offsets": [0, 2**53]},
+        {"shape": [8], "data_offsets": [8, 0]},
+        {"shape": [8], "data_offsets": [8, 16]},
+        {"shape": [-8], "data_offsets": [0, 8]},
+        {"shape": [1] * 70, "data_offsets": [0, 1]},
+        {"shape": [4], "data_offsets": [0, 8]},
+    ],
+)
+def test_a_place_that_is_none_is_refused(entry):
+    text = json.dumps({"a": {"dtype": "U8", **entry}}).encode()
+    text += b" " * (-len(text) % 8)
+    with pytest.raises(ValueError, match="has dtype|is none"):
+        read_tensors(memoryview(bytearray(len(text).to_bytes(8, "little") + text + bytes(8))))
