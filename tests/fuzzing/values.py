@@ -61,8 +61,9 @@ def legal(dice: random.Random, kind: inspect.Type, hints: Hints) -> Any:
         case inspect.IntType(ge=low, le=high, lt=below):
             low, high = low or 0, high if high is not None else (below or 2**62 + 1) - 1
             return min(max(dice.choice(EDGES), low), high)
-        case inspect.FloatType(le=high):
-            return dice.choice((0.0, 1e-9, 0.5, 60.0, high if high is not None else 1e300))
+        case inspect.FloatType(gt=above, le=high):
+            edges = (0.0, 1e-9, 0.5, 60.0, high if high is not None else 1e300)
+            return dice.choice([edge for edge in edges if above is None or edge > above])
         case inspect.StrType(max_length=length):
             return dice.choice(WORDS)[:length]
         case inspect.BytesType(max_length=length):
