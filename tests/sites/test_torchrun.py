@@ -39,5 +39,18 @@ def test_two_torchruns_train_one_model_and_a_killed_learner_costs_one_restart(tm
         here.stop()
         assert [here.exit_code(process) for process in (first, second, syncer)] == [0, 0, 0], here.text()
     summary = check_run(run_dir)
-    assert summary["status"] == "finished" and set(summary["discarded_by_reason"]) <= {"died"}
+    assert summary["status"] == "finished"
+    assert {reason for reason, tokens in summary["discarded_by_reason"].items() if tokens} <= {"died"}
     assert all(x["rounds_merged"] > 0 for x in summary["learners"])
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.timeout(240)
+def test_two_processes_of_one_torchrun_get_a_sentence(tmp_path):
+    with site(tmp_path / "site") as here:
+        make_keys(here.folder)
+        command = shlex.split(here.command(code("torchrun")))
+        command[command.index("--nproc-per-node") + 1], command[command.index("--max-restarts") + 1] = "2", "0"
+        assert here.exit_code(here.start(*command)) == 1
+        assert "syncer= in one of 2 processes of torchrun: a learner of several processes is not there yet." in here.text()
