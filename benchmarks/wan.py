@@ -49,8 +49,9 @@ from benchmarks.wan.report import ANSWER_S, ddp_bytes, our_bytes, p99, ratio, si
 MODEL: dict[str, Any] = {"num_layers": 4, "num_heads": 4, "channels": 128, "context": 64}
 """0.85 M parameters: recipe `gpt_text`."""
 CONTROL_MODEL = MODEL | {"channels": 256}
-CONTROL_BATCH, CONTROL_BYTES_PER_S = 2, 10e6 / 8
+CONTROL_BATCH, CONTROL_BYTES_PER_S = 1, 10e6 / 8
 """3.3 M parameters and short steps: more payload than passes."""
+FULL = 0.8
 INTERVAL = 24
 DDP_FIRST = 5
 RATES = (1.0, 2.0)
@@ -72,8 +73,11 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak inner learning rate (default 3e-3)")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="one way, between our learners and the syncer (default 0)")
     parser.add_argument("--keys", action="store_true", help="encrypt our links, with keys made for this run")
-    parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "wan.json", metavar="FILE", help="jobs so far")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="jobs so far (default outputs/wan_PART.json)")
     arguments = parser.parse_args()
+    arguments.json = arguments.json or ROOT / "outputs" / f"wan_{arguments.part}.json"
+    if arguments.part != "ratio" and len(arguments.wire) > 1:
+        parser.error(f"--wire {' '.join(arguments.wire)}: part {arguments.part} has one job of ours. Give one.")
     if arguments.steps < INTERVAL or arguments.steps % INTERVAL:
         parser.error(f"--steps {arguments.steps}: a multiple of {INTERVAL}, so that every fragment counts equally often.")
     why = is_possible()

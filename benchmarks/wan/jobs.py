@@ -259,11 +259,12 @@ class Job:
             "per_step": {key: sum(b[key] - a[key] for a, b in pairs) / len(rows) / steps for key in keys},
             "syncer_s_per_step": syncer_s / steps,
         }
+        begin_s, end_s = max(a["at_s"] for a, _ in pairs), min(b["at_s"] for _, b in pairs)
         if self.setting.net is not None:
-            begin_s, end_s = max(a["at_s"] for a, _ in pairs), min(b["at_s"] for _, b in pairs)
             row["peak_bytes_per_s"] = peak_bytes_per_s(self._folder / "links", begin_s, end_s)
         if self.method == "ours":
-            row |= {key: [r[key] for r in rows] for key in ("answers", "unanswered", "most_on_way")}
+            row |= {key: [r[key] for r in rows] for key in ("unanswered", "most_on_way")}
+            row["answers_s"] = [answer_s for r in rows for asked_s, answer_s in r["answers"] if begin_s <= asked_s <= end_s]
             sync = SYNC | self.sync
             row["due"] = steps * sync["num_fragments"] / sync["sync_interval_steps"]
             row["merges"] = sum(b["merges"] - a["merges"] for a, b in pairs) / len(rows)

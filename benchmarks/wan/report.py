@@ -147,7 +147,7 @@ def _print_losses(jobs: dict[str, dict[str, Any]], wires: list[str]) -> None:
 def single(title: str, row: dict[str, Any], alone: list[dict[str, Any]]) -> list[str]:
     """Print the table of a part with one job of ours; returns what was missed of what holds for every such part."""
     share, summary = share_of_alone(row, *alone), row["summary"]
-    answers = [answer_s for learner in row["answers"] for _, answer_s in learner]
+    answers = row["answers_s"]
     up, down = (row["per_step"].get(f"link_{way}", 0.0) / row["step_s"] for way in ("up", "down"))
     rate = row["counted_bytes_per_s"]
     lines = [

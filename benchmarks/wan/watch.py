@@ -23,7 +23,7 @@ class Watch:
         self._answers: list[tuple[float, float]] = []
         self._most_on_way = 0
         reports, send, outbox = self._loop.reports, self._loop.reports._send, self._loop._outbox
-        answered, send_payload = reports.answered, outbox.send
+        heed, send_payload = reports.heed, outbox.send
 
         def ask(message: Any) -> bool:
             """Send a control message; note when a `Ping` went."""
@@ -31,19 +31,19 @@ class Watch:
                 self._asked_s[message.number] = time.monotonic()
             return bool(send(message))
 
-        def hear(pong: Any) -> None:
+        def hear(message: Any) -> None:
             """Note when its answer came."""
-            asked_s = self._asked_s.pop(pong.number, None)
+            asked_s = self._asked_s.pop(message.number, None) if type(message).__name__ == "Pong" else None
             if asked_s is not None:
                 self._answers.append((asked_s, time.monotonic() - asked_s))
-            answered(pong)
+            heed(message)
 
         def put(header: bytes, payload: memoryview) -> None:
             """Send a payload; count the contributions of one fragment that are on their way."""
             send_payload(header, payload)
             self._most_on_way = max(self._most_on_way, most_of_one_fragment(list(outbox._on_way.values())))
 
-        reports._send, reports.answered, outbox.send = ask, hear, put
+        reports._send, reports.heed, outbox.send = ask, hear, put
 
     def figures(self) -> dict[str, float]:
         """Of this moment."""

@@ -1,0 +1,66 @@
+"""Each benchmark of the wire runs, shortly, and says what it claims to say; whether an aim is reached is not asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.wan.net import is_possible
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+namespaces = pytest.mark.skipif(is_possible() is not None, reason=f"no network namespaces: {is_possible()}")
+
+
+def run(tmp_path, script, *options):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *options, "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert again.returncode == done.returncode and "..." not in again.stdout, "rows that are there are not made again"
+    return done.stdout, json.loads((tmp_path / "rows.json").read_text())
+
+
+def test_merge(tmp_path):
+    said, rows = run(tmp_path, "merge.py", "--mb", "1", "--learners", "1", "2", "3", "4", "--seconds", "0.2")
+    assert "| 1 MB, 4 |" in said and len(rows) == 4
+    assert all(0.5 < sum(row["stages_s"].values()) / row["stages_of_s"] <= 1.0 for row in rows.values()), "the stages are the merge"
+
+
+@two_cores
+def test_transport(tmp_path):
+    said, rows = run(tmp_path, "transport.py", "--rounds", "1", "--seconds", "0.5", "--mib", "4")
+    assert "| up, keys |" in said and len(rows) == 13 and all(row["bytes_per_s"] > 0 for row in rows)
+
+
+@two_cores
+def test_scale(tmp_path):
+    sizes = ["--learners", "4", "--processes", "2", "--quorum", "2", "--step-ms", "200", "--seconds", "4"]
+    said, rows = run(tmp_path, "scale.py", *sizes)
+    (row,) = rows.values()
+    assert "| 200 |" in said and row["rounds_per_s"] > 0 and row["answers_s"] and len(row["participation"]) == 4
+
+
+@two_cores
+@namespaces
+@pytest.mark.parametrize("keys", [[], ["--keys"]], ids=["plain", "keys"])
+def test_wan_never_waits(tmp_path, keys):
+    said, rows = run(tmp_path, "wan.py", "--part", "never-waits", "--steps", "24", "--batch", "2", *keys)
+    ours = rows["jobs"]["bf16"]
+    assert "| never-waits |" in said and ours["most_on_way"] == [1, 1] and ours["summary"]["tokens_discarded"] == 0
+
+
+@two_cores
+@namespaces
+def test_wan_ratio(tmp_path):
+    said, rows = run(
+        tmp_path, "wan.py", "--steps", "24", "--batch", "1", "--ratio", "8", "--ddp-steps", "2", "--rounds", "1", "--wire", "int4"
+    )
+    assert "| ours, int4 |" in said and rows["jobs"]["int4 0"]["per_step"]["link_up"] < rows["jobs"]["ddp"]["per_step"]["link_up"]
+    assert not [name for name in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split() if "wan" in name]
