@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -130,7 +131,7 @@ def test_who_watches_sees_the_end_and_ends_well(told):
     code, out, err = told.watched
     assert (code, err) == (0, "")
     tables = out.split("\njob ")
-    assert len(tables) > 2 and "running" in out and ": finished after " in tables[-1]
+    assert len(tables) >= 2 and "running" in out and ": finished after " in tables[-1]
     assert out.endswith("The job has ended: finished. Its run directory has the summary.\n")
     assert "\x1b" not in out, "into a pipe there is nothing to clear"
 
@@ -232,6 +233,10 @@ def test_on_a_terminal_the_table_is_drawn_anew_until_ctrl_c(tmp_path):
             while seen.count(b"epoch 0: waiting") < 3:
                 seen += os.read(ours, 65536)
             watching.send_signal(signal.SIGINT)
+            # A terminal reads on: what is still to be written must not hold up the end.
+            with contextlib.suppress(OSError):
+                while os.read(ours, 65536):
+                    pass
             assert watching.wait(20) == 0 and watching.stderr.read() == ""
         os.close(ours)
     assert seen.startswith(b"\x1b[Hjob ") and seen.count(b"\x1b[J") >= 2

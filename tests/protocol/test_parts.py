@@ -256,8 +256,7 @@ def publisher(member) -> Publisher:
     return publisher
 
 
-def sent(actions) -> list[tuple[int, bool]]:
-    """(n, is a full transfer) of each transmission."""
+def sent(actions) -> list[tuple[int, bool]]:  # (n, is a full transfer) of each transmission
     return [(a.version.n, a.parent is None) for a in actions if type(a).__name__ == "Transmit"]
 
 
@@ -333,6 +332,7 @@ RECORDS = [
     ),
     rec.JoinRecord(learner_id=0, incarnation=0, role="founder"),
     rec.ProgressRecord(learner_id=0, incarnation=0, inner_steps=3, tokens=30, step_gaps_s=(0.1, 0.2)),
+    rec.BatchRecord(learner_id=0, incarnation=1, inner_step=2, batch_size=3, accumulate=4, lr_factor=0.5, reason="r"),
     rec.CountersRecord(learner_id=0, incarnation=0, inner_steps=3, tokens=30),
     rec.LeaveRecord(learner_id=0, incarnation=0, reason="died"),
     rec.RoundOpenRecord(fragment_id=0, round_id=1, quorum=1, active=(0,), pulled=(0,), carried=()),

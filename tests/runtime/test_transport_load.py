@@ -56,6 +56,6 @@ def test_learners_are_served_in_turn() -> None:
     for nonce in pair.learners:
         pair.syncer.send_payload(nonce, b"", payload)
     pair.until(lambda: bool(pair.received()))
-    assert min(learner.stats.bytes_down for learner in [pair.learner, *others]) > 24 * MIB
+    assert min(learner.stats.bytes_down for learner in [pair.learner, *others]) > 16 * MIB  # one after the other they would have nothing
     pair.until(lambda: len(pair.received()) == 3)
     pair.close()
