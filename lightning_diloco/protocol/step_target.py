@@ -55,11 +55,10 @@ class StepTarget:
         if self.target_s:
             return
         steps = self._steps.setdefault((learner_id, record.incarnation), deque(maxlen=KEPT))
-        for number, gap_s, paused_s in zip(
-            range(record.first_gap, record.first_gap + len(record.step_gaps_s)), record.step_gaps_s, record.paused_s, strict=False
-        ):
-            if number >= FIRST:
-                steps.append(gap_s - paused_s)
+        paused_s = record.paused_s + (0.0,) * len(record.step_gaps_s)
+        for number, gap_s in enumerate(record.step_gaps_s):
+            if record.first_gap + number >= FIRST:
+                steps.append(max(0.0, gap_s - paused_s[number]))
         medians = {m.learner_id: self._median_s(m) for m in active}
         known = [value for value in medians.values() if value > 0]
         if not known:

@@ -88,13 +88,17 @@ class BatchOptions:
         """Whether batches or steps are to be other than the loader makes them."""
         return self.sizing is not None or self.tokens_per_step is not None
 
-    @property
-    def cpu_ceiling(self) -> int:
-        """Most samples of a micro-batch on a CPU under ``auto``."""
-        return int(self.sizing.partition(":")[2] or CPU_CEILING) if isinstance(self.sizing, str) else CPU_CEILING
+    def cpu_ceiling(self, own: int) -> int:
+        """Most samples of a micro-batch on a CPU under ``auto``, with a loader of size `own`."""
+        said = self.sizing.partition(":")[2] if isinstance(self.sizing, str) else ""
+        return int(said) if said else max(CPU_CEILING, own)
 
-    def size_for(self, device_name: str, learner_id: int) -> int | None:
+    def size_for(self, device_name: str, learner_id: int | None) -> int | None:
         """The size that was given for this device or learner; None: none was, the loader's holds (or ``auto`` will tell).
+
+        Args:
+            device_name: see the module's docstring.
+            learner_id: None while it is not known.
 
         Raises:
             ConfigurationError: the user's function returned something else than a size.
@@ -104,6 +108,8 @@ class BatchOptions:
         if isinstance(self.sizing, Mapping):
             names = [key for key in self.sizing if isinstance(key, str) and device_name.startswith(key)]
             return self.sizing[max(names, key=len)] if names else self.sizing.get(learner_id)
+        if learner_id is None:
+            return None
         size = self.sizing(device_name, learner_id)
         need_int("the size that batch_sizing's function returned", size, 1)
         return size

@@ -5,14 +5,16 @@
 | a training loader is made | it gets a sampler whose size can change (`live_batches`); a size that is known holds from its first batch |
 | the join | the ceiling is found (`memory_probe`), tokens per sample are counted, the first choice is made |
 | an inner step has ended | its time is noted; if another size would meet the target better, it holds from the next batch that is drawn |
-| memory is full | the batch is given back and half of its size holds (`oom_guard`) |
+| memory is full | its window of accumulation is given back, and half of its size holds (`oom_guard`) |
 | a choice | Lightning's lengths (`loop_lengths`), the inner learning rate (`inner_rate`), a log line, the tape, the summary |
 
-Micro-batches per inner step change only where the count of batches in this epoch is a multiple of the new number: Lightning counts a window
+The user's `accumulate_grad_batches` is left alone but for `tokens_per_step`. There, micro-batches per inner step change only where the
+count of batches in this epoch is a multiple of the new number: Lightning counts a window
 of accumulation from there, and another window would be scaled wrongly.
 
-With `tokens_per_step` the tokens of a step are fixed and its time follows from the device: the size is then the largest that fits and
-divides the samples of a step into equal micro-batches. Otherwise, under ``auto``, the time is fixed and the tokens follow.
+With `tokens_per_step` the tokens of a step are fixed and its time follows from the device: the size is then the largest that is allowed and
+divides the samples of a step; where only less than half of that divides them, the nearest number of samples is taken, and said. Otherwise,
+under ``auto``, the time is fixed and the tokens follow.
 
 All of this runs on the training thread, between two steps: a few additions, and a sort of at most 32 numbers.
 """
@@ -26,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.optim import LBFGS
 
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.strategy.batch_options import BatchOptions, lr_factor
@@ -33,7 +37,7 @@ from lightning_diloco.strategy.counting import count_tokens
 from lightning_diloco.strategy.inner_rate import InnerRate
 from lightning_diloco.strategy.lease_loader import CountedBatches
 from lightning_diloco.strategy.live_batches import LiveBatchSampler, LiveSize, make_live
-from lightning_diloco.strategy.loop_lengths import is_epoch_over, refresh_lengths
+from lightning_diloco.strategy.loop_lengths import is_epoch_over, refresh_lengths, will_iterate_again
 from lightning_diloco.strategy.memory_probe import MAX_SIZE, largest_that_fits, make_batch, probe_step
 from lightning_diloco.strategy.outer_sync import OuterSync
 from lightning_diloco.strategy.size_search import SizeSearch
@@ -59,9 +63,11 @@ class BatchSizing(Callback):
         self._size = LiveSize()
         self._rate = InnerRate()
         self._search: SizeSearch | None = None
-        self._reference = 0
+        self._is_set_up = False
         self._samples_per_step = 0
         self._accumulate = 0
+        self._users_accumulate: int | None = None
+        self._begun = 0
         self._window: list[list[list[Any]]] = []
         self._steps = 0
         self._ended_s: float | None = None
@@ -78,10 +84,12 @@ class BatchSizing(Callback):
         return callback
 
     def detach(self) -> None:
-        """Leave the Trainer's callbacks and optimizers; idempotent."""
+        """Leave the Trainer's callbacks and optimizers as they were; idempotent."""
         self._rate.detach()
-        if self._strategy._trainer is not None:
-            self._remove_from(self._strategy._trainer)
+        trainer, own = self._strategy._trainer, self._users_accumulate
+        if trainer is not None:
+            self._remove_from(trainer)
+            trainer.accumulate_grad_batches = trainer.accumulate_grad_batches if own is None else own
 
     def make_live(self, loader: Any) -> Any:
         """A training loader that follows the present size.
@@ -91,8 +99,9 @@ class BatchSizing(Callback):
         """
         live = make_live(loader, self._size)
         assignment = self._strategy.assignment
-        if assignment is not None and not self._reference:
-            given = self._options.size_for(device_name(self._strategy.root_device), assignment.learner_id if assignment.is_id_given else -1)
+        if assignment is not None and not self._is_set_up:
+            known_id = assignment.learner_id if assignment.is_id_given else None
+            given = self._options.size_for(device_name(self._strategy.root_device), known_id)
             self._size.size = given or self._size.size
         return live
 
@@ -103,8 +112,6 @@ class BatchSizing(Callback):
         if not self._size.reference:
             return
         self._check(trainer)
-        self._accumulate = trainer.accumulate_grad_batches
-        self._reference = self._size.reference * self._accumulate
         self._rate.attach(trainer.optimizers)
         given = self._options.size_for(device_name(self._strategy.root_device), self._strategy._joined_id)
         size = given or self._size.size
@@ -112,24 +119,35 @@ class BatchSizing(Callback):
             self._search = SizeSearch(size=size, ceiling=self._ceiling(trainer))
             size = self._search.size
         if self._options.tokens_per_step is not None:
+            self._users_accumulate = trainer.accumulate_grad_batches
             size = self._plan(trainer, size)
+        self._is_set_up = True
         self.choose(trainer, size, "at the beginning")
         self._ended_s = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The lengths of an epoch of the present size; an epoch is also where the number of micro-batches may change."""
-        if self._reference:
+        self._ended_s, self._begun = None, 0
+        self._window.clear()
+        if not self._is_set_up:
+            return
+        if self._samples_per_step:
             trainer.accumulate_grad_batches = self._accumulate
-            if is_epoch_over(trainer):
-                for sampler in self._samplers(trainer):
-                    sampler.rewind()
-            self._refresh(trainer)
-        self._ended_s = None
+        if will_iterate_again(trainer):
+            for sampler in self._samplers(trainer):
+                sampler.rewind()
+        self._refresh(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note which samples this is."""
-        self.has_failed = False
-        self._window.append([sampler.trained() for sampler in self._samplers(trainer)])
+        """Note which samples this is, and the rate that goes with them."""
+        # A window of accumulation that has lost its beginning is lost as a whole, and comes again.
+        self.has_failed = self.has_failed and batch_idx % trainer.accumulate_grad_batches != 0
+        samplers = self._samplers(trainer)
+        self._begun += 1
+        self._window.append([sampler.trained() for sampler in samplers])
+        if samplers and self._is_set_up:
+            samples = samplers[0].nominal * (trainer.accumulate_grad_batches if self._samples_per_step else 1)
+            self._rate.factor = lr_factor(self._options.lr_rule, max(1, samples), self._size.reference)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """If an inner step has ended, note its time and look whether another size is better."""
@@ -147,7 +165,8 @@ class BatchSizing(Callback):
         self._window.clear()
         self._ended_s = now_s
         self._follow_time(trainer)
-        self._follow_accumulation(trainer)
+        if self._samples_per_step and trainer.fit_loop.epoch_loop.batch_progress.current.ready % self._accumulate == 0:
+            trainer.accumulate_grad_batches = self._accumulate
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A validation is no part of a step."""
@@ -157,13 +176,20 @@ class BatchSizing(Callback):
         """Nor is a checkpoint."""
         self._ended_s = None
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """A step that was cut short gets its own rate back."""
+        self._rate.detach()
+
     # ---- memory (called by the strategy, inside a pass) -----------------------------------------------------------------------
 
     @property
     def is_guarding(self) -> bool:
         """Whether an error of memory costs a batch instead of the run."""
         trainer = self._strategy._trainer
-        return self._search is not None and trainer is not None and bool(trainer.training)
+        if self._search is None or trainer is None or not trainer.training or not trainer.lightning_module.automatic_optimization:
+            return False
+        # It asks its closure for a loss.
+        return not any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers)
 
     @property
     def may_shrink(self) -> bool:
@@ -212,21 +238,17 @@ class BatchSizing(Callback):
         if size != before:
             self.choose(trainer, size, f"to meet steps of {1e3 * target_s:.4g} ms")
 
-    def _follow_accumulation(self, trainer: pl.Trainer) -> None:
-        if trainer.accumulate_grad_batches != self._accumulate:
-            if trainer.fit_loop.epoch_loop.batch_progress.current.ready % self._accumulate == 0:
-                trainer.accumulate_grad_batches = self._accumulate
-
     def choose(self, trainer: pl.Trainer, size: int, reason: str) -> None:
         """Draw batches of another size from the next one on, and let everybody know."""
         self._size.size = size
-        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0 or self._accumulate == trainer.accumulate_grad_batches:
-            trainer.accumulate_grad_batches = self._accumulate
-        self._rate.factor = factor = lr_factor(self._options.lr_rule, size * self._accumulate, self._reference)
+        planned = self._accumulate if self._samples_per_step else trainer.accumulate_grad_batches
+        if self._samples_per_step and trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
+            trainer.accumulate_grad_batches = planned
+        factor = lr_factor(self._options.lr_rule, size * (planned if self._samples_per_step else 1), self._size.reference)
         self._refresh(trainer)
-        _log.info("batches of %d, %d to a step, learning rate x %.4g: %s", size, self._accumulate, factor, reason)
+        _log.info("batches of %d, %d to a step, learning rate x %.4g: %s", size, planned, factor, reason)
         if self._strategy.client is not None:
-            self._strategy.client.batch_chosen(batch_size=size, accumulate=self._accumulate, lr_factor=factor, reason=reason)
+            self._strategy.client.batch_chosen(batch_size=size, accumulate=planned, lr_factor=factor, reason=reason)
 
     def _plan(self, trainer: pl.Trainer, size: int) -> int:
         """Fix the samples of a step by its tokens; returns the size of a micro-batch."""
@@ -240,15 +262,23 @@ class BatchSizing(Callback):
             )
         tokens = count_tokens(batch, module, self._strategy.process_options.token_counter) / self._size.reference
         self._samples_per_step = max(1, round(self._options.tokens_per_step / max(tokens, 1e-9)))
-        if self._search is not None:
-            return self._split(self._search.ceiling)
-        self._accumulate = max(1, round(self._samples_per_step / size))
-        return size
+        return self._split(size if self._search is None else self._search.ceiling)
 
-    def _split(self, ceiling: int) -> int:
-        """The samples of a step in equal micro-batches of at most `ceiling`."""
-        self._accumulate = -(-self._samples_per_step // ceiling)
-        size = max(1, round(self._samples_per_step / self._accumulate))
+    def _split(self, limit: int) -> int:
+        """The samples of a step in equal micro-batches of at most `limit`; returns their size."""
+        wanted = self._samples_per_step
+        size = max(d for d in range(1, min(limit, wanted) + 1) if wanted % d == 0)
+        if 2 * size < min(limit, wanted):
+            size = max(1, round(wanted / -(-wanted // limit)))
+        self._accumulate = max(1, round(wanted / size))
+        if size * self._accumulate != wanted:
+            _log.warning(
+                "A step has %d samples in the place of %d, which tokens_per_step=%s asks for: batches of at most %d do not divide them.",
+                size * self._accumulate,
+                wanted,
+                self._options.tokens_per_step,
+                limit,
+            )
         if self._search is not None:
             self._search.size = size
         return size
@@ -257,7 +287,7 @@ class BatchSizing(Callback):
         """Most samples of a micro-batch of the first loader."""
         reference = self._size.reference
         if self._strategy.root_device.type == "cpu":
-            return max(self._options.cpu_ceiling, reference)
+            return self._options.cpu_ceiling(reference)
         loaders, module = self._loaders(trainer), trainer.lightning_module
         if len(loaders) > 1 or not module.automatic_optimization or make_batch(loaders[0], 1) is None:
             _log.info("the memory is not probed: that needs one loader of a map-style data set, and automatic optimization")
@@ -267,20 +297,27 @@ class BatchSizing(Callback):
         return ceiling
 
     def _check(self, trainer: pl.Trainer) -> None:
+        if is_param_in_hook_signature(trainer.lightning_module.training_step, "dataloader_iter", explicit=True):
+            raise ConfigurationError(
+                "batch_sizing= or tokens_per_step= with training_step(dataloader_iter): nobody can tell which batch such a step trains. "
+                "Take the batch as an argument, or leave out the option."
+            )
         if self._options.tokens_per_step is None:
             return
         name = f"tokens_per_step={self._options.tokens_per_step}"
         if not trainer.lightning_module.automatic_optimization:
             raise ConfigurationError(f"{name} with manual optimization: the module decides when it steps. Leave it out.")
-        if trainer.accumulate_grad_batches != 1 or any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if trainer.accumulate_grad_batches != 1 or any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
             raise ConfigurationError(
                 f"{name} with accumulate_grad_batches: both say how many batches make a step. Leave out one of the two."
             )
 
     def _refresh(self, trainer: pl.Trainer) -> None:
-        if not any(isinstance(loader.batch_sampler, CountedBatches) for loader in self._loaders(trainer)):
-            # Of leased samples nobody knows how many come, whatever their batches are.
-            refresh_lengths(trainer)
+        # Of leased samples nobody knows how many come, whatever their batches are; and an epoch that is over has the length that it had.
+        is_leased = any(isinstance(loader.batch_sampler, CountedBatches) for loader in self._loaders(trainer))
+        if not is_leased and not (self._begun and is_epoch_over(trainer)):
+            refresh_lengths(trainer, self._begun)
 
     def _samplers(self, trainer: pl.Trainer) -> list[LiveBatchSampler]:
         found: list[Any] = [loader.batch_sampler for loader in self._loaders(trainer)]

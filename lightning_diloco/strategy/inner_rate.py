@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -23,7 +24,7 @@ class InnerRate:
         self.factor = 1.0
         """From the next step on."""
         self._handles: list[RemovableHandle] = []
-        self._own: dict[int, list[Any]] = {}
+        self._own: dict[int, list[tuple[dict[str, Any], Any, Any]]] = {}
 
     def attach(self, optimizers: list[Optimizer]) -> None:
         """Multiply the rates of these from now on."""
@@ -33,28 +34,40 @@ class InnerRate:
             self._handles.append(optimizer.register_step_post_hook(self._after))
 
     def detach(self) -> None:
-        """Take the hooks off; idempotent."""
+        """Take the hooks off; idempotent. A step that an exception has ended gets its own rates back."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for saved in self._own.values():
+            _restore(saved)
+        self._own.clear()
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.factor == 1.0:
             return
-        self._own[id(optimizer)] = own = []
+        saved: list[tuple[dict[str, Any], Any, Any]] = []
+        self._own[id(optimizer)] = saved
         for group in optimizer.param_groups:
-            rate = group["lr"]
-            own.append(rate.clone() if isinstance(rate, Tensor) else rate)
+            rate = group.get("lr")
             if isinstance(rate, Tensor):
+                own = rate.clone()
                 # In place: a compiled or captured step holds on to the tensor.
                 rate.mul_(self.factor)
-            else:
+                saved.append((group, own, rate.clone()))
+            elif isinstance(rate, int | float):
                 group["lr"] = rate * self.factor
+                saved.append((group, rate, group["lr"]))
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        own = self._own.pop(id(optimizer), None)
-        for group, rate in zip(optimizer.param_groups, own or (), strict=False):
-            if isinstance(rate, Tensor):
-                group["lr"].copy_(rate)
-            else:
-                group["lr"] = rate
+        _restore(self._own.pop(id(optimizer), []))
+
+
+def _restore(saved: list[tuple[dict[str, Any], Any, Any]]) -> None:
+    """Put back the rates that are still what they were made; what the user has set within the step stays."""
+    for group, own, multiplied in saved:
+        rate = group.get("lr")
+        if isinstance(rate, Tensor) and isinstance(multiplied, Tensor):
+            if torch.equal(rate, multiplied):
+                rate.copy_(own)
+        elif not isinstance(multiplied, Tensor) and rate == multiplied:
+            group["lr"] = own

@@ -69,7 +69,9 @@ class LiveBatchSampler(BatchSampler):
     ) -> None:
         self.sampler, self.drop_last = sampler, drop_last
         self._size, self._own, self._num_samples, self._is_stream = size, own, num_samples, is_stream
-        self._drawn: deque[list[Any]] = deque()
+        self._drawn: deque[tuple[list[Any], int]] = deque()
+        self.nominal = 0
+        """The size for which the batch was drawn that `trained` has told of last; the last batch of an epoch may have fewer."""
         self._returned: deque[Any] = deque()
         self._is_running = False
         self._batches = 0
@@ -97,7 +99,8 @@ class LiveBatchSampler(BatchSampler):
             self._batches += 1
             self._samples += len(batch)
             self._last = len(batch)
-            self._drawn.append(batch)
+            # An epoch's last batch is smaller because nothing else is left, not because another size was chosen.
+            self._drawn.append((batch, count if self.drop_last else self._size.of(self._own)))
             self._is_over = self._num_samples is not None and not self._is_stream and self._rest() == 0
             yield batch
         self._is_over = True
@@ -147,7 +150,10 @@ class LiveBatchSampler(BatchSampler):
 
     def trained(self) -> list[Any]:
         """The next batch has been trained: its indices, oldest first (empty: a loader that was read before this epoch)."""
-        return self._drawn.popleft() if self._drawn else []
+        if not self._drawn:
+            return []
+        batch, self.nominal = self._drawn.popleft()
+        return batch
 
     def give_back(self, indices: list[Any]) -> bool:
         """Draw these again in this epoch; False: it is over, or a stream, which gives nothing twice."""
@@ -220,8 +226,8 @@ def _obstacle(loader: Any) -> str:
 
 
 def _num_samples(loader: Any, is_stream: bool) -> int | None:
-    # Each worker ends its part of a stream with a batch of its own size: how many batches there are is not known before.
-    source = loader.batch_sampler.sampler if not is_stream else loader.dataset if loader.num_workers < 2 else None
+    # Workers are told to draw beyond a stream's end, and each ends its part with a batch of its own size: nobody knows how many there are.
+    source = loader.batch_sampler.sampler if not is_stream else loader.dataset if loader.num_workers == 0 else None
     try:
         return len(source) if isinstance(source, Sized) else None
     except (TypeError, NotImplementedError):

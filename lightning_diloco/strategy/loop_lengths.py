@@ -14,41 +14,61 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
 from lightning.pytorch.trainer.states import RunningStage
 
-__all__ = ["is_epoch_over", "refresh_lengths"]
+__all__ = ["is_epoch_over", "refresh_lengths", "will_iterate_again"]
 
 
-def refresh_lengths(trainer: pl.Trainer) -> None:
-    """Let the fit loop count on the loaders' present lengths; call it between two batches, or where an epoch begins."""
+def refresh_lengths(trainer: pl.Trainer, begun: int) -> None:
+    """Let the fit loop count on the loaders' present lengths; call it between two batches, or where an epoch begins.
+
+    Lightning's own count of an epoch's batches may be ahead of the iterator's: after a resume, and for a learner that joins late.
+
+    Args:
+        trainer: of a fit.
+        begun: batches of this epoch whose training has begun, from this iterator.
+    """
     loop = trainer.fit_loop
     combined, fetcher = loop._combined_loader, loop._data_fetcher
     if combined is None or fetcher is None:
         return
-    # A limit that is a share of the epoch may fall below what was fetched: the loop has to see a last batch, or nothing of the epoch's end
-    # runs.
-    least = 0 if is_epoch_over(trainer) else fetcher.fetched + 1
+    # What is fetched and trained is no part of a limit that has become shorter: the loop has to see a last batch, or nothing of the
+    # epoch's end runs.
+    least = begun + 1 if begun else 0
     lengths = [_length(loader) for loader in combined.flattened]
     limits = [_parse_num_batches(RunningStage.TRAINING, length, trainer.limit_train_batches) for length in lengths]
     combined.limits = limits = [max(limit, min(least, length)) for limit, length in zip(limits, lengths, strict=True)]
     if combined._iterator is not None:
         combined._iterator.limits = limits
-    length = sized_len(combined)
-    loop.max_batches = float("inf") if length is None else length
-    if fetcher.length is not None:
-        fetcher.length = length
-    if length is not None and isinstance(trainer.val_check_interval, float) and _is_by_batches(trainer):
-        trainer.val_check_batch = max(1, int(length * trainer.val_check_interval))
+    length, ahead = sized_len(combined), loop.epoch_loop.batch_progress.current.ready - begun if begun else 0
+    loop.max_batches = float("inf") if length is None else length + ahead
+    if fetcher.length is not None and length is not None:
+        fetcher.length = length + (max(0, fetcher.fetched - begun) if begun else 0)
+    _refresh_validation(trainer)
+
+
+def _refresh_validation(trainer: pl.Trainer) -> None:
+    max_batches, interval = trainer.fit_loop.max_batches, trainer.val_check_interval
+    if max_batches == float("inf") or getattr(trainer, "_val_check_time_interval", None) is not None:
+        return
+    if isinstance(interval, float):
+        trainer.val_check_batch = max(1, int(max_batches * interval))
+    elif trainer.check_val_every_n_epoch is not None and isinstance(interval, int):
+        # An epoch that has become shorter than the interval is validated at its end, and not never.
+        trainer.val_check_batch = int(min(interval, max_batches))
 
 
 def is_epoch_over(trainer: pl.Trainer) -> bool:
-    """Whether the last batch of an epoch has been fetched, and the next epoch has not begun."""
+    """Whether the last batch of this epoch has been fetched: its length stays what it is."""
     loop = trainer.fit_loop
-    return loop._data_fetcher is not None and (loop._data_fetcher.done or loop.epoch_loop.batch_progress.is_last_batch)
+    is_done = loop._data_fetcher is not None and loop._data_fetcher.done
+    return is_done or loop.epoch_loop.batch_progress.is_last_batch or loop.epoch_loop._num_ready_batches_reached()
+
+
+def will_iterate_again(trainer: pl.Trainer) -> bool:
+    """Whether Lightning makes a new iterator for the epoch that begins; the first one, or the one it goes on in, has its own already."""
+    loop = trainer.fit_loop
+    return trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
 
 
 def _length(loader: Any) -> float:
     length = sized_len(loader)
     return float("inf") if length is None else length
-
-
-def _is_by_batches(trainer: pl.Trainer) -> bool:
-    return getattr(trainer, "_val_check_time_interval", None) is None

@@ -1,8 +1,10 @@
 """A training step that does not fit into memory costs its batch and not the run (``batch_sizing="auto"``).
 
 Where an error of memory comes out of a forward or backward pass, what was accumulated for the present inner step is dropped, the batch
-sizing learns of it (`BatchSizing.on_out_of_memory`), and Lightning is told that this batch has no loss. The optimizer is then asked to step
-with no gradients, which changes nothing; the inner step is not counted (`OuterSync`), and its samples are drawn again in smaller batches.
+sizing learns of it (`BatchSizing.on_out_of_memory`), and Lightning is told that this batch has no loss, nor any other one of its window of
+accumulation. The optimizer is then asked to step with no gradients, which changes nothing; the inner step is not counted (`OuterSync`),
+and its
+samples are drawn again in smaller batches. Under manual optimization, where an optimizer may have stepped already, errors pass.
 
 It is a layer of its own under `DecoupledDiLoCoStrategy`, because Lightning routes all three passes through the strategy.
 """
@@ -32,6 +34,8 @@ class OutOfMemoryGuard(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.batching is not None and self.batching.has_failed:
+            return None  # the rest of a window whose beginning is lost comes again with it
         done, output = self._guarded(lambda: super(OutOfMemoryGuard, self).training_step(*args, **kwargs))
         return output if done else None
 

@@ -33,6 +33,8 @@ SETTLED_TOLERANCE = 0.10
 CLEARLY = 0.02
 """By how much another size must be nearer to the target."""
 MAX_GROWTH = 4
+MAX_DISTANCE = 64.0
+"""Times as long or as short: a target beyond is not followed."""
 CHANGED = 0.15
 
 
@@ -80,6 +82,8 @@ class SizeSearch:
         if len(self._times) < needed:
             return self.size
         now_s = median(self._times)
+        if _distance(now_s, target_s) > math.log(MAX_DISTANCE):
+            return self.size  # no target for this device: it may come from one that has lied, or stood still
         before_s = self._known.get(self.size)
         if before_s is not None and abs(now_s / before_s - 1) > CHANGED:
             self._known.clear()

@@ -42,13 +42,15 @@ def test_sizes_by_device_learner_and_function():
     by_learner = BatchOptions(sizing={0: 32, 1: 8})
     assert [by_learner.size_for("cpu", i) for i in range(3)] == [32, 8, None]
     assert BatchOptions(sizing=lambda device, learner: 2 + learner).size_for("cpu", 3) == 5
+    assert BatchOptions(sizing=lambda device, learner: 2 + learner).size_for("cpu", None) is None
     with pytest.raises(ConfigurationError, match="returned=0"):
         BatchOptions(sizing=lambda device, learner: 0).size_for("cpu", 3)
 
 
 def test_ceiling_of_a_cpu():
-    assert BatchOptions(sizing="auto").cpu_ceiling == 64
-    assert BatchOptions(sizing="auto:200").cpu_ceiling == 200
+    assert BatchOptions(sizing="auto").cpu_ceiling(8) == 64
+    assert BatchOptions(sizing="auto").cpu_ceiling(100) == 100
+    assert BatchOptions(sizing="auto:16").cpu_ceiling(32) == 16
 
 
 def test_rules_of_the_learning_rate():

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_diloco import DecoupledDiLoCoStrategy
 from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.strategy.inner_rate import InnerRate
 from tests.strategy.kit import quiet, summary_of
 from tests.strategy.test_live_sizes import Numbers
 from tests.tape_checker import check_run
@@ -86,8 +87,8 @@ def test_the_size_meets_the_target(tmp_path):
 
 
 def test_the_ceiling_of_a_cpu_holds(tmp_path):
-    module = Slow()
-    fit(tmp_path / "run", module, batch_sizing="auto:16", target_step_s=10.0, max_steps=80, count=10**6)
+    module = Slow(per_sample_s=0.002)
+    fit(tmp_path / "run", module, batch_sizing="auto:16", target_step_s=0.2, max_steps=60, count=10**6)
     assert max(len(batch) for batch in module.trained) == 16
 
 
@@ -149,6 +150,52 @@ def test_the_learning_rate_follows_the_rule(tmp_path):
     # Schedules, checkpoints and monitors see the user's own.
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1)
     assert summary_of(tmp_path / "run")["learners"][0]["batches"][0]["lr_factor"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("own", "wanted", "size", "accumulate"),
+    [(4, 20, 4, 5), (32, 20, 20, 1), (32, 47, 24, 2), (8, 20, 5, 4), (8, 1, 1, 1), (6, 7, 4, 2)],
+)
+def test_samples_of_a_step_are_divided(tmp_path, own, wanted, size, accumulate):
+    module = Slow()
+    fit(tmp_path / "run", module, batch_size=own, tokens_per_step=wanted, max_steps=3)
+    (choice,) = summary_of(tmp_path / "run")["learners"][0]["batches"]
+    assert (choice["batch_size"], choice["accumulate"]) == (size, accumulate)
+    assert {len(batch) for batch in module.trained} == {size}
+    assert module.grads == pytest.approx([1.0] * 3)
+
+
+def test_a_trainer_gets_its_own_accumulation_back(tmp_path):
+    trainer = fit(tmp_path / "run", Slow(), tokens_per_step=20, max_steps=2)
+    assert trainer.accumulate_grad_batches == 1
+
+
+@pytest.mark.parametrize("kind", ["float", "tensor"])
+def test_a_step_that_is_cut_short_and_a_rate_that_is_set_within_it(kind):
+    parameter = nn.Parameter(torch.zeros(1))
+    rate_of = torch.tensor if kind == "tensor" else float
+    optimizer = torch.optim.AdamW([parameter], lr=rate_of(0.1), foreach=False, capturable=False)
+    rate = InnerRate()
+    rate.attach([optimizer])
+    rate.factor = 4.0
+    seen = []
+
+    def closure(error=None, new=None):
+        seen.append(float(optimizer.param_groups[0]["lr"]))
+        if new is not None:
+            optimizer.param_groups[0]["lr"] = rate_of(new)
+        if error is not None:
+            raise error
+        return parameter.sum()
+
+    optimizer.step(closure)
+    assert seen == pytest.approx([0.4]) and float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1)
+    optimizer.step(lambda: closure(new=0.3))
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.3)
+    with pytest.raises(KeyError):
+        optimizer.step(lambda: closure(error=KeyError()))
+    rate.detach()
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(

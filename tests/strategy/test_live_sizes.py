@@ -7,12 +7,14 @@ from collections import Counter
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_diloco import DecoupledDiLoCoStrategy
 from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.strategy.job_clock import JobClock
 from lightning_diloco.strategy.live_batches import LiveSize, make_live
 from tests.strategy.kit import quiet
 
@@ -112,7 +114,7 @@ def test_every_sample_once_per_epoch(tmp_path, changes, drop_last, num_workers):
 
 
 @pytest.mark.parametrize("kind", [Stream, SizedStream])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_streams(tmp_path, kind, num_workers):
     module = Recorder({2: 9})
     fit(tmp_path, module, DataLoader(kind(60), batch_size=5, num_workers=num_workers))
@@ -148,6 +150,59 @@ def test_validation_inside_of_an_epoch(tmp_path):
     fit(tmp_path, module, DataLoader(Numbers(64), batch_size=4), val_check_interval=0.5, max_epochs=1)
     assert sorted(module.epochs[0]) == list(range(64))
     assert module.validated_after[-1] == 64 and len(module.validated_after) >= 2
+
+
+@pytest.mark.parametrize("size", [8, 2])
+@pytest.mark.parametrize("after", [10, 13])
+def test_a_fit_that_goes_on_from_a_checkpoint(tmp_path, size, after):
+    """At the end of an epoch (10 batches) and in the middle of one: nothing is cut short, and every epoch is validated."""
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == after:
+                trainer.save_checkpoint(tmp_path / "fit.ckpt")
+
+    trainer = fit(tmp_path / "first", Recorder({}), DataLoader(Numbers(40), batch_size=4), max_steps=15, callbacks=[Save()])
+    if after == 10:
+        trainer = fit(tmp_path / "whole", Recorder({}), DataLoader(Numbers(40), batch_size=4), max_epochs=1)
+        trainer.save_checkpoint(tmp_path / "fit.ckpt")
+    module = Recorder({2: size})
+    strategy = DecoupledDiLoCoStrategy(
+        launch="inline", run_dir=tmp_path / "run", batch_sizing={0: 4}, num_fragments=1, sync_interval_steps=100
+    )
+    again = pl.Trainer(**quiet(), strategy=strategy, devices=1, max_epochs=3, num_sanity_val_steps=0)
+    again.fit(module, DataLoader(Numbers(40), batch_size=4), DataLoader(Numbers(3), batch_size=3), ckpt_path=tmp_path / "fit.ckpt")
+    assert sorted(module.epochs[-1]) == list(range(40))
+    assert len(module.validated_after) == len(module.epochs) == 2
+    # Lightning starts the data anew in the middle of an epoch; at its end there is nothing to make up for.
+    assert len(module.epochs[0]) == 40 if after == 10 else len(module.epochs[0]) > 8
+
+
+@pytest.mark.parametrize("size", [8, 2])
+def test_a_learner_that_begins_in_the_middle_of_an_epoch(tmp_path, size):
+    """A late joiner's epoch begins at the job's batch: the epochs after it are whole, and each is validated."""
+
+    class Late(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            JobClock.advance(trainer.strategy._outer_sync._clock, 5)
+
+    module = Recorder({1: size})
+    fit(tmp_path, module, DataLoader(Numbers(40), batch_size=4), max_epochs=3, callbacks=[Late()])
+    assert [sorted(epoch) for epoch in module.epochs[1:]] == [list(range(40))] * 2
+    assert len(module.validated_after) == 3
+
+
+def test_an_epoch_that_becomes_shorter_than_the_interval_is_validated(tmp_path):
+    module = Recorder({1: 8})
+    fit(tmp_path, module, DataLoader(Numbers(48), batch_size=4), val_check_interval=10, max_epochs=3)
+    assert len(module.validated_after) == 3
+
+
+def test_the_users_own_accumulation_stays_the_users(tmp_path):
+    module = Recorder({})
+    scheduler = GradientAccumulationScheduler({0: 4})
+    trainer = fit(tmp_path, module, DataLoader(Numbers(48), batch_size=4), max_epochs=1, callbacks=[scheduler])
+    assert trainer.global_step == 3
 
 
 def test_loaders_that_are_made_again_keep_the_present_size(tmp_path):
