@@ -16,6 +16,8 @@ MIN_RATIO, MAX_RATIO = 24.0, 58.0
 FEWER_BYTES = {("bf16", 2): 45, ("int4", 2): 165, ("bf16", 4): 68, ("int4", 4): 250}
 """By wire and learners: a learner's bytes of a step are at most DDP's over this, at H = P = 24."""
 ANSWER_S = 0.25
+MIN_MERGES = 0.95
+"""Of those due: who merges less sends less."""
 
 
 def ddp_bytes(num_params: int, num_learners: int) -> float:
@@ -77,6 +79,7 @@ def ratio(jobs: dict[str, dict[str, Any]], wires: list[str], rounds: int, num_pa
 def _line(title: str, rows: list[dict[str, Any]], ddp: dict[str, Any] | None, shares: list[float] | None = None) -> list[str]:
     speed = statistics.mean(row["tokens_per_s"] for row in rows)
     link, payload = link_bytes(rows), statistics.mean(_payload(row) for row in rows)
+    is_linked = link > 100.0  # namespaces that say nothing still look for their neighbours
     peaks = [max(pair) / row["bytes_per_s"] for row in rows if row["bytes_per_s"] for pair in learners_peaks(row)]
     merges = [row["merges"] / row["due"] for row in rows if "due" in row]
     losses = [row["val_loss"] for row in rows if row["val_loss"] is not None]
@@ -86,9 +89,9 @@ def _line(title: str, rows: list[dict[str, Any]], ddp: dict[str, Any] | None, sh
         f"{speed:,.0f}",
         "-" if ddp is None else f"{speed / ddp['tokens_per_s']:.1f}",
         "-" if shares is None else f"{statistics.mean(shares):.3f} ({min(shares):.3f}, {max(shares):.3f})",
-        f"{link / 1e3:.1f}" if link else "-",
+        f"{link / 1e3:.1f}" if is_linked else "-",
         f"{payload / 1e3:.1f}" if payload else "-",
-        f"{link_bytes([ddp]) / link:.1f}" if link and ddp else "-",
+        f"{link_bytes([ddp]) / link:.1f}" if is_linked and ddp else "-",
         f"{max(peaks):.2f}" if peaks else "-",
         f"{statistics.mean(merges):.2f}" if merges else "-",
         f"{1e3 * statistics.mean(row['syncer_s_per_step'] for row in rows):.1f}" if merges else "-",
@@ -123,6 +126,9 @@ def _against_ddp(wire: str, ours: list[dict[str, Any]], ddp: dict[str, Any], num
     fewer, aim = link_bytes([ddp]) / link_bytes(ours), FEWER_BYTES.get((wire, num_learners))
     if aim is not None and fewer < aim:
         missed.append(f"{wire}: 1 / {fewer:.1f} of ddp's bytes, aim 1 / {aim}")
+    done = statistics.mean(row["merges"] / row["due"] for row in ours)
+    if done < MIN_MERGES:
+        missed.append(f"{wire}: {done:.2f} of the merges that were due, so that fewer bytes say nothing (aim {MIN_MERGES})")
     return missed
 
 
@@ -144,10 +150,15 @@ def _print_losses(jobs: dict[str, dict[str, Any]], wires: list[str]) -> None:
     print(table(["at", "`ddp`, the better of two rates", *(f"ours, {wire}" for wire in wires)], cells))
 
 
+def answers_text(answers_s: list[float]) -> str:
+    """How many there were in the time that counts, and how long they took."""
+    times = f", {1e3 * statistics.median(answers_s):.0f} ms, {1e3 * p99(answers_s):.0f} ms" if answers_s else ""
+    return f"{len(answers_s)}{times}"
+
+
 def single(title: str, row: dict[str, Any], alone: list[dict[str, Any]]) -> list[str]:
     """Print the table of a part with one job of ours; returns what was missed of what holds for every such part."""
     share, summary = share_of_alone(row, *alone), row["summary"]
-    answers = row["answers_s"]
     up, down = (row["per_step"].get(f"link_{way}", 0.0) / row["step_s"] for way in ("up", "down"))
     rate = row["counted_bytes_per_s"]
     lines = [
@@ -156,10 +167,7 @@ def single(title: str, row: dict[str, Any], alone: list[dict[str, Any]]) -> list
         ["merges, of those due, mean members", f"{row['merges']:.0f}, {row['merges'] / row['due']:.2f}, {summary['mean_members']}"],
         ["participation", ", ".join("-" if p is None else f"{p:.3f}" for p in row["participation"])],
         ["most contributions of a fragment on their way", str(max(row["most_on_way"]))],
-        [
-            "answers to control: number, median, p99",
-            f"{len(answers)}, {1e3 * statistics.median(answers):.0f} ms, {1e3 * p99(answers):.0f} ms",
-        ],
+        ["answers to control: number, median, p99", answers_text(row["answers_s"])],
         ["without an answer", str(sum(row["unanswered"]))],
         [
             "tokens: all, merged, pending, discarded",

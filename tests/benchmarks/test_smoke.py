@@ -21,7 +21,7 @@ namespaces = pytest.mark.skipif(is_possible() is not None, reason=f"no network n
 def run(tmp_path, script, *options):
     command = [sys.executable, str(ROOT / "benchmarks" / script), *options, "--json", str(tmp_path / "rows.json")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
-    assert done.returncode in (0, 1), done.stderr[-3000:]
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr[-3000:]
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert again.returncode == done.returncode and "..." not in again.stdout, "rows that are there are not made again"
     return done.stdout, json.loads((tmp_path / "rows.json").read_text())
@@ -49,18 +49,16 @@ def test_scale(tmp_path):
 
 @two_cores
 @namespaces
-@pytest.mark.parametrize("keys", [[], ["--keys"]], ids=["plain", "keys"])
-def test_wan_never_waits(tmp_path, keys):
-    said, rows = run(tmp_path, "wan.py", "--part", "never-waits", "--steps", "24", "--batch", "2", *keys)
+def test_wan_never_waits(tmp_path):
+    said, rows = run(tmp_path, "wan.py", "--part", "never-waits", "--steps", "24", "--batch", "2")
     ours = rows["jobs"]["bf16"]
     assert "| never-waits |" in said and ours["most_on_way"] == [1, 1] and ours["summary"]["tokens_discarded"] == 0
 
 
 @two_cores
 @namespaces
-def test_wan_ratio(tmp_path):
-    said, rows = run(
-        tmp_path, "wan.py", "--steps", "24", "--batch", "1", "--ratio", "8", "--ddp-steps", "2", "--rounds", "1", "--wire", "int4"
-    )
+def test_wan_ratio_with_keys(tmp_path):
+    short = ["--steps", "24", "--batch", "1", "--ratio", "8", "--ddp-steps", "2", "--rounds", "1", "--no-losses"]
+    said, rows = run(tmp_path, "wan.py", *short, "--wire", "int4", "--keys")
     assert "| ours, int4 |" in said and rows["jobs"]["int4 0"]["per_step"]["link_up"] < rows["jobs"]["ddp"]["per_step"]["link_up"]
-    assert not [name for name in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split() if "wan" in name]
+    assert "wan" not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
