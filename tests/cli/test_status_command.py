@@ -143,6 +143,7 @@ def test_a_job_that_has_ended_is_a_sentence_and_2(told):
     assert "No syncer answered at" in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_local_job_tells_who_can_read_its_folder_and_nobody_else(tmp_path):
     run_dir = tmp_path / "run"
@@ -223,6 +224,7 @@ def listening(run_dir: Path, bind: str) -> Iterator[str]:
         assert service.join(20) and service.error is None
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_on_a_terminal_the_table_is_drawn_anew_until_ctrl_c(tmp_path):
     with running_job(tmp_path, "tcp") as job:

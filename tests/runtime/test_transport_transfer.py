@@ -28,7 +28,7 @@ from tests.runtime.transport_link import BOOT, CHUNK, WINDOW, Link
 payload_lists = st.lists(st.binary(max_size=9 * CHUNK), min_size=1, max_size=6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(payloads=payload_lists, seed=st.integers(0, 2**32), steps=st.integers(0, 400))
 def test_every_payload_is_delivered_exactly_once_and_intact(payloads: list[bytes], seed: int, steps: int) -> None:
     link = Link(seed)

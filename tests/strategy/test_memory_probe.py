@@ -66,7 +66,7 @@ class Probe(Callback):
 
 
 @pytest.mark.parametrize("fails_in", ["forward", "backward"])
-@pytest.mark.parametrize(("holds", "low", "high"), [(100, 80, 100), (3, 2, 3), (37, 28, 37)])
+@pytest.mark.parametrize(("holds", "low", "high"), [(3, 2, 3), (37, 28, 37)])
 def test_it_finds_what_fits_and_leaves_no_trace(fails_in, holds, low, high):
     module, probe = Holds(holds, fails_in), Probe()
     trainer = pl.Trainer(**quiet(), max_steps=1, callbacks=[probe])

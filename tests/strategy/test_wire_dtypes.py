@@ -14,6 +14,7 @@ from tests.strategy.kit import TinyModel, equal, global_parameters, latest, load
 from tests.tape_checker import check_run
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_two_learners_with_int4_send_what_it_says_and_are_replayed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
