@@ -183,9 +183,18 @@ class LeaseStock:
         """A batch of so many samples went through a training step."""
         self._in_step += count
 
-    def dropped(self) -> None:
-        """What was processed since the last step is not trained by the next one: it is processed again."""
-        self._in_step = 0
+    def dropped(self, count: int) -> None:
+        """A batch of so many samples, and all that was processed since the last step, comes again, after what is drawn already."""
+        left, self._in_step = self._in_step + count, 0
+        moved: list[tuple[LeaseRange, bool]] = []
+        while left > 0 and self._drawn:
+            item, is_again = self._drawn.popleft()
+            size = min(left, item.stop - item.start)
+            if size < item.stop - item.start:
+                self._drawn.appendleft((LeaseRange(item.epoch, item.start + size, item.stop), is_again))
+            moved.append((LeaseRange(item.epoch, item.start, item.start + size), is_again))
+            left -= size
+        self._drawn.extend(moved)
 
     def stepped(self) -> None:
         """An optimizer was stepped: everything processed so far is trained."""

@@ -170,10 +170,10 @@ class Leases:
         with self._changed:
             self._stock.processed(count)
 
-    def dropped(self) -> None:
-        """What went through a step since the last optimizer step does so again: it did not fit into memory."""
+    def dropped(self, count: int) -> None:
+        """A batch of so many samples did not fit into memory: it and what was processed since the last step come again."""
         with self._changed:
-            self._stock.dropped()
+            self._stock.dropped(count)
 
     def stepped(self) -> int:
         """An optimizer was stepped; returns `samples`."""

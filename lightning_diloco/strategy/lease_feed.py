@@ -157,7 +157,7 @@ class LeaseFeed(Callback):
             return
         batching: BatchSizing | None = trainer.strategy.batching  # type: ignore[attr-defined]
         if batching is not None and batching.has_failed:
-            self._state.leases.dropped()
+            self._state.leases.dropped(self._size)
         else:
             self._state.leases.processed(self._size)
 

@@ -207,6 +207,33 @@ def test_what_contradicts_itself_is_refused(tmp_path, options, words):
         fit(tmp_path / "run", Slow(), **options)
 
 
+class FailsOnce(Slow):
+    """Its first batch does not fit, whatever its size; all others do."""
+
+    has_failed = False
+
+    def training_step(self, batch, batch_idx):
+        if not self.has_failed:
+            self.has_failed = True
+            raise torch.OutOfMemoryError("simulated: no memory, this once")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.slow
+def test_leased_samples_that_did_not_fit_are_told_in_the_order_in_which_they_are_trained(tmp_path):
+    """Workers have drawn further batches by then: those are trained first, and the ledger is of what was trained."""
+    module = FailsOnce()
+    strategy = DecoupledDiLoCoStrategy(
+        launch="inline", run_dir=tmp_path / "run", num_fragments=1, sync_interval_steps=100, data="lease", batch_sizing="auto"
+    )
+    trainer = pl.Trainer(**quiet(), strategy=strategy, devices=1, max_epochs=2)
+    trainer.fit(module, DataLoader(Numbers(24), batch_size=8, num_workers=2))
+    summary = check_run(tmp_path / "run")
+    times = Counter(i for batch in module.trained for i in batch)
+    done = sum(epoch["done"] for epoch in summary["leases"])
+    assert done == sum(times.values()) == 48 and set(times.values()) == {2}, times
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_sizes_change_over_leased_samples(tmp_path, drop_last):
     """Leases know samples, not batches: each is trained once in an epoch, also what did not fit the first time."""
