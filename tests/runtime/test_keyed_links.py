@@ -303,11 +303,12 @@ def test_who_connects_and_says_nothing_is_hung_up_on(keys, monkeypatch):
 
 
 def test_the_door_opens_again_when_the_thread_that_answers_has_ended(keys, caplog):
-    with listening(keys) as syncer, dialling(syncer.control_endpoint, keys.site("paris")) as learner:
+    site = keys.site("paris")
+    with listening(keys) as syncer, dialling(syncer.control_endpoint, site) as learner:
         for number in range(2):
             _end_authenticator(syncer)
             until(lambda: not syncer.poll(0.02) and syncer._gate._authenticator.is_alive())
-            with dialling(syncer.control_endpoint, keys.site("paris"), nonce=bytes([number]) * 16) as another:
+            with dialling(syncer.control_endpoint, site, nonce=bytes([number]) * 16) as another:
                 another.send_control(SYNCER, b"through the new one")
                 assert hear(syncer, ControlReceived).peer == bytes([number]) * 16
         learner.send_control(SYNCER, b"as before")
