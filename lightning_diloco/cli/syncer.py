@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import logging
 import os
+import resource
 import secrets
 import signal
 import sys
@@ -100,12 +103,14 @@ def run(args: argparse.Namespace) -> int:
         keys=keys,
         observer_token=secrets.token_hex(16) if args.supervised else "",
     )
+    _allow_descriptors()
     lone = None if args.supervised else LoneSyncer(options, _STARTED_S, args.metrics_port)
     service = SyncerService(options) if lone is None else lone.service
     endpoint = service.bind() if lone is None else lone.bind()
+    stop = functools.partial(service.finish, "stopped") if lone is None else lone.stop
     for number in (signal.SIGTERM, signal.SIGINT):
-        # On a thread: the handler may run while this one holds the lock that `finish` needs.
-        signal.signal(number, lambda *_: threading.Thread(target=service.finish, args=("stopped",), daemon=True).start())
+        # On a thread: the handler may run while this one holds the lock that `stop` needs.
+        signal.signal(number, lambda *_: threading.Thread(target=stop, daemon=True).start())
     _announce(args, endpoint, service, "" if lone is None else lone.metrics_url, keys)
     if lone is not None:
         return 1 if lone.run() == "failed" else 0
@@ -115,6 +120,13 @@ def run(args: argparse.Namespace) -> int:
     except Exception:  # the service has logged it
         return 1
     return 0
+
+
+def _allow_descriptors() -> None:
+    """As many as the system allows this process, not as many as it gives by default: each connection takes one, a stranger's too."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems call that unlimited, and refuse it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _read_keys(folder: Path | None) -> SyncerKeys | None:

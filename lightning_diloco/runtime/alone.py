@@ -40,6 +40,7 @@ class LoneSyncer:
         self._run_dir: Path = options.run_dir
         self._started_s = started_s
         self._startup_s: float | None = None
+        self._has_ended = False
 
     def bind(self) -> str:
         """Open the metrics endpoint, and bind the service; returns the control endpoint with its real port.
@@ -71,7 +72,15 @@ class LoneSyncer:
         try:
             return self._run()
         finally:
+            self._has_ended = True
             self._close_metrics(linger=True)
+
+    def stop(self) -> None:
+        """End the job or, if it has ended, the wait for the last scrape; from any thread."""
+        if not self._has_ended:
+            self.service.finish("stopped")
+        elif self._metrics is not None:
+            self._metrics.hurry()
 
     def _close_metrics(self, *, linger: bool) -> None:
         if self._metrics is not None:

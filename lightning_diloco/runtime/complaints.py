@@ -30,7 +30,15 @@ class Complaints:
             what: which one.
             why: the rule that it broke.
         """
+        self.say(f"{what} was dropped: {why}")
+
+    def say(self, text: str) -> None:
+        """Warn of something else, unless that was said a moment ago.
+
+        Args:
+            text: a sentence without its full stop.
+        """
         now_s = time.monotonic()
         if now_s >= self._next_s:
             self._next_s = now_s + COMPLAIN_S
-            self._log.warning("%s was dropped: %s (further ones are not logged for %g s)", what, why, COMPLAIN_S)
+            self._log.warning("%s (further ones are not logged for %g s)", text, COMPLAIN_S)

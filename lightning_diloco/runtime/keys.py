@@ -8,8 +8,8 @@ and whatever carried it.)
     at the syncer:  DIR/secret.key   DIR/admitted/NAME.key for every site that is let in (its public key)
     at a site:      DIR/secret.key   DIR/syncer.key (the syncer's public key)
 
-Secrets are written with mode 0600 in a folder of mode 0700, in one step, and never overwritten. A secret that others may read, or files
-that others may put there, are refused. Public keys are derived from the secret (CURVE), so there is no second file that could differ.
+Secrets are written with mode 0600 in a folder of mode 0700, in one step, and never overwritten. A secret that others may read, and files
+that others may write, are refused. Public keys are derived from the secret (CURVE), so there is no second file that could differ.
 
 References:
     CurveZMQ, rfc.zeromq.org/spec/26.
@@ -17,6 +17,7 @@ References:
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -30,7 +31,19 @@ from zmq.utils import z85
 
 from lightning_diloco.errors import ConfigurationError
 
-__all__ = ["ADMITTED", "SECRET", "SYNCER", "SiteKeys", "SyncerKeys", "admit", "make_pair", "read_admitted", "revoke", "trust_syncer"]
+__all__ = [
+    "ADMITTED",
+    "SECRET",
+    "SYNCER",
+    "SiteKeys",
+    "SyncerKeys",
+    "admit",
+    "make_pair",
+    "read_admitted",
+    "read_sites",
+    "revoke",
+    "trust_syncer",
+]
 
 SECRET = "secret.key"
 SYNCER = "syncer.key"
@@ -39,6 +52,8 @@ ADMITTED = "admitted"
 _KEY_BYTES = 32
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SUFFIX = ".key"
+_OUT_OF_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of opening a file that say something of this process or machine, and nothing of the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +117,11 @@ class SyncerKeys:
         keys = cls(folder=folder, public=_public_of(secret), secret=secret)
         if keys.admitted.exists():
             _refuse_open_folder(keys.admitted, "admit itself")
-        for path in key_files(keys.admitted):
+        try:
+            paths = key_files(keys.admitted)
+        except OSError as error:
+            raise ConfigurationError(f"{keys.admitted}: cannot be read ({error.strerror}). Run this as the owner of {folder}.") from error
+        for path in paths:
             _read_public(path)
         return keys
 
@@ -146,7 +165,10 @@ def trust_syncer(folder: Path, key: str) -> bytes:
     syncer = parse_public(key)
     own = own_public(folder) if (folder / SECRET).exists() else make_pair(folder)
     if syncer == own:
-        raise ConfigurationError(f"--syncer {key}: is the key of {folder} itself. Give the one that keygen printed at the syncer.")
+        raise ConfigurationError(
+            f"--syncer {key}: is the key of {folder} itself. Give the one that keygen printed at the syncer; on the syncer's "
+            "own machine a site has another folder than the syncer."
+        )
     _write_once(folder / SYNCER, syncer)
     return own
 
@@ -174,35 +196,67 @@ def revoke(folder: Path, name: str) -> None:
     """Shut a site out, from now on, also from a job that runs.
 
     Raises:
-        ConfigurationError: no site of this name is admitted.
+        ConfigurationError: no site of this name is admitted, or its key still is, under another name.
     """
     _check_name(name)
+    path = folder / ADMITTED / f"{name}{_SUFFIX}"
     try:
-        (folder / ADMITTED / f"{name}{_SUFFIX}").unlink()
+        sites = read_sites(folder / ADMITTED)
+        path.unlink()
     except FileNotFoundError:
         known = ", ".join(path.stem for path in key_files(folder / ADMITTED)) or "none"
         raise ConfigurationError(f"--revoke {name}: no such site is admitted in {folder}. Admitted: {known}.") from None
     except OSError as error:
         raise ConfigurationError(f"--revoke {name}: {error}. Run it as the owner of {folder}.") from error
+    key = sites.pop(name, None)
+    others = [other for other, its_key in sites.items() if isinstance(its_key, bytes) and its_key == key]
+    if others:
+        raise ConfigurationError(
+            f"--revoke {name}: {path} is removed, but the same key is admitted as {', '.join(others)}. Revoke that too."
+        )
 
 
 def read_admitted(folder: Path) -> Mapping[bytes, str]:
-    """Names of the sites that are let in, by public key. A file that cannot be read lets nobody in.
+    """Names of the sites that are let in, by public key. A file that cannot be taken lets nobody in.
 
     Args:
         folder: of the admitted keys; one that is not there admits nobody.
+
+    Raises:
+        OSError: see `read_sites`.
     """
-    found: dict[bytes, str] = {}
+    return {key: name for name, key in read_sites(folder).items() if isinstance(key, bytes)}
+
+
+def read_sites(folder: Path) -> dict[str, bytes | ConfigurationError]:
+    """What the key files of a folder hold, by the site's name: its public key, or why it cannot be taken.
+
+    Args:
+        folder: of the admitted keys; one that is not there holds none.
+
+    Raises:
+        OSError: it cannot be told now, which says nothing of who is admitted.
+    """
+    found: dict[str, bytes | ConfigurationError] = {}
     for path in key_files(folder):
         try:
-            found[_read_public(path)] = path.stem
-        except ConfigurationError:
-            continue
+            found[path.stem] = _read_public(path)
+        except ConfigurationError as error:
+            cause = error.__cause__
+            if isinstance(cause, FileNotFoundError):
+                continue  # removed since the folder was read
+            if isinstance(cause, OSError) and cause.errno in _OUT_OF_MEANS:
+                raise cause from None
+            found[path.stem] = error
     return found
 
 
 def key_files(folder: Path) -> list[Path]:
-    """The key files of a folder, by name; none if it is not there."""
+    """The key files of a folder, by name; none if it is not there.
+
+    Raises:
+        OSError: what is in it cannot be told.
+    """
     try:
         return sorted(path for path in folder.iterdir() if path.suffix == _SUFFIX and not path.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
@@ -245,16 +299,7 @@ def _read_secret(folder: Path) -> bytes:
         raise ConfigurationError(f"{folder}: there is no such folder. Make the keys with lightning-diloco keygen {folder}.")
     _refuse_open_folder(folder, "put another key in the place of yours")
     path = folder / SECRET
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error.strerror}). Make keys with lightning-diloco keygen {folder}.") from error
-    if mode & 0o077:
-        raise ConfigurationError(
-            f"{path}: mode {stat.S_IMODE(mode):04o} opens the secret to others of this machine. Make new keys if somebody may have read "
-            f"it; otherwise chmod 600 {path}"
-        )
-    key = _parse(_content(path))
+    key = _parse(_content(path, is_secret=True))
     if key is None:
         # What it holds instead is not repeated: it may be a secret all the same.
         raise ConfigurationError(f"{path}: holds no key. Move it away and make new keys with lightning-diloco keygen {folder}.")
@@ -268,22 +313,42 @@ def _read_public(path: Path) -> bytes:
     return key
 
 
-def _content(path: Path) -> str:
-    """The file without its comments."""
+def _content(path: Path, *, is_secret: bool = False) -> str:
+    """A key file without its comments, if nobody else could have written it (or read it, if it is the secret)."""
     try:
-        lines = path.read_bytes()[:4096].decode("ascii", "replace").splitlines()
+        # Nothing that is no file, such as a pipe, makes us wait.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            # Of what is open: under its name another file may stand a moment later.
+            _refuse_open(path, os.fstat(fd), "put another key in its place", is_secret=is_secret)
+            data = os.read(fd, 4096)
+        finally:
+            os.close(fd)
     except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error.strerror}). Run this as the owner of the file.") from error
-    return "\n".join(line for line in lines if not line.startswith("#"))
+        remedy = f"Make keys with lightning-diloco keygen {path.parent}." if is_secret else "Run this as the owner of the file."
+        raise ConfigurationError(f"{path}: cannot be read ({error.strerror}). {remedy}") from error
+    return "\n".join(line for line in data.decode("ascii", "replace").splitlines() if not line.startswith("#"))
 
 
 def _refuse_open_folder(folder: Path, harm: str) -> None:
     """Others who may write to a folder may exchange what is in it, or (the sticky bit does not hinder that) add to it."""
-    mode = folder.stat().st_mode
-    if mode & 0o022:
+    _refuse_open(folder, folder.stat(), harm)
+
+
+def _refuse_open(path: Path, about: os.stat_result, harm: str, *, is_secret: bool = False) -> None:
+    """Refuse what others may write to, its owner included if that is neither this user nor root, and a secret that they may read."""
+    mode = stat.S_IMODE(about.st_mode)
+    if about.st_uid not in (0, os.geteuid()):
         raise ConfigurationError(
-            f"{folder}: mode {stat.S_IMODE(mode):04o} lets others of this machine write to it: one could {harm}. chmod go-w {folder}"
+            f"{path}: belongs to another user (uid {about.st_uid}), who could {harm}. Run this as that user, or chown {os.geteuid()} {path}"
         )
+    if is_secret and mode & 0o077:
+        raise ConfigurationError(
+            f"{path}: mode {mode:04o} opens the secret to others of this machine. Make new keys if somebody may have read it; otherwise "
+            f"chmod 600 {path}"
+        )
+    if mode & 0o022:
+        raise ConfigurationError(f"{path}: mode {mode:04o} lets others of this machine write to it: one could {harm}. chmod go-w {path}")
 
 
 def _make_folder(folder: Path) -> None:

@@ -13,7 +13,9 @@ Names, types and what each is in `summary.json`: ``docs/watching.md``. A figure 
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
+import socketserver
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +30,8 @@ from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.live_summary import LiveSummary, Reading
 
 __all__ = ["JobCollector", "MetricsEndpoint"]
+
+_log = logging.getLogger(__name__)
 
 LINGER_S: Final = 20.0
 """The longest stay after the job's end."""
@@ -93,6 +97,10 @@ class MetricsEndpoint:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="diloco-metrics", daemon=True)
         self._thread.start()
 
+    def hurry(self) -> None:
+        """Wait for no scrape; from any thread."""
+        self._collector.told_last.set()
+
     def close(self, *, linger: bool) -> None:
         """End the thread, after the request that it is serving; idempotent.
 
@@ -101,6 +109,8 @@ class MetricsEndpoint:
         """
         collected_s = self._collector.collected_s
         if linger and collected_s is not None and time.monotonic() - collected_s < LATELY_S:
+            if not self._collector.told_last.is_set():
+                _log.warning("Waiting up to %g s for the last scrape of the figures; Ctrl-C or SIGTERM ends the wait.", LINGER_S)
             self._collector.told_last.wait(LINGER_S)
         if self._thread.is_alive():
             self._server.shutdown()
@@ -114,6 +124,12 @@ class _Handler(WSGIRequestHandler):
 
 
 class _Server(WSGIServer):
+    def server_bind(self) -> None:
+        """Bind as the base class does, without its question for this machine's full name, which the DNS may answer late."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Serve one request, as long as patience lasts. A socket's own timeout would begin anew with every byte."""
         watchdog = threading.Timer(PATIENCE_S, _hang_up, (request,))

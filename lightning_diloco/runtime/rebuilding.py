@@ -55,7 +55,7 @@ from lightning_diloco.runtime.snapshot import Founding, Identity, SnapshotStore
 from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES
 from lightning_diloco.runtime.tape import TAPE_NAME, TapeWriter
 from lightning_diloco.runtime.telling import package_versions
-from lightning_diloco.runtime.transport import ControlReceived, PayloadReceived, SyncerTransport, TransportEvent
+from lightning_diloco.runtime.transport import ControlReceived, KeyRevoked, PayloadReceived, SyncerTransport, TransportEvent
 
 __all__ = ["Rebuilding", "refuse_a_folder_in_use"]
 
@@ -108,6 +108,7 @@ class Rebuilding:
         self._witnesses: dict[bytes, _Witness] = {}
         self._first_s: float | None = None
         self._static: memoryview | None = None
+        self._static_of: bytes | None = None
         self._asked_for_static: dict[bytes, float] = {}
         self._complain_at_s = 0.0
         self._complaints = Complaints(_log)
@@ -161,9 +162,20 @@ class Rebuilding:
             elif isinstance(event, PayloadReceived):
                 _, header = decode_learner_header(event.header)
                 if isinstance(header, FoundingStatic) and crc32(event.payload) == header.crc:
-                    self._static = event.payload
+                    self._static, self._static_of = event.payload, event.peer
+            elif isinstance(event, KeyRevoked):
+                self._forget(event.peer)
         except RemoteProtocolError as error:
             self._complaints.add(f"A message of session {event.peer.hex()[:8]}", error)
+
+    def _forget(self, peer: bytes) -> None:
+        """What a site has told whose key is revoked meanwhile does not count."""
+        self._asked_for_static.pop(peer, None)
+        if self._static_of == peer:
+            self._static = self._static_of = None
+        witness = self._witnesses.pop(peer, None)
+        if witness is not None:
+            _log.warning("What learner %d tells of the job does not count: its key is revoked.", witness.hello.learner_id)
 
     def _control(self, peer: bytes, envelope: Envelope, message: Message, now_s: float) -> None:
         witness = self._witnesses.get(peer)

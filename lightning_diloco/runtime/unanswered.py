@@ -21,7 +21,7 @@ def explain(failed_handshakes: Collection[str], keys: SiteKeys | None) -> str:
     if keys is None:
         return (
             "Somebody listens there and hangs up: a syncer with keys, probably. Pass keys=DIR with the folder that lightning-diloco "
-            "keygen makes at this site."
+            "keygen makes at this site (to a command: --keys DIR)."
         )
     if "unknown_key" in failed_handshakes:
         return (

@@ -289,6 +289,39 @@ def test_the_memory_of_processes_is_bounded_for_each_site(keys):
         assert gate._key_of[b"n" * 16] == _Frame(oslo.public).get("User-Id")
 
 
+# ---- the door itself ------------------------------------------------------------------------------------------------------------
+
+
+def test_who_connects_and_says_nothing_is_hung_up_on(keys, monkeypatch):
+    monkeypatch.setattr("lightning_diloco.runtime.transport.gate._HANDSHAKE_MS", 300)
+    with listening(keys) as syncer:
+        port = urlsplit(syncer.control_endpoint).port
+        with socket.create_connection(("127.0.0.1", port), timeout=15) as mute, _ended_by_the_other_end():
+            # ZeroMQ itself would wait for 30 s.
+            while mute.recv(4096):
+                pass
+
+
+def test_the_door_opens_again_when_the_thread_that_answers_has_ended(keys, caplog):
+    site = keys.site("paris")
+    with listening(keys) as syncer, dialling(syncer.control_endpoint, site) as learner:
+        for number in range(2):
+            _end_authenticator(syncer)
+            until(lambda: not syncer.poll(0.02) and syncer._gate._authenticator.is_alive())
+            with dialling(syncer.control_endpoint, site, nonce=bytes([number]) * 16) as another:
+                another.send_control(SYNCER, b"through the new one")
+                assert hear(syncer, ControlReceived).peer == bytes([number]) * 16
+        learner.send_control(SYNCER, b"as before")
+        hear(syncer, ControlReceived)
+    assert sum("another one takes its place" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_transport_whose_answering_thread_has_ended_closes(keys):
+    with listening(keys) as syncer:
+        _end_authenticator(syncer)
+        Background(syncer.close).result(10)
+
+
 # ---- links that break -----------------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +341,13 @@ def test_a_socket_that_is_replaced_has_its_keys_too(keys):
                 return any(isinstance(e, ControlReceived) and e.data == b"after" for e in syncer.poll(0.02)) and proxy.num_connections > 1
 
             until(arrives)
+
+
+def _end_authenticator(syncer: SyncerTransport) -> None:
+    authenticator = syncer._gate._authenticator
+    authenticator.pipe.send(b"TERMINATE")
+    authenticator.thread.join(10)
+    assert not authenticator.is_alive()
 
 
 class _Frame:

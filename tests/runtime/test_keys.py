@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 
 import pytest
@@ -124,6 +125,51 @@ def test_a_folder_to_which_others_may_write_is_refused(tmp_path, bits):
         SyncerKeys.read(keys.folder)
     with pytest.raises(ConfigurationError, match="write to it"):
         keys.site("oslo")
+
+
+@pytest.mark.parametrize("bits", [0o666, 0o646, 0o664], ids=oct)
+def test_a_public_key_that_others_may_write_is_refused(tmp_path, bits):
+    keys = Keys(tmp_path)
+    keys.site("paris")
+    files = ((SyncerKeys.read, keys.folder, ADMITTED + "/paris.key"), (SiteKeys.read, keys.site_folder("paris"), SYNCER))
+    for read, folder, name in files:
+        folder.chmod(0o755)
+        (folder / name).chmod(bits)
+        with pytest.raises(ConfigurationError, match=rf"{name}: mode 0{bits:o} lets others.*put another key in its place\. chmod go-w"):
+            read(folder)
+        if read is SyncerKeys.read:
+            assert read_admitted(folder / ADMITTED) == {}
+        (folder / name).chmod(0o644)
+        read(folder)
+
+
+def test_what_belongs_to_somebody_else_is_refused(tmp_path, monkeypatch):
+    keys = Keys(tmp_path)
+    keys.site("paris")
+    folder, me = keys.site_folder("paris"), os.geteuid()
+    for path in (folder, folder / SECRET, folder / SYNCER):
+        # Only root can give files away; for others, all files are somebody else's if they are somebody else.
+        if me == 0:
+            os.chown(path, 12345, -1)
+        else:
+            monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+        with pytest.raises(ConfigurationError, match=rf"belongs to another user \(uid {12345 if me == 0 else me}\)"):
+            SiteKeys.read(folder)
+        if me == 0:
+            os.chown(path, 0, -1)
+    monkeypatch.undo()
+    SiteKeys.read(folder)
+
+
+def test_revoking_one_of_two_names_of_a_key_names_the_other(tmp_path):
+    keys = Keys(tmp_path)
+    paris = keys.site("paris")
+    shutil.copy(keys.folder / ADMITTED / "paris.key", keys.folder / ADMITTED / "copy.key")
+    with pytest.raises(ConfigurationError, match=r"paris\.key is removed, but the same key is admitted as copy\. Revoke that too"):
+        revoke(keys.folder, "paris")
+    assert read_admitted(keys.folder / ADMITTED) == {paris.public: "copy"}
+    revoke(keys.folder, "copy")
+    assert read_admitted(keys.folder / ADMITTED) == {}
 
 
 @pytest.mark.parametrize("text", [b"", b"# nothing\n", b"12" * 31, b"zz" * 32, b"12" * 33, b"\xff" * 64, b"12" * 32 + b"\n" + b"12" * 32])

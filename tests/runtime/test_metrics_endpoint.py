@@ -18,7 +18,7 @@ from lightning_diloco.runtime.live_summary import LiveSummary
 from lightning_diloco.runtime.metrics_endpoint import LINGER_S, MetricsEndpoint
 from lightning_diloco.runtime.summary import SummaryKeeper
 from tests.metrics.tape_builder import two_learner_run
-from tests.runtime.job_helpers import Background
+from tests.runtime.job_helpers import Background, until
 from tests.runtime.metrics_reading import assert_equals_summary, samples_of, scrape
 
 LOOPBACK = ("127.0.0.1", 0)
@@ -113,6 +113,15 @@ def test_it_waits_for_the_last_scrape_of_one_that_scrapes(endpoint, live, tmp_pa
     closing.result(LINGER_S / 2)
     with pytest.raises(OSError):
         urllib.request.urlopen(endpoint.url, timeout=5)
+
+
+def test_the_wait_for_the_last_scrape_is_said_and_can_be_ended(endpoint, live, tmp_path, caplog):
+    scrape(endpoint.url)
+    SummaryKeeper(tmp_path, live=live).finish()
+    closing = Background(lambda: endpoint.close(linger=True))
+    until(lambda: "Waiting up to 20 s for the last scrape" in caplog.text)
+    endpoint.hurry()
+    closing.result(LINGER_S / 2)
 
 
 def test_where_nobody_scrapes_nobody_is_waited_for(live, tmp_path):

@@ -30,10 +30,12 @@ from lightning_diloco.protocol.messages import (
 )
 from lightning_diloco.runtime import rebuilding
 from lightning_diloco.runtime.checksum import crc32
+from lightning_diloco.runtime.keys import SiteKeys, SyncerKeys
 from lightning_diloco.runtime.rebuilding import Rebuilding
 from lightning_diloco.runtime.transport import SyncerTransport
-from tests.runtime.job_helpers import CONFIG, make_module
+from tests.runtime.job_helpers import CONFIG, make_module, until
 from tests.runtime.job_raw_peer import RawPeer
+from tests.runtime.key_helpers import Keys, transport_with
 from tests.tape_checker import load_tape
 
 OURS = Envelope("job", "line", 3, 1)
@@ -42,9 +44,9 @@ OURS = Envelope("job", "line", 3, 1)
 class Question:
     """A rebuilding on a thread of its own."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, keys: SyncerKeys | None = None) -> None:
         self.run_dir = run_dir
-        self.transport = SyncerTransport("tcp://127.0.0.1:0", None, accept=lambda *x: self.rebuilding.accept(*x))
+        self.transport = SyncerTransport("tcp://127.0.0.1:0", None, accept=lambda *x: self.rebuilding.accept(*x), keys=keys)
         self.transport.bind()
         self.rebuilding = Rebuilding(self.transport, token="secret", num_slots=None)
         self.error: BaseException | None = None
@@ -68,17 +70,28 @@ class Question:
 
 
 @pytest.fixture
-def question(tmp_path, monkeypatch) -> Iterator[Question]:
+def keys(request, tmp_path) -> Keys | None:
+    """None, unless a test names sites: they are admitted before the syncer listens."""
+    keys = Keys(tmp_path / "keys") if hasattr(request, "param") else None
+    for name in getattr(request, "param", ()):
+        keys.site(name)
+    return keys
+
+
+@pytest.fixture
+def question(tmp_path, monkeypatch, keys) -> Iterator[Question]:
     monkeypatch.setattr(rebuilding, "LISTEN_S", 1.0)
     monkeypatch.setattr(rebuilding, "AGAIN_S", 0.3)
-    question = Question(tmp_path)
+    question = Question(tmp_path, keys and keys.syncer)
     yield question
     question.transport.close()
 
 
 @contextmanager
-def witness(question: Question, module: nn.Module | None = None, learner_id: int = 0, **hello: Any) -> Iterator[RawPeer]:
-    with RawPeer(question.transport.control_endpoint, module or make_module(), CONFIG) as peer:
+def witness(
+    question: Question, module: nn.Module | None = None, learner_id: int = 0, site: SiteKeys | None = None, **hello: Any
+) -> Iterator[RawPeer]:
+    with RawPeer(question.transport.control_endpoint, module or make_module(), CONFIG, transport=transport_with(site)) as peer:
         peer.envelope = OURS
         say_hello(peer, learner_id, **hello)
         yield peer
@@ -160,6 +173,23 @@ def test_it_waits_for_all_that_are_heard_and_their_ended_lives_are_told(question
         ("join", None, "rebuilt"),
         ("counters", 90, None),
     ]
+
+
+@pytest.mark.parametrize("keys", [("paris", "oslo")], indirect=True, ids=["paris and oslo"])
+def test_what_a_site_has_told_whose_key_is_revoked_does_not_count(question, keys):
+    module, paris, oslo = make_module(), keys.site("paris"), keys.site("oslo")
+    with witness(question, module, site=paris) as revoked, witness(question, module, learner_id=5, site=oslo) as other:
+        describe(revoked)
+        assert give_static(revoked, module) is None
+        other.hear(Describe)
+        until(lambda: question.rebuilding._static is not None)
+        keys.revoke("paris")
+        until(lambda: question.rebuilding._static is None)
+        assert [w.hello.learner_id for w in question.rebuilding._witnesses.values()] == [5] and not question.has_written
+        describe(other)
+        assert give_static(other, module) is None
+        assert question.ended() is None
+    assert {e["learner_id"] for e in load_tape(question.run_dir / "tape.jsonl") if e["event"] == "join"} == {5}
 
 
 def test_a_life_that_woke_beside_its_successor_is_not_listened_to(question):

@@ -3,9 +3,11 @@
 Three locks. ZeroMQ's CURVE asks, through pyzmq's authenticator (ZAP, RFC 27), once per connection whether its key is admitted; a
 connection without that answer does not come about. As connections outlive that moment, every message is judged again by the key of its
 connection, which ZeroMQ attaches to it (`User-Id`): a key that was revoked speaks to nobody from the next look at the folder on. And a
-peer, which is the nonce of a process, belongs to the key that it first came with: another site cannot go on in its name.
+peer, which is the nonce of a process, belongs to the key that it first came with: what another site says in its name is dropped.
 
-The folder of admitted keys is looked at once a second, not per message. What it loses is revoked, what it gains is let in.
+The folder of admitted keys is looked at twice a second, not per message. What it loses is revoked, what it gains is let in. A revocation
+cannot be taken back for the learners that it ends, so two things are none: a folder that cannot be read is as it was, and a file that
+cannot be taken (half written, say) counts as before for `DOUBT_LOOKS` more looks.
 
 A connection that is refused tells its key to the authenticator if it has one; those without, or with another syncer's in mind, fail before
 and are seen by `handshakes` only. All are counted, and told in the log at most every `COMPLAIN_S`, by reason.
@@ -15,6 +17,7 @@ Threads: `callback` is called by the authenticator's thread and reads one refere
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections import OrderedDict, deque
@@ -25,16 +28,23 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
+from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.complaints import Complaints
-from lightning_diloco.runtime.keys import SyncerKeys, read_admitted
+from lightning_diloco.runtime.keys import SyncerKeys, read_sites
 
 __all__ = ["MAX_PEERS_PER_KEY", "Gate"]
 
 _LOGGER = logging.getLogger(__name__)
 
 MAX_PEERS_PER_KEY: Final = 256
-"""Processes of one site whose key is remembered; the one that came first is forgotten first."""
+"""Processes of one site whose key is remembered; the one that was heard least recently is forgotten first."""
+DOUBT_LOOKS: Final = 3
+"""So many looks in a row a file may be one that cannot be taken, before what it held is revoked."""
+_HANDSHAKE_MS: Final = 5000
+"""Whoever connects and says nothing holds a descriptor for so long (ZeroMQ's own 30 s let strangers hold more than a process has)."""
 _DOMAIN: Final = "lightning-diloco"
+_ZAP: Final = "inproc://zeromq.zap.01"
+_Signature = tuple[tuple[str, int, int, int, int], ...]
 
 
 class Gate:
@@ -47,14 +57,17 @@ class Gate:
 
     def __init__(self, keys: SyncerKeys, count: Callable[[str], None]) -> None:
         self._keys, self._count = keys, count
-        self._admitted = self._read()
-        self._seen = _signature(keys.admitted)
+        self._seen: _Signature | None = None
+        self._sites: dict[str, str] = {}
+        self._doubts: dict[str, int] = {}
         # Keys are in Z85 here, as ZeroMQ attaches them: judging a message takes a look-up and no decoding.
+        self._admitted: Mapping[str, str] = {}
         self._key_of: dict[bytes, str] = {}
         self._peers: dict[str, OrderedDict[bytes, None]] = {}
         self._strangers: deque[str] = deque(maxlen=16)
         self._complaints: dict[str, Complaints] = {}
         self._authenticator: ThreadAuthenticator | None = None
+        self._read()
 
     def configure(self, sock: zmq.Socket[bytes]) -> None:
         """Give a socket its keys, before it listens."""
@@ -63,6 +76,7 @@ class Gate:
         sock.setsockopt_string(zmq.ZAP_DOMAIN, _DOMAIN)
         # Should the authenticator be gone, nobody comes in; without this everybody would.
         sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        sock.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
 
     def start(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Begin to answer; before the sockets listen."""
@@ -73,8 +87,16 @@ class Gate:
     def stop(self) -> None:
         """Let nobody in any more; before the context ends. Idempotent."""
         authenticator, self._authenticator = self._authenticator, None
-        if authenticator is not None:
-            authenticator.stop()
+        if authenticator is None:
+            return
+        if not authenticator.is_alive():
+            # Nobody reads its pipe: telling it to end would wait for ever. Its address is given back here and now, for the next one.
+            with contextlib.suppress(zmq.ZMQError, AttributeError):
+                authenticator.zap_socket.unbind(_ZAP)
+            with contextlib.suppress(AttributeError):
+                authenticator.pipe.close()
+            authenticator.pipe = None  # type: ignore[assignment]
+        authenticator.stop()
 
     def callback(self, domain: str, key: bytes) -> bool:
         """The authenticator's question: whether this key may connect.
@@ -83,10 +105,13 @@ class Gate:
             domain: of the socket.
             key: the public key, in Z85.
         """
-        public = key.decode("ascii")
-        if public in self._admitted:
-            return True
-        self._strangers.append(public)
+        try:
+            public = key.decode("ascii")
+            if public in self._admitted:
+                return True
+            self._strangers.append(public)
+        except Exception:  # it would end the authenticator's thread, and nobody would come in any more
+            _LOGGER.exception("Whether a key is admitted could not be told.")
         return False
 
     def admits(self, peer: bytes, frame: zmq.Frame) -> bool:
@@ -104,6 +129,7 @@ class Gate:
         if name is None:
             return self._refuse("revoked_key", f"A message from {frame.get('Peer-Address')}", f"its key {_hex(key)} is revoked")
         if self._key_of.get(peer) == key:
+            self._peers[key].move_to_end(peer)
             return True
         if peer in self._key_of:
             return self._refuse("foreign_key", f"A message of site {name}", "it speaks in the name of a process of another site")
@@ -116,10 +142,11 @@ class Gate:
 
     def look(self) -> list[bytes]:
         """Look at the folder of admitted keys; returns the peers that are shut out from here on."""
-        seen = _signature(self._keys.admitted)
-        if seen == self._seen:
+        self._revive()
+        before = self._admitted
+        self._read()
+        if self._admitted is before:
             return []
-        before, self._seen, self._admitted = self._admitted, seen, self._read()
         for key, name in self._admitted.items():
             if key not in before:
                 _LOGGER.warning("Site %s is admitted.", name)
@@ -145,14 +172,51 @@ class Gate:
             why = f"its key {key} is not admitted (lightning-diloco keygen {self._keys.folder} --admit NAME {key} lets it in)"
         self._refuse(reason, "A connection", why)
 
-    def _read(self) -> Mapping[str, str]:
-        """Names of the admitted sites by key."""
-        return {z85.encode(key).decode("ascii"): name for key, name in read_admitted(self._keys.admitted).items()}
+    def _read(self) -> None:
+        """Read the folder, if anything in it may have changed."""
+        try:
+            # Before the keys: what changes after this is seen by the next look.
+            seen = _signature(self._keys.admitted)
+            if seen == self._seen and not self._doubts:
+                return
+            found = read_sites(self._keys.admitted)
+        except OSError as error:
+            self._complain("unknown", f"{self._keys.admitted} cannot be read now ({error}); who is admitted stays so")
+            return
+        sites: dict[str, str] = {}
+        doubts: dict[str, int] = {}
+        for name, key in found.items():
+            if isinstance(key, ConfigurationError):
+                doubts[name] = min(self._doubts.get(name, 0) + 1, DOUBT_LOOKS + 1)
+                if name not in self._doubts:
+                    _LOGGER.warning("The key file of site %s cannot be taken; it counts as before for %d looks. %s", name, DOUBT_LOOKS, key)
+                if doubts[name] <= DOUBT_LOOKS and name in self._sites:
+                    sites[name] = self._sites[name]
+            else:
+                sites[name] = z85.encode(key).decode("ascii")
+        self._seen, self._sites, self._doubts = seen, sites, doubts
+        self._admitted = {key: name for name, key in sites.items()}
+
+    def _revive(self) -> None:
+        """Replace an authenticator whose thread has ended: nobody would come in any more."""
+        ended = self._authenticator
+        if ended is None or ended.is_alive():
+            return
+        self._complain("authenticator", "The thread that answers whether a key is admitted has ended; another one takes its place")
+        try:
+            self.stop()
+            self.start(ended.context)
+        except (zmq.ZMQError, OSError, RuntimeError) as error:
+            self._authenticator = self._authenticator or ended  # tried again at the next look
+            self._complain("authenticator again", f"It cannot be started now ({error}): until then no new connection is let in")
 
     def _refuse(self, reason: str, what: str, why: str) -> bool:
         self._count(reason)
         self._complaints.setdefault(reason, Complaints(_LOGGER)).add(what, why)
         return False
+
+    def _complain(self, reason: str, text: str) -> None:
+        self._complaints.setdefault(reason, Complaints(_LOGGER)).say(text)
 
 
 _WHY: Final = {
@@ -169,15 +233,26 @@ def _hex(key: str) -> str:
     return public.hex()
 
 
-def _signature(folder: os.PathLike[str]) -> tuple[tuple[str, int, int], ...]:
-    """What changes whenever a file of the folder is added, removed or written anew; the folder's own time may be too coarse to tell."""
-    found = []
+def _signature(folder: os.PathLike[str]) -> _Signature:
+    """What changes whenever a file of the folder is added, removed or written anew; the folder's own time may be too coarse to tell.
+
+    Raises:
+        OSError: it cannot be told now.
+    """
     try:
         with os.scandir(folder) as entries:
-            for entry in entries:
-                about = entry.stat()
-                found.append((entry.name, about.st_mtime_ns, about.st_size))
-    except OSError:
-        # Not there, or a file that went meanwhile: looked at again in a second.
+            return tuple(sorted((entry.name, *_about(entry)) for entry in entries))
+    except (FileNotFoundError, NotADirectoryError):
         return ()
-    return tuple(sorted(found))
+
+
+def _about(entry: os.DirEntry[str]) -> tuple[int, int, int, int]:
+    """Of what a link leads to, or of the link if that is nothing; nothing of a file that went meanwhile."""
+    for follow in (True, False):
+        try:
+            about = entry.stat(follow_symlinks=follow)
+        except OSError:
+            continue
+        # A file that another one replaces may keep size and time; the inode and the time of the change it does not.
+        return about.st_ino, about.st_ctime_ns, about.st_mtime_ns, about.st_size
+    return 0, 0, 0, 0
