@@ -35,10 +35,15 @@ LEASES_PER_EPOCH = 50
 """A lease is at most this part of an epoch, so that little is done again when a learner dies, and learners end an epoch together."""
 BATCHES_PER_LEASE = 8
 """And at most so many batches."""
-MAX_BATCHES = 1024
-"""One grant holds at most so many batches, and not more samples than an epoch, whatever was asked for."""
+LEASES_PER_GRANT = 4
+"""One grant holds at most so many leases, and not more samples than an epoch, whatever was asked for."""
 MAX_RANGES = 256
 """And at most so many ranges."""
+MAX_HELD_BATCHES = 2048
+"""A life that holds more batches that it has not reported as trained gets no others: a loader fetches ahead, a step accumulates, but not so
+many."""
+MAX_HELD_EPOCHS = 2
+"""And not more samples than so many epochs: of a small data set that is less."""
 MAX_LISTED = 64
 """Ranges of an epoch that are listed as trained twice; the count is exact beyond it."""
 MAX_ENDED = 1024
@@ -57,13 +62,17 @@ def lease_size(num_samples: int, batch_size: int) -> int:
 
 @dataclass(slots=True)
 class Life:
-    """What one incarnation holds. `number` and `last`: its last grant, which a copy of the request gets again."""
+    """What one incarnation holds.
+
+    `number` and `last`: its last grant, which a copy of the request gets again. `has_told`: it has told this syncer what it holds.
+    """
 
     learner_id: int
     incarnation: int
     number: int = 0
     last: tuple[LeaseRange, ...] = ()
     was_over: bool = False
+    has_told: bool = False
     pending: deque[LeaseRange] = field(default_factory=deque)
     granted: int = 0
     trained: int = 0
@@ -139,7 +148,7 @@ class LeaseLedger:
         Args:
             life: whose.
             number: of its request.
-            wanted: samples; in whole batches, at most `MAX_BATCHES` of them.
+            wanted: samples; in whole batches, at most `LEASES_PER_GRANT` leases and an epoch.
             batch_size: samples.
             until: no range of this epoch or a later one (None: of any).
 
@@ -147,8 +156,8 @@ class LeaseLedger:
             The ranges, in the order in which they are to be trained; empty if nothing is free below `until`.
         """
         batch = max(1, min(batch_size, self.spec.num_samples))
-        left = min(-(-wanted // batch), MAX_BATCHES, -(-self.spec.num_samples // batch)) * batch
         size, ranges = lease_size(self.spec.num_samples, batch), list[LeaseRange]()
+        left = min(-(-wanted // batch), LEASES_PER_GRANT * size // batch, self.spec.num_samples // batch) * batch
         while left > 0 and len(ranges) < MAX_RANGES:
             epoch = self._oldest_free(until)
             if epoch is None:
@@ -162,6 +171,11 @@ class LeaseLedger:
                 ranges.append(LeaseRange(epoch, start, stop))
         self._note(life, number, tuple(ranges))
         return life.last
+
+    def has_enough(self, life: Life, samples: int, batch_size: int) -> bool:
+        """Whether a life that says that it has trained `samples` holds so much more that it must train before it gets anything."""
+        most = min(MAX_HELD_BATCHES * batch_size, MAX_HELD_EPOCHS * self.spec.num_samples)
+        return life.granted - max(life.trained, samples) > most
 
     def take(self, life: Life, number: int, ranges: tuple[LeaseRange, ...], before: int = 0) -> None:
         """A grant that is known already: from the tape, or because its learner tells of one that the tape has lost.
@@ -183,10 +197,12 @@ class LeaseLedger:
                 self._assume_below(item)
         self._note(life, number, ranges)
 
-    def is_possible(self, item: LeaseRange) -> bool:
-        """Whether a range that a learner shows can be one of this data set's."""
-        is_near = item.epoch <= self._next + MAX_AHEAD or (self._is_rebuilt and not self._epochs)
-        return item.start < item.stop <= self.spec.num_samples and self.spec.first_epoch <= item.epoch and is_near
+    def is_possible(self, ranges: tuple[LeaseRange, ...]) -> bool:
+        """Whether a grant that a learner shows can be one of this data set's."""
+        size, is_first = self.spec.num_samples, self._is_rebuilt and not self._epochs
+        last = MAX_AHEAD + (min((r.epoch for r in ranges), default=0) if is_first else self._next)
+        is_sound = all(r.start < r.stop <= size and self.spec.first_epoch <= r.epoch <= last for r in ranges)
+        return is_sound and 0 < sum(r.stop - r.start for r in ranges) <= size
 
     def _note(self, life: Life, number: int, ranges: tuple[LeaseRange, ...]) -> None:
         life.number, life.last = max(number, life.number), ranges
@@ -305,14 +321,11 @@ class LeaseLedger:
         life.session = session
         if not said_last_word and life.counted is not None:
             self._train_before(life, life.counted)
+        others = self._held_in({r.epoch for r in life.pending})
         for item in _known(life.pending):
             rest = Spans(item.start, item.stop)
-            for a, b in self._epochs[item.epoch].done.overlap(item.start, item.stop):
+            for a, b in [x for part in (self._epochs[item.epoch].done, others[item.epoch]) for x in part.overlap(item.start, item.stop)]:
                 rest.remove(a, b)
-            for other in self._lives.values():
-                for held in other.pending:
-                    if held.epoch == item.epoch:
-                        rest.remove(held.start, held.stop)
             if not said_last_word and life.counted is None:
                 self._epochs[item.epoch].unsure += rest.size
             for a, b in rest:
@@ -320,6 +333,15 @@ class LeaseLedger:
         self._ended[session] = life
         while len(self._ended) > MAX_ENDED:
             self._ended.pop(next(iter(self._ended)))
+
+    def _held_in(self, epochs: set[int]) -> dict[int, Spans]:
+        """What running lives hold of these epochs."""
+        held = {epoch: Spans() for epoch in epochs}
+        for life in self._lives.values() if epochs else ():
+            for item in life.pending:
+                if item.epoch in held:
+                    held[item.epoch].add(item.start, item.stop)
+        return held
 
     # ---- what can be read ---------------------------------------------------------------------------------------------------
 

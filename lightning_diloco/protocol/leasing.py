@@ -4,7 +4,10 @@ A request has a number, one more for each of a life; the syncer answers each onc
 trained comes as a running total with every report. So no message that is lost, doubled or late changes what is handed out.
 
 A syncer that has started again knows what its tape knows. A learner tells it the grants that it has received last (`known`); those that
-the tape has lost are put down as they were.
+the tape has lost are put down as they were. It does so once: what it shows later is not taken.
+
+A life that holds more than any learner has use for is not answered until it has reported more as trained: one that asks without end takes
+neither the epoch from the others nor memory from the syncer.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from lightning_diloco.protocol.actions import Reply, SyncerAction, Tape
 from lightning_diloco.protocol.events import CountersRead, MessageReceived
 from lightning_diloco.protocol.identity import DataSpec
 from lightning_diloco.protocol.job import Job
-from lightning_diloco.protocol.leases import Life
+from lightning_diloco.protocol.leases import LeaseLedger, Life
 from lightning_diloco.protocol.members import Member
 from lightning_diloco.protocol.messages import Heartbeat, LeaseGrant, LeaseRequest, Leave
 from lightning_diloco.protocol.records import LeaseLateRecord, LeaseRecord
@@ -37,11 +40,12 @@ class Leasing:
         if ledger is None or member.is_leaving:
             return []
         life = ledger.life(member.learner_id, member.incarnation)
-        for grant in message.known:
-            if grant.number > life.number and all(ledger.is_possible(r) for r in grant.ranges):
-                ledger.take(life, grant.number, grant.ranges, grant.before)
-                actions += self._tape(life, is_told=True) if grant.ranges else []
+        if message.known and self._job.epoch > 0 and not life.has_told:
+            life.has_told = True
+            actions += self._told(ledger, life, message)
         if message.number < life.number:
+            return actions
+        if message.number > life.number and message.wanted and ledger.has_enough(life, message.samples, message.batch_size):
             return actions
         if message.number > life.number:
             is_news = message.samples > life.claimed
@@ -51,6 +55,16 @@ class Leasing:
             actions += self._tape(life) if life.last or is_news else []
         answer = LeaseGrant(number=message.number, ranges=life.last, is_over=life.was_over)
         return [*actions, Reply(session=member.session, message=answer, incarnation=member.incarnation)]
+
+    def _told(self, ledger: LeaseLedger, life: Life, message: LeaseRequest) -> list[SyncerAction]:
+        """Grants that a syncer before this one gave, and that the tape has lost."""
+        actions: list[SyncerAction] = []
+        for grant in message.known:
+            is_new = life.number < grant.number < message.number and not ledger.has_enough(life, message.samples, message.batch_size)
+            if is_new and ledger.is_possible(grant.ranges):
+                ledger.take(life, grant.number, grant.ranges, grant.before)
+                actions += self._tape(life, is_told=True)
+        return actions
 
     def _tape(self, life: Life, *, is_told: bool = False) -> list[SyncerAction]:
         record = LeaseRecord(

@@ -140,10 +140,10 @@ def test_more_samples_than_were_granted_wait_for_the_grant_that_the_tape_has_los
 
 def test_a_rebuilt_ledger_takes_what_lies_below_the_ranges_that_learners_show_for_handed_out():
     ledger = LeaseLedger(DataSpec(num_samples=10, is_shuffled=False), is_rebuilt=True)
-    assert ledger.is_possible(LeaseRange(700, 6, 8))
+    assert ledger.is_possible((LeaseRange(700, 6, 8),))
     ledger.take(ledger.life(0, 0), 40, (LeaseRange(700, 6, 8),))
     ledger.take(ledger.life(1, 0), 30, (LeaseRange(699, 9, 10), LeaseRange(700, 0, 2)))
-    assert not ledger.is_possible(LeaseRange(900, 0, 1))
+    assert not ledger.is_possible((LeaseRange(900, 0, 1),))
     assert ledger.grant(ledger.life(0, 0), 41, wanted=2, batch_size=2, until=None) == (LeaseRange(700, 8, 10),)
     ledger.trained(0, 0, 4)
     ledger.trained(1, 0, 3)
