@@ -22,6 +22,7 @@ class Book:
         self.claimed: dict[tuple[int, int], int] = defaultdict(int)
         self.before_told: dict[tuple[int, int], int] = defaultdict(int)
         self.counted: dict[tuple[int, int], int] = {}
+        self.taken_back: dict[tuple[int, int], int] = defaultdict(int)
         self.ended: set[tuple[int, int]] = set()
         self.done: set[Place] = set()
         self.before: set[Place] = set()
@@ -81,14 +82,16 @@ class Book:
         is_sudden = reason in ("died", "fenced")
         if is_sudden and life in self.counted:
             self.train_before(life, self.counted[life])
-        freed = {p for p in self.order[life][self.told[life] :] if p} - self.done
+        own = max(self.told[life], self.taken_back[life])
+        freed = {p for p in self.order[life][own:] if p} - self.done
         self.ended.add(life)
         freed -= self.outstanding()
         if is_sudden and life not in self.counted:
-            self.unsure.update(epoch for epoch, _ in freed)
+            self.unsure.update(epoch for epoch, _ in [*freed, *filter(None, self.order[life][self.told[life] : own])])
 
     def outstanding(self) -> set[Place]:
-        return {p for life, places in self.order.items() if life not in self.ended for p in places[self.told[life] :] if p} - self.done
+        running = {life: max(self.told[life], self.taken_back[life]) for life in self.order if life not in self.ended}
+        return {p for life, first in running.items() for p in self.order[life][first:] if p} - self.done
 
 
 def lease_figures(tape: list[Event]) -> tuple[list[Event] | None, dict[int, int]]:
@@ -109,6 +112,8 @@ def lease_figures(tape: list[Event]) -> tuple[list[Event] | None, dict[int, int]
             book.report_again(life, e["again"])
         elif e["event"] == "counters" and e["samples"] is not None:
             book.counted[life] = e["samples"]
+        elif e["event"] == "lease_back":
+            book.taken_back[life] = len(book.order[life])
         elif e["event"] == "leave":
             book.end(life, e["reason"])
         elif e["event"] == "lease_late":

@@ -22,9 +22,12 @@ def fault_of(job: Job, message: FromLearner | Contribution) -> str:
     fragment_id = getattr(report, "fragment_id", 0)
     if fragment_id >= job.num_fragments:
         return f"fragment_id={fragment_id}: the job has {job.num_fragments} fragments."
-    for name in ("inner_step", "tokens", "total_tokens", "seq", "first_gap"):
-        if getattr(report, name, 0) > MAX_TOTAL:
-            return f"{name}={getattr(report, name)}: no learner gets above {MAX_TOTAL}; totals must stay exact in 64 bits."
+    totals = [(name, getattr(report, name, 0)) for name in ("inner_step", "tokens", "total_tokens", "seq", "first_gap", "samples")]
+    totals += [("again", count) for _, count in getattr(report, "again", ())]
+    totals += [("before", grant.before) for grant in getattr(report, "known", ())]
+    for name, total in totals:
+        if total > MAX_TOTAL:
+            return f"{name}={total}: no learner gets above {MAX_TOTAL}; totals must stay exact in 64 bits."
     return _false_discards(job, report) if isinstance(report, Heartbeat) else ""
 
 

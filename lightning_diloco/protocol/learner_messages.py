@@ -245,7 +245,7 @@ class LeaseRequest(Message, frozen=True, kw_only=True):
     batch_size: Annotated[int, Meta(ge=1, le=2**62)]
     until: Count | None = None
     samples: Count = 0
-    known: Annotated[tuple[Granted, ...], Meta(max_length=64)] = ()
+    known: Annotated[tuple[Granted, ...], Meta(max_length=32)] = ()
 
 
 class PeerStateRequest(Message, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from lightning_diloco.protocol.records import (
     CountersRecord,
     JobRecord,
     JoinRecord,
+    LeaseBackRecord,
     LeaseLateRecord,
     LeaseRecord,
     LeaveRecord,
@@ -40,6 +41,8 @@ def fold_leases(ledger: LeaseLedger | None, record: Record, sessions: dict[tuple
             ledger.trained(record.learner_id, record.incarnation, record.samples, record.again)
         case CountersRecord() if record.samples is not None:
             ledger.counted(record.learner_id, record.incarnation, record.samples)
+        case LeaseBackRecord():
+            ledger.reclaim(record.learner_id, record.incarnation)
         case LeaseLateRecord():
             ledger.late(record.session, record.samples)
         case LeaveRecord():

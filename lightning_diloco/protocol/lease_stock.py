@@ -86,7 +86,8 @@ class LeaseStock:
         is_new_syncer = syncer_epoch != self._told_epoch
         if self._open is None:
             lease = lease_size(self._spec.num_samples, batch_size)
-            target = batches_ahead * batch_size + LEASES_AHEAD * lease
+            # More than an epoch beyond a lease is no use; the syncer would not give it.
+            target = min(batches_ahead * batch_size + LEASES_AHEAD * lease, self._spec.num_samples + lease)
             is_low = self._queued + lease <= target and not self.is_over
             if not is_low and not (is_new_syncer and self._known):
                 return None

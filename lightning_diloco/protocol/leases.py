@@ -8,6 +8,7 @@ train. Each position of an epoch is free, outstanding (leased and not done) or d
 - **A life trains in the order of its grants**, so one number, the samples that it has trained, says which of its positions are done.
   Reports are therefore running totals: a lost, doubled or late one changes nothing.
 - `end`: what an ended life had not reported as done is free again, the oldest epoch first, for whoever asks next.
+- `reclaim`: what a silent life holds is free as well, although it may come back. What it then says that it has trained is done, or twice.
 - What such a life is known to have trained all the same (its counter file says so, or a late word of a process that was given up) was
   trained *before*: when somebody is done with it as well, it counts as trained twice. Of a life that ended without any such word, what
   was outstanding is `unsure`: nobody can know how much of it was trained.
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lightning_diloco.protocol.identity import DataSpec, LeaseRange
+from lightning_diloco.protocol.lease_epoch import Epoch
 from lightning_diloco.protocol.spans import Spans
 
 __all__ = ["LeaseLedger", "Life", "lease_size"]
@@ -35,12 +37,15 @@ LEASES_PER_EPOCH = 50
 """A lease is at most this part of an epoch, so that little is done again when a learner dies, and learners end an epoch together."""
 BATCHES_PER_LEASE = 8
 """And at most so many batches."""
-MAX_BATCHES = 1024
-"""One grant holds at most so many batches, and not more samples than an epoch, whatever was asked for."""
+LEASES_PER_GRANT = 4
+"""One grant holds at most so many leases, and not more samples than an epoch, whatever was asked for."""
 MAX_RANGES = 256
 """And at most so many ranges."""
-MAX_LISTED = 64
-"""Ranges of an epoch that are listed as trained twice; the count is exact beyond it."""
+MAX_HELD_BATCHES = 2048
+"""A life that holds more batches that it has not reported as trained gets no others: a loader fetches ahead, a step accumulates, but not so
+many."""
+MAX_HELD_EPOCHS = 2
+"""And not more samples than so many epochs: of a small data set that is less."""
 MAX_ENDED = 1024
 """Ended lives whose late words are understood."""
 _GAP: Final = -1
@@ -57,56 +62,27 @@ def lease_size(num_samples: int, batch_size: int) -> int:
 
 @dataclass(slots=True)
 class Life:
-    """What one incarnation holds. `number` and `last`: its last grant, which a copy of the request gets again."""
+    """What one incarnation holds.
+
+    `number` and `last`: its last grant, which a copy of the request gets again. `has_told`: it has told this syncer what it holds.
+    `reclaimed`: of all that it was granted, in order, so much is free for others.
+    """
 
     learner_id: int
     incarnation: int
     number: int = 0
     last: tuple[LeaseRange, ...] = ()
     was_over: bool = False
+    has_told: bool = False
     pending: deque[LeaseRange] = field(default_factory=deque)
     granted: int = 0
     trained: int = 0
+    reclaimed: int = 0
     claimed: int = 0
     session: str = ""
     before: int = 0
     counted: int | None = None
     again: dict[int, int] = field(default_factory=dict)
-
-
-class _Epoch:
-    def __init__(self, num_samples: int) -> None:
-        self.free = Spans(0, num_samples)
-        self.done = Spans()
-        self.before = Spans()
-        self.assumed = Spans()
-        self.twice = 0
-        self.again = 0
-        self.unsure = 0
-        self.listed = Spans()
-
-    def finish(self, start: int, stop: int) -> None:
-        """A life has reported these positions as done."""
-        for a, b in [*self.done.overlap(start, stop), *self.before.overlap(start, stop)]:
-            self._repeat(a, b)
-        self.before.remove(start, stop)
-        self.assumed.remove(start, stop)
-        self.free.remove(start, stop)
-        self.done.add(start, stop)
-
-    def train_before(self, start: int, stop: int) -> None:
-        """A life that has ended, or is about to, has trained these and had not reported them."""
-        done = self.done.overlap(start, stop)
-        for a, b in [*done, *self.before.overlap(start, stop)]:
-            self._repeat(a, b)
-        self.before.add(start, stop)
-        for a, b in done:
-            self.before.remove(a, b)
-
-    def _repeat(self, start: int, stop: int) -> None:
-        self.twice += stop - start
-        if len(self.listed) < MAX_LISTED:
-            self.listed.add(start, stop)
 
 
 class LeaseLedger:
@@ -120,7 +96,7 @@ class LeaseLedger:
     def __init__(self, spec: DataSpec, *, is_rebuilt: bool = False) -> None:
         self.spec = spec
         self._is_rebuilt = is_rebuilt
-        self._epochs: dict[int, _Epoch] = {}
+        self._epochs: dict[int, Epoch] = {}
         self._next = spec.first_epoch
         self._with_free: list[int] = []
         self._lives: dict[tuple[int, int], Life] = {}
@@ -139,7 +115,7 @@ class LeaseLedger:
         Args:
             life: whose.
             number: of its request.
-            wanted: samples; in whole batches, at most `MAX_BATCHES` of them.
+            wanted: samples; in whole batches, at most `LEASES_PER_GRANT` leases and an epoch.
             batch_size: samples.
             until: no range of this epoch or a later one (None: of any).
 
@@ -147,8 +123,8 @@ class LeaseLedger:
             The ranges, in the order in which they are to be trained; empty if nothing is free below `until`.
         """
         batch = max(1, min(batch_size, self.spec.num_samples))
-        left = min(-(-wanted // batch), MAX_BATCHES, -(-self.spec.num_samples // batch)) * batch
         size, ranges = lease_size(self.spec.num_samples, batch), list[LeaseRange]()
+        left = min(-(-wanted // batch), LEASES_PER_GRANT * size // batch, self.spec.num_samples // batch) * batch
         while left > 0 and len(ranges) < MAX_RANGES:
             epoch = self._oldest_free(until)
             if epoch is None:
@@ -162,6 +138,15 @@ class LeaseLedger:
                 ranges.append(LeaseRange(epoch, start, stop))
         self._note(life, number, tuple(ranges))
         return life.last
+
+    def has_enough(self, life: Life, samples: int, batch_size: int) -> bool:
+        """Whether a life that says that it has trained `samples` holds so much more that it must train before it gets anything."""
+        most = min(MAX_HELD_BATCHES * batch_size, MAX_HELD_EPOCHS * self.spec.num_samples)
+        return life.granted - max(life.trained, samples) > most
+
+    def has_free(self, until: int | None) -> bool:
+        """Whether anything is free below `until` in the epochs that are open."""
+        return bool(self._with_free) and (until is None or self._with_free[0] < until)
 
     def take(self, life: Life, number: int, ranges: tuple[LeaseRange, ...], before: int = 0) -> None:
         """A grant that is known already: from the tape, or because its learner tells of one that the tape has lost.
@@ -183,10 +168,12 @@ class LeaseLedger:
                 self._assume_below(item)
         self._note(life, number, ranges)
 
-    def is_possible(self, item: LeaseRange) -> bool:
-        """Whether a range that a learner shows can be one of this data set's."""
-        is_near = item.epoch <= self._next + MAX_AHEAD or (self._is_rebuilt and not self._epochs)
-        return item.start < item.stop <= self.spec.num_samples and self.spec.first_epoch <= item.epoch and is_near
+    def is_possible(self, ranges: tuple[LeaseRange, ...]) -> bool:
+        """Whether a grant that a learner shows can be one of this data set's."""
+        size, is_first = self.spec.num_samples, self._is_rebuilt and not self._epochs
+        last = MAX_AHEAD + (min((r.epoch for r in ranges), default=0) if is_first else self._next)
+        is_sound = all(r.start < r.stop <= size and self.spec.first_epoch <= r.epoch <= last for r in ranges)
+        return is_sound and 0 < sum(r.stop - r.start for r in ranges) <= size
 
     def _note(self, life: Life, number: int, ranges: tuple[LeaseRange, ...]) -> None:
         life.number, life.last = max(number, life.number), ranges
@@ -205,10 +192,10 @@ class LeaseLedger:
             self._next = epoch
         if epoch < self._next and epoch not in self._epochs:
             # Before the first one that a rebuilt ledger knows: all that is not shown was handed out.
-            self._epochs[epoch] = whole = _Epoch(self.spec.num_samples)
+            self._epochs[epoch] = whole = Epoch(self.spec.num_samples)
             whole.free, whole.assumed = whole.assumed, whole.free
         while self._next <= epoch:
-            self._epochs[self._next] = _Epoch(self.spec.num_samples)
+            self._epochs[self._next] = Epoch(self.spec.num_samples)
             self._with_free.append(self._next)
             self._next += 1
 
@@ -305,21 +292,41 @@ class LeaseLedger:
         life.session = session
         if not said_last_word and life.counted is not None:
             self._train_before(life, life.counted)
-        for item in _known(life.pending):
-            rest = Spans(item.start, item.stop)
-            for a, b in self._epochs[item.epoch].done.overlap(item.start, item.stop):
-                rest.remove(a, b)
-            for other in self._lives.values():
-                for held in other.pending:
-                    if held.epoch == item.epoch:
-                        rest.remove(held.start, held.stop)
-            if not said_last_word and life.counted is None:
-                self._epochs[item.epoch].unsure += rest.size
-            for a, b in rest:
-                self._make_free(item.epoch, a, b)
+        reclaimed, own = _split(life)
+        is_unsure = not said_last_word and life.counted is None
+        for item in _known(reclaimed) if is_unsure else ():
+            self._epochs[item.epoch].unsure += item.stop - item.start
+        self._give_back(own, is_unsure=is_unsure)
         self._ended[session] = life
         while len(self._ended) > MAX_ENDED:
             self._ended.pop(next(iter(self._ended)))
+
+    def reclaim(self, learner_id: int, incarnation: int) -> bool:
+        """A running life is silent: others may have what it holds; returns whether it holds anything that they could not have before."""
+        life = self.life(learner_id, incarnation)
+        _, own = _split(life)
+        life.reclaimed = life.granted
+        self._give_back(own, is_unsure=False)
+        return bool(own)
+
+    def _give_back(self, ranges: Iterable[LeaseRange], *, is_unsure: bool) -> None:
+        others = self._held_in({r.epoch for r in ranges})
+        for item in _known(ranges):
+            rest = Spans(item.start, item.stop)
+            for a, b in [x for part in (self._epochs[item.epoch].done, others[item.epoch]) for x in part.overlap(item.start, item.stop)]:
+                rest.remove(a, b)
+            self._epochs[item.epoch].unsure += rest.size if is_unsure else 0
+            for a, b in rest:
+                self._make_free(item.epoch, a, b)
+
+    def _held_in(self, epochs: set[int]) -> dict[int, Spans]:
+        """What running lives hold of these epochs, and others may not have."""
+        held = {epoch: Spans() for epoch in epochs}
+        for life in self._lives.values() if epochs else ():
+            for item in _split(life)[1]:
+                if item.epoch in held:
+                    held[item.epoch].add(item.start, item.stop)
+        return held
 
     # ---- what can be read ---------------------------------------------------------------------------------------------------
 
@@ -358,6 +365,12 @@ class LeaseLedger:
 
 def _known(ranges: Iterable[LeaseRange]) -> list[LeaseRange]:
     return [item for item in ranges if item.epoch != _GAP]
+
+
+def _split(life: Life) -> tuple[list[LeaseRange], deque[LeaseRange]]:
+    """Of what a life holds: what others may have, and what is its own."""
+    own = deque(life.pending)
+    return _front(own, life.reclaimed - life.trained), own
 
 
 def _front(ranges: deque[LeaseRange], count: int) -> list[LeaseRange]:

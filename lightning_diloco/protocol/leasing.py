@@ -4,7 +4,13 @@ A request has a number, one more for each of a life; the syncer answers each onc
 trained comes as a running total with every report. So no message that is lost, doubled or late changes what is handed out.
 
 A syncer that has started again knows what its tape knows. A learner tells it the grants that it has received last (`known`); those that
-the tape has lost are put down as they were.
+the tape has lost are put down as they were. It does so once: what it shows later is not taken.
+
+Where no supervisor says who is dead, silence must: when nothing is free, what learners hold that were not heard for ten heartbeats (10 s at
+least) is taken back for the one that asks. They stay members, and what they say later of these samples counts.
+
+A life that holds more than any learner has use for is not answered until it has reported more as trained: one that asks without end takes
+neither the epoch from the others nor memory from the syncer.
 """
 
 from __future__ import annotations
@@ -13,10 +19,10 @@ from lightning_diloco.protocol.actions import Reply, SyncerAction, Tape
 from lightning_diloco.protocol.events import CountersRead, MessageReceived
 from lightning_diloco.protocol.identity import DataSpec
 from lightning_diloco.protocol.job import Job
-from lightning_diloco.protocol.leases import Life
+from lightning_diloco.protocol.leases import LeaseLedger, Life
 from lightning_diloco.protocol.members import Member
 from lightning_diloco.protocol.messages import Heartbeat, LeaseGrant, LeaseRequest, Leave
-from lightning_diloco.protocol.records import LeaseLateRecord, LeaseRecord
+from lightning_diloco.protocol.records import LeaseBackRecord, LeaseLateRecord, LeaseRecord
 
 __all__ = ["Leasing", "data_difference"]
 
@@ -37,20 +43,40 @@ class Leasing:
         if ledger is None or member.is_leaving:
             return []
         life = ledger.life(member.learner_id, member.incarnation)
-        for grant in message.known:
-            if grant.number > life.number and all(ledger.is_possible(r) for r in grant.ranges):
-                ledger.take(life, grant.number, grant.ranges, grant.before)
-                actions += self._tape(life, is_told=True) if grant.ranges else []
+        if message.known and self._job.epoch > 0 and not life.has_told:
+            life.has_told = True
+            actions += self._told(ledger, life, message)
         if message.number < life.number:
+            return actions
+        if message.number > life.number and message.wanted and ledger.has_enough(life, message.samples, message.batch_size):
             return actions
         if message.number > life.number:
             is_news = message.samples > life.claimed
             ledger.trained(member.learner_id, member.incarnation, message.samples)
+            if message.wanted and not ledger.has_free(message.until):
+                actions += self._take_back(ledger, now_s)
             ledger.grant(life, message.number, wanted=message.wanted, batch_size=message.batch_size, until=message.until)
             life.was_over = message.wanted > 0 and not life.last
             actions += self._tape(life) if life.last or is_news else []
         answer = LeaseGrant(number=message.number, ranges=life.last, is_over=life.was_over)
         return [*actions, Reply(session=member.session, message=answer, incarnation=member.incarnation)]
+
+    def _take_back(self, ledger: LeaseLedger, now_s: float) -> list[SyncerAction]:
+        """What silent learners hold is free again, where nobody else says that they are dead."""
+        job = self._job
+        silent = [m for m in job.members.joined() if not job.options.is_supervised and m.unheard_s(now_s) > job.silent_after_s]
+        taken = [m for m in silent if ledger.reclaim(m.learner_id, m.incarnation)]
+        return [Tape(record=LeaseBackRecord(learner_id=m.learner_id, incarnation=m.incarnation)) for m in taken]
+
+    def _told(self, ledger: LeaseLedger, life: Life, message: LeaseRequest) -> list[SyncerAction]:
+        """Grants that a syncer before this one gave, and that the tape has lost."""
+        actions: list[SyncerAction] = []
+        for grant in message.known:
+            is_new = life.number < grant.number < message.number and not ledger.has_enough(life, message.samples, message.batch_size)
+            if is_new and ledger.is_possible(grant.ranges):
+                ledger.take(life, grant.number, grant.ranges, grant.before)
+                actions += self._tape(life, is_told=True)
+        return actions
 
     def _tape(self, life: Life, *, is_told: bool = False) -> list[SyncerAction]:
         record = LeaseRecord(

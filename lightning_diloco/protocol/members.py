@@ -69,6 +69,7 @@ class Member:
     clock_offset_s: float | None = None
     step_time: MovingAverage = field(default_factory=MovingAverage)
     snapshot_step: dict[int, int] = field(default_factory=dict)
+    num_states: dict[int, int] = field(default_factory=dict)
 
     def advance(self, inner_step: int, tokens: int, now_s: float) -> None:
         """Take in the learner's running totals; a smaller one is an old message."""

@@ -17,7 +17,7 @@ Kinds = Annotated[tuple[Name, ...], Meta(max_length=64)]
 Sentence = Annotated[str, Meta(max_length=2000)]
 MAX_FRAGMENTS = 100_000
 PerFragment = Annotated[tuple[Count, ...], Meta(max_length=MAX_FRAGMENTS)]
-Ranges = Annotated[tuple[LeaseRange, ...], Meta(max_length=1024)]
+Ranges = Annotated[tuple[LeaseRange, ...], Meta(max_length=256)]
 Again = Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=64)]
 """Per epoch, samples that were trained without a lease."""
 StepTimes = Annotated[tuple[Seconds, ...], Meta(max_length=8192)]

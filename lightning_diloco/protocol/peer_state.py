@@ -32,10 +32,12 @@ MAX_AT_ONCE = 2
 """Requests under way; each holds one payload at most."""
 MAX_PEERS = 3
 """So many peers are asked in vain; then the request is dropped, and its learner may ask again."""
+MAX_RELAYS = 3
+"""A life gets so many states of one fragment: a learner has no use for more, and each costs the syncer and a peer its bytes."""
 ANSWER_S = 10.0
 """A peer offers its state after so long, or three of its steps if they are longer: it copies it aside at the end of one."""
 TRANSFER_S = 600.0
-"""A state is here, or there, so long after it was offered."""
+"""A state is here so long after it was first offered, and there so long after that."""
 
 
 @dataclass(slots=True)
@@ -68,7 +70,9 @@ class PeerStates:
         self._now_s = 0.0
 
     def requested(self, member: Member, message: PeerStateRequest, now_s: float) -> list[SyncerAction]:
-        """A learner asks, or asks again; while an answer is under way that changes nothing."""
+        """A learner asks, or asks again; while an answer is under way that changes nothing. One that has had enough gets no answer."""
+        if member.num_states.get(message.fragment_id, 0) >= MAX_RELAYS:
+            return []
         known = self._requests.get(member.session)
         if known is None:
             self._requests[member.session] = _Request(member.session, message.fragment_id, message.optimizers, message.attempt)
@@ -77,14 +81,13 @@ class PeerStates:
         return []
 
     def offered(self, session: str, header: PeerState) -> bool:
-        """A peer offers a state: whether it was asked for it. From here on it has time for the transfer."""
+        """A peer offers a state: whether it is waited for. The peer has time for the transfer from its first offer on."""
         request = self._by_ticket(header.ticket)
         if request is None or request.peer != session or request.fragment_id != header.fragment_id:
             return False
-        if request.stage not in ("asked", "sending"):
-            return False
-        request.stage, request.until_s = "sending", self._now_s + TRANSFER_S
-        return True
+        if request.stage == "asked":
+            request.stage, request.until_s = "sending", self._now_s + TRANSFER_S
+        return request.stage == "sending"
 
     def arrived(self, event: PeerStateArrived, now_s: float) -> list[SyncerAction]:
         """A state is here; who is not waiting for it any more does not get it."""
@@ -92,7 +95,10 @@ class PeerStates:
             return []
         request = self._by_ticket(event.header.ticket)
         assert request is not None
-        request.stage = "relaying"
+        member = self._job.members.of(request.session)
+        if member is not None:
+            member.num_states[request.fragment_id] = member.num_states.get(request.fragment_id, 0) + 1
+        request.stage, request.until_s = "relaying", now_s + TRANSFER_S
         return [RelayPeerState(session=request.session, header=event.header)]
 
     def relayed(self, event: PeerStateRelayed, now_s: float) -> list[SyncerAction]:

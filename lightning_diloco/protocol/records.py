@@ -31,6 +31,7 @@ __all__ = [
     "EndRecord",
     "JobRecord",
     "JoinRecord",
+    "LeaseBackRecord",
     "LeaseLateRecord",
     "LeaseRecord",
     "LeaveRecord",
@@ -162,6 +163,13 @@ class LeaseRecord(_Base, frozen=True, kw_only=True, tag="lease"):
     samples: int = 0
     before: int = 0
     is_told: bool = False
+
+
+class LeaseBackRecord(_Base, frozen=True, kw_only=True, tag="lease_back"):
+    """An incarnation is silent, and nobody says whether it is dead: what it holds may be handed to others."""
+
+    learner_id: int
+    incarnation: int
 
 
 class LeaseLateRecord(_Base, frozen=True, kw_only=True, tag="lease_late"):
@@ -323,6 +331,7 @@ Record = (
     | BatchRecord
     | CountersRecord
     | LeaseRecord
+    | LeaseBackRecord
     | LeaseLateRecord
     | LeaveRecord
     | RoundOpenRecord

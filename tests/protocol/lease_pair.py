@@ -28,10 +28,11 @@ class LeasePair(RestartingPair):
         num_samples: of the data set.
         until: epochs that the job has.
         batch_size: of every learner.
+        is_supervised: whether somebody says who is dead.
     """
 
-    def __init__(self, *, num_samples: int, until: int | None, batch_size: int = 2, **options: Any) -> None:
-        super().__init__(num_fragments=1, options={"is_supervised": True, "takeover_token": "mine"}, **options)
+    def __init__(self, *, num_samples: int, until: int | None, batch_size: int = 2, is_supervised: bool = True, **options: Any) -> None:
+        super().__init__(num_fragments=1, options={"is_supervised": is_supervised, "takeover_token": "mine"}, **options)
         self.spec = DataSpec(num_samples=num_samples, is_shuffled=False, seed=7)
         self.until, self.batch_size = until, batch_size
         self.stocks: dict[str, LeaseStock] = {}

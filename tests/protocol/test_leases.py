@@ -140,10 +140,10 @@ def test_more_samples_than_were_granted_wait_for_the_grant_that_the_tape_has_los
 
 def test_a_rebuilt_ledger_takes_what_lies_below_the_ranges_that_learners_show_for_handed_out():
     ledger = LeaseLedger(DataSpec(num_samples=10, is_shuffled=False), is_rebuilt=True)
-    assert ledger.is_possible(LeaseRange(700, 6, 8))
+    assert ledger.is_possible((LeaseRange(700, 6, 8),))
     ledger.take(ledger.life(0, 0), 40, (LeaseRange(700, 6, 8),))
     ledger.take(ledger.life(1, 0), 30, (LeaseRange(699, 9, 10), LeaseRange(700, 0, 2)))
-    assert not ledger.is_possible(LeaseRange(900, 0, 1))
+    assert not ledger.is_possible((LeaseRange(900, 0, 1),))
     assert ledger.grant(ledger.life(0, 0), 41, wanted=2, batch_size=2, until=None) == (LeaseRange(700, 8, 10),)
     ledger.trained(0, 0, 4)
     ledger.trained(1, 0, 3)
@@ -162,6 +162,7 @@ class World:
         self.held: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self.trained: dict[tuple[int, int], int] = {}
         self.reported: dict[tuple[int, int], int] = {}
+        self.taken_back: Counter[tuple[int, int]] = Counter()
         self.numbers: dict[tuple[int, int], int] = {}
         self.lives = [0, 0, 0]
         self.times: Counter[tuple[int, int]] = Counter()
@@ -204,6 +205,11 @@ class World:
             self.late.append((f"{m}.{key[1]}", key))
         self.lives[m] += 1
 
+    def take_back(self, m: int) -> None:
+        key = self.key(m)
+        self.taken_back[key] = len(self.held[key])
+        self.ledger.reclaim(*key)
+
     def say_late(self) -> None:
         for session, key in self.late:
             self.ledger.late(session, self.trained[key])
@@ -215,7 +221,7 @@ class World:
             held = {
                 i
                 for key, items in self.held.items()
-                for e, i in items[self.reported[key] :]
+                for e, i in items[max(self.reported[key], self.taken_back[key]) :]
                 if e == x["epoch"] and key[1] == self.lives[key[0]]
             }
             assert {i for a, b in done for i in range(a, b)} == {i for (e, i), n in self.known.items() if e == x["epoch"] and n}
@@ -229,6 +235,7 @@ steps = st.lists(
         st.tuples(st.just("ask"), st.integers(0, 2), st.integers(1, 9), st.integers(1, 4)),
         st.tuples(st.just("train"), st.integers(0, 2), st.integers(1, 6)),
         st.tuples(st.just("report"), st.integers(0, 2)),
+        st.tuples(st.just("take_back"), st.integers(0, 2)),
         st.tuples(st.just("end"), st.integers(0, 2), st.sampled_from(["leave", "counted", "late"])),
     ),
     max_size=60,

@@ -317,18 +317,11 @@ def test_an_ended_session_is_offered_nothing(publisher, member):
 
 # ---- records ----------------------------------------------------------------------------------------------------------------
 
+BOTH = (FragmentInfo(0, 8), FragmentInfo(1, 9, "buffers"))
 MEMBER = rec.Member(learner_id=1, incarnation=2, seq=3, steps=4, tokens=5, weight=6.25)
 RECORDS = [
     rec.JobRecord(
-        job_id="j",
-        lineage="l",
-        epoch=0,
-        config={"num_fragments": 2},
-        fingerprint="f",
-        fragments=(FragmentInfo(0, 8), FragmentInfo(1, 9, "buffers")),
-        founded_n=(0, 0),
-        founder_id=0,
-        founding_bytes=10,
+        job_id="j", lineage="l", epoch=0, config={}, fingerprint="f", fragments=BOTH, founded_n=(0, 0), founder_id=0, founding_bytes=9
     ),
     rec.JoinRecord(learner_id=0, incarnation=0, role="founder"),
     rec.ProgressRecord(learner_id=0, incarnation=0, inner_steps=3, tokens=30, step_gaps_s=(0.1, 0.2)),
@@ -374,6 +367,7 @@ RECORDS = [
     rec.EndRecord(status="finished", versions=(1,), global_sha256=None),
     rec.RunRecord(status="finished", startup_s=1.0, restarts={"0": 1}, val={"loss": 1.5}),
     rec.LeaseRecord(learner_id=0, incarnation=0, number=1, ranges=(LeaseRange(0, 4, 8),), samples=4),
+    rec.LeaseBackRecord(learner_id=0, incarnation=0),
     rec.LeaseLateRecord(learner_id=0, incarnation=0, session="ab", samples=4),
 ]
 

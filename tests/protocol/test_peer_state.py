@@ -7,7 +7,7 @@ import pytest
 from lightning_diloco.protocol import actions as act
 from lightning_diloco.protocol import events as ev
 from lightning_diloco.protocol.messages import PeerState, PeerStateRequest, PeerStateWanted
-from lightning_diloco.protocol.peer_state import ANSWER_S, MAX_AT_ONCE, MAX_PEERS, TRANSFER_S
+from lightning_diloco.protocol.peer_state import ANSWER_S, MAX_AT_ONCE, MAX_PEERS, MAX_RELAYS, TRANSFER_S
 from lightning_diloco.protocol.wire import decode_from_learner, encode
 from tests.protocol.pair import Node, Pair
 
@@ -73,12 +73,50 @@ def test_the_peer_with_most_steps_is_asked_and_what_it_gives_goes_to_the_one_tha
 
 def test_an_answer_of_no_use_leads_to_another_peer():
     desk, old, young = job()
-    for attempt in range(4):
+    for attempt in range(MAX_RELAYS):
         desk.ask(young, attempt=attempt)
         session, wanted = desk.asked[-1]
         desk.answer(session, wanted)
         desk.take(ev.PeerStateRelayed(ticket=wanted.ticket))
-    assert [session for session, _ in desk.asked] == [old[i].nonce for i in (2, 1, 0, 2)]
+    assert [session for session, _ in desk.asked] == [old[i].nonce for i in (2, 1, 0)]
+
+
+def test_a_learner_that_asks_for_ever_gets_each_fragment_a_few_times_in_each_life():
+    desk, old, young = job()
+    for fragment_id in (0, 1):
+        for _ in range(3 * MAX_RELAYS):
+            desk.ask(young, fragment_id=fragment_id)
+            if desk.num_requests:
+                session, wanted = desk.asked[-1]
+                desk.answer(session, wanted)
+                desk.take(ev.PeerStateRelayed(ticket=wanted.ticket))
+    assert [relayed.header.fragment_id for relayed in desk.relayed] == [0] * MAX_RELAYS + [1] * MAX_RELAYS
+    assert len(desk.asked) == 2 * MAX_RELAYS
+    desk.take(ev.LearnerLost(learner_id=9))
+    desk.ask(desk.add(9))
+    assert len(desk.asked) == 2 * MAX_RELAYS + 1, "a new life may ask"
+
+
+def test_a_peer_that_offers_again_and_again_does_not_keep_its_place():
+    desk, old, young = job()
+    desk.ask(young)
+    session, wanted = desk.asked[0]
+    header = PeerState(ticket=wanted.ticket, fragment_id=0)
+    start_s = desk.now_s
+    while desk.syncer.peer_states.offered(session, header):
+        assert desk.now_s <= start_s + 2 * TRANSFER_S
+        desk.steps(old, 1, dt_s=TRANSFER_S / 4)
+    assert desk.now_s >= start_s + TRANSFER_S and desk.asked[-1][0] != session
+
+
+def test_what_comes_for_a_learner_that_is_gone_is_refused_when_it_is_offered_again():
+    desk, _, young = job()
+    desk.ask(young)
+    session, wanted = desk.asked[0]
+    header = PeerState(ticket=wanted.ticket, fragment_id=0)
+    assert desk.syncer.peer_states.offered(session, header)
+    desk.take(ev.LearnerLost(learner_id=9))
+    assert not desk.syncer.peer_states.offered(session, header)
 
 
 def test_asking_again_while_an_answer_is_under_way_changes_nothing():
