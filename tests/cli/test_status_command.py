@@ -170,9 +170,9 @@ def test_a_syncer_that_is_killed_and_starts_again_is_watched_on(tmp_path):
     ):
         trainer = Trainer(serving.client(0))
         until(lambda: trainer.steps > 30, 60)
+        epochs = [json.loads(watching.stdout.readline())["epoch"]]
         serving.kill()
         serving.resume()
-        epochs: list[int] = []
         until(lambda: epochs.append(json.loads(watching.stdout.readline())["epoch"]) or epochs[-1] == 1, 60)
         trainer.is_over = True
         trainer.run.result()
