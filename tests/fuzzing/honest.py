@@ -96,9 +96,14 @@ def judge(tally: Tally, run_dir: Path, honest: list[Honest]) -> None:
     tally.expect(summary["status"] == "finished", f"the job's status is {summary['status']}")
     for learner, entry in zip(honest, summary["learners"], strict=False):
         tokens = learner.inner_steps * TOKENS
-        tally.expect(entry["tokens"] == tokens and entry["discarded"] == 0, f"of {tokens} tokens of an honest learner: {entry}"[:500])
+        # A last contribution of one step may lie above the gate of norms by itself, whoever fires.
+        mine = [e for e in tape if e["event"] == "discard" and e["learner_id"] == entry["learner_id"] and e["reason"] == "norm"]
+        gated = sum(e["tokens"] for e in mine)
+        is_whole = entry["tokens"] == tokens and entry["discarded"] <= gated <= 2 * TOKENS
+        tally.expect(is_whole, f"of {tokens} tokens of an honest learner: {entry}"[:500])
         merged = sum(sum(m["tokens"] for m in e["members"] if m["learner_id"] == entry["learner_id"]) for e in merges)
-        tally.expect(merged == tokens * len(versions), f"{merged} tokens of an honest learner are merged, not {len(versions)} x {tokens}")
+        wanted = tokens * len(versions) - gated
+        tally.expect(merged == wanted, f"{merged} tokens of an honest learner are merged, not {wanted} of {len(versions)} x {tokens}")
     saved = load_file(run_dir / "global.safetensors")
     same = all(torch.equal(p.detach(), saved[name]) for name, p in honest[-1].module.named_parameters())
     tally.expect(same, "the last honest learner's model is not the job's, bit for bit")

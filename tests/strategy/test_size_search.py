@@ -84,7 +84,7 @@ def test_a_size_that_does_not_fit_is_not_tried_again():
             search.failed(search.size)
         search.observe(search.size, device.step_s(search.size))
         before = search.size
-        if search.decide(1.0) != before:
+        if search.decide(0.3) != before:
             assert search.ceiling == 1000 or search.size <= search.ceiling
     assert 15 <= search.size <= 20
     assert search.failed(1) == 1
