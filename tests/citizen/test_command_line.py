@@ -80,6 +80,7 @@ def test_a_restarted_learner_does_not_trip_over_the_configuration_that_it_saved(
     assert summary["status"] == "finished" and summary["restarts"]["learners"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_an_option_that_is_none_is_refused_by_its_name(tmp_path):
     script = Script(tmp_path, SCRIPT)

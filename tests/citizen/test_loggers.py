@@ -53,6 +53,7 @@ def test_tensorboard_gets_one_run_with_the_metrics_of_learner_0(tmp_path, monkey
     assert merges == sorted(merges) and merges[-1] > 5
 
 
+@pytest.mark.slow
 @needs("wandb")
 def test_wandb_offline_gets_one_run_with_the_metrics_of_learner_0(tmp_path, monkeypatch):
     import wandb

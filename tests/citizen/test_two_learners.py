@@ -26,7 +26,8 @@ class Noting(TinyModel):
 
 
 @pytest.mark.filterwarnings(STREAMS)
-@pytest.mark.parametrize("is_shared", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.slow
 def test_a_stream_is_shared_out_unless_the_trainer_says_otherwise(is_shared, tmp_path, monkeypatch):
     """Scenario 20: each item once per epoch, or once per learner."""
     monkeypatch.chdir(tmp_path)

@@ -73,6 +73,7 @@ def train_once(client: LearnerClient, module: nn.Module) -> None:
     client.boundary(tokens=1)
 
 
+@pytest.mark.slow
 def test_connections_that_break_again_and_again_lose_nothing_and_stop_nobody(tmp_path):
     config = dataclasses.replace(CONFIG, min_quorum=2)
     with running_job(tmp_path, "tcp", config) as job, behind_proxies(job) as proxies:

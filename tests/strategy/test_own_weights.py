@@ -58,7 +58,7 @@ NEUTRAL = {"outer_lr": 1.0, "outer_momentum": 0.0, "wire_dtype": "fp32"}
 
 @pytest.mark.parametrize(
     ("devices", "sync"),
-    [(1, {"launch": "inline"}), (1, {"launch": "inline", **NEUTRAL}), pytest.param(2, {}, marks=pytest.mark.process)],
+    [(1, {"launch": "inline"}), (1, {"launch": "inline", **NEUTRAL}), pytest.param(2, {}, marks=[pytest.mark.process, pytest.mark.slow])],
     ids=["inline", "neutral", "processes"],
 )
 def test_weights_of_a_callback_are_returned_saved_and_validated(devices, sync, tmp_path):

@@ -72,6 +72,7 @@ def script(tmp_path):
         each.close()
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_and_with_the_bare_name(script, tmp_path):
     """Scenario 1."""
     text = script(
