@@ -106,12 +106,17 @@ def make_pace(steps: Path, end: Path, step_s: float) -> Any:
 
 def validate(path: Path) -> float:
     """Nats per byte of the model in a file of safetensors, on the held-out text."""
+    return loss_of(make_module(), make_data(), path)
+
+
+def loss_of(module: Any, data: Any, path: Path) -> float:
+    """The same, of a module whose weights are in the file, on that text."""
     import torch
     from safetensors.torch import load_file
 
-    module, data = make_module(), make_data()
-    missing = module.load_state_dict(load_file(path), strict=False).missing_keys
-    assert not [name for name in missing if name in dict(module.named_parameters())], missing
+    missing = set(dict(module.named_parameters())) & set(module.load_state_dict(load_file(path), strict=False).missing_keys)
+    if missing:
+        raise SystemExit(f"{path} lacks {sorted(missing)}.")
     module.eval()
     with torch.no_grad():
         losses = [(float(module._predict(batch)[0]), len(batch)) for batch in data.val_dataloader()]

@@ -141,17 +141,9 @@ def link_bytes() -> dict[str, int]:
 
 def validate(told: dict[str, Any], path: Path) -> float:
     """Nats per byte on the held-out text."""
-    import torch
-    from safetensors.torch import load_file
+    from benchmarks.storm.learner import loss_of
 
-    module, data = make(told)
-    missing = set(dict(module.named_parameters())) & set(module.load_state_dict(load_file(path), strict=False).missing_keys)
-    if missing:
-        raise SystemExit(f"{path} lacks {sorted(missing)}.")
-    module.eval()
-    with torch.no_grad():
-        losses = [(float(module._predict(batch)[0]), len(batch)) for batch in data.val_dataloader()]
-    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+    return loss_of(*make(told), path)
 
 
 if __name__ == "__main__":

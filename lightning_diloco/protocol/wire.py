@@ -6,7 +6,7 @@ misdirected message is refused by its tag. No pickle, no code, no references: ms
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -32,6 +32,8 @@ __all__ = [
     "encode",
 ]
 
+_T = TypeVar("_T")
+
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _FROM_LEARNER: Final = msgspec.msgpack.Decoder(tuple[Envelope, FromLearner])
 _FROM_SYNCER: Final = msgspec.msgpack.Decoder(tuple[Envelope, FromSyncer])
@@ -52,10 +54,7 @@ def decode_from_learner(data: bytes) -> tuple[Envelope, FromLearner]:
     Raises:
         RemoteProtocolError: the bytes are no such message.
     """
-    try:
-        return _FROM_LEARNER.decode(data)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise RemoteProtocolError("wrong_layout", f"not a learner's message: {error}") from error
+    return _decode(_FROM_LEARNER, data, "a learner's message")
 
 
 def decode_from_syncer(data: bytes) -> tuple[Envelope, FromSyncer]:
@@ -64,10 +63,7 @@ def decode_from_syncer(data: bytes) -> tuple[Envelope, FromSyncer]:
     Raises:
         RemoteProtocolError: the bytes are no such message.
     """
-    try:
-        return _FROM_SYNCER.decode(data)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise RemoteProtocolError("wrong_layout", f"not a syncer's message: {error}") from error
+    return _decode(_FROM_SYNCER, data, "a syncer's message")
 
 
 def decode_from_observer(data: bytes) -> tuple[Envelope, FromObserver]:
@@ -76,10 +72,7 @@ def decode_from_observer(data: bytes) -> tuple[Envelope, FromObserver]:
     Raises:
         RemoteProtocolError: the bytes are no such message.
     """
-    try:
-        return _FROM_OBSERVER.decode(data)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise RemoteProtocolError("wrong_layout", f"not an observer's message: {error}") from error
+    return _decode(_FROM_OBSERVER, data, "an observer's message")
 
 
 def decode_to_observer(data: bytes) -> tuple[Envelope, ToObserver]:
@@ -88,10 +81,7 @@ def decode_to_observer(data: bytes) -> tuple[Envelope, ToObserver]:
     Raises:
         RemoteProtocolError: the bytes are no such message.
     """
-    try:
-        return _TO_OBSERVER.decode(data)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise RemoteProtocolError("wrong_layout", f"not an answer to an observer: {error}") from error
+    return _decode(_TO_OBSERVER, data, "an answer to an observer")
 
 
 def decode_learner_header(data: bytes) -> tuple[Envelope, LearnerHeader]:
@@ -100,10 +90,7 @@ def decode_learner_header(data: bytes) -> tuple[Envelope, LearnerHeader]:
     Raises:
         RemoteProtocolError: the bytes are no such header.
     """
-    try:
-        return _LEARNER_HEADER.decode(data)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise RemoteProtocolError("wrong_layout", f"not a learner's payload header: {error}") from error
+    return _decode(_LEARNER_HEADER, data, "a learner's payload header")
 
 
 def decode_syncer_header(data: bytes) -> tuple[Envelope, SyncerHeader]:
@@ -112,7 +99,11 @@ def decode_syncer_header(data: bytes) -> tuple[Envelope, SyncerHeader]:
     Raises:
         RemoteProtocolError: the bytes are no such header.
     """
+    return _decode(_SYNCER_HEADER, data, "a syncer's payload header")
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], data: bytes, what: str) -> _T:
     try:
-        return _SYNCER_HEADER.decode(data)
+        return decoder.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise RemoteProtocolError("wrong_layout", f"not a syncer's payload header: {error}") from error
+        raise RemoteProtocolError("wrong_layout", f"not {what}: {error}") from error

@@ -131,6 +131,7 @@ def _leased_class(cls: type[DataLoader[Any]]) -> type[DataLoader[Any]]:
     """A loader's class with another way to be iterated, of the same layout in memory: an instance can become one of it."""
 
     def batches(self: Any) -> Iterator[Any]:
+        """The class's own batches; how many samples each has is handed out beside it."""
         state, carried = self.lease_state, 0
         state.begin()
         for number, batch in enumerate(cls.__iter__(self), start=1):
@@ -144,6 +145,7 @@ def _leased_class(cls: type[DataLoader[Any]]) -> type[DataLoader[Any]]:
                 return
 
     def length(self: Any) -> int:
+        """Batches of an even share, while Lightning plans."""
         if not self.lease_state.is_planning:
             raise TypeError("While an epoch runs nobody knows how many batches a learner will get.")
         return int(self.lease_state.length)

@@ -239,6 +239,7 @@ def _with_live_length(kind: Any) -> Any:
     """The loader's class, with the length of a stream by its live sampler too: torch divides it by the size of the beginning."""
 
     def length(self: Any) -> int:
+        """Batches at the present size."""
         return len(self.batch_sampler)
 
     return type(kind.__name__, (kind,), {"__len__": length, "__module__": kind.__module__, "__doc__": kind.__doc__})

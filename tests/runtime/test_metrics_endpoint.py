@@ -120,8 +120,10 @@ def test_the_wait_for_the_last_scrape_is_said_and_can_be_ended(endpoint, live, t
     SummaryKeeper(tmp_path, live=live).finish()
     closing = Background(lambda: endpoint.close(linger=True))
     until(lambda: "Waiting up to 20 s for the last scrape" in caplog.text)
+    assert not closing.is_done
     endpoint.hurry()
     closing.result(LINGER_S / 2)
+    assert closing.is_done
 
 
 def test_where_nobody_scrapes_nobody_is_waited_for(live, tmp_path):
