@@ -56,10 +56,13 @@ class Watch:
 
 
 def most_of_one_fragment(headers: list[bytes]) -> int:
-    """Of payloads on their way, how many contributions belong to one fragment at most."""
+    """Of payloads on their way, how many contributions belong to one fragment at most.
+
+    Not counted: the one with which a learner leaves, which may follow an unresolved one.
+    """
     from lightning_diloco.protocol.messages import Contribution
     from lightning_diloco.protocol.wire import decode_learner_header
 
     decoded = [decode_learner_header(data)[1] for data in headers]
-    counts = Counter(header.fragment_id for header in decoded if isinstance(header, Contribution))
+    counts = Counter(header.fragment_id for header in decoded if isinstance(header, Contribution) and not header.is_final)
     return max(counts.values(), default=0)
