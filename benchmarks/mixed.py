@@ -16,15 +16,13 @@ core, so that two cores are enough and no figure is that of the machine's schedu
 | `ddp` | Lightning's own `ddp` on the mixed devices, batches of 8 |
 
 Every row trains the same number of tokens (`--tokens`), and once more for the same time (`--seconds`). Its throughput is counted while all
-of
-its learners train, and given as a share of the same processes, at the same sizes of batches, at once and without communication. The loss
-is that of the global model on the held-out text. Losses are compared by seed: mean of the paired relative differences and its 95 % interval
-(Student's t).
+of its learners train, and given as a share of the same processes, at the same sizes of batches, at once and without communication. The
+loss is that of the global model on the held-out text. Losses are compared by seed: mean of the paired relative differences and its 95 %
+interval (Student's t).
 
 Aims: `auto` at least 0.97 of the processes without communication; its loss at equal tokens within 1 % of `alike`; a participation of at
-least
-0.95 for every learner; step times within 10 % of the common target. The exit code is 1 if one is missed. Rows that the JSON file holds
-are not run again.
+least 0.95 for every learner; step times within 10 % of the common target. The exit code is 1 if one is missed. Rows that the JSON file
+holds are not run again.
 """
 
 from __future__ import annotations

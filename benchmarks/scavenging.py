@@ -3,12 +3,9 @@
     .venv/bin/python benchmarks/scavenging.py [--seconds S] [--seed N] [--json FILE]
 
 Two jobs after one another, of the same length: two learners alone, and the same two with two more that join by hand after a quarter of the
-time
-and get SIGTERM after three quarters. A learner is a Trainer with `syncer=` on a device of half a core, emulated by waiting as in
-`mixed.py`;
-the syncer is the command. Every few seconds the global model is taken out of the newest snapshot (`lightning-diloco export` does the same)
-and
-validated after the job, on the held-out text.
+time and get SIGTERM after three quarters. A learner is a Trainer with `syncer=` on a device of half a core, emulated by waiting as in
+`mixed.py`; the syncer is the command. Every few seconds the global model is taken out of the newest snapshot (`lightning-diloco export`
+does the same) and validated after the job, on the held-out text.
 
 | figure | what |
 |---|---|
