@@ -26,6 +26,7 @@ from lightning_diloco.outer.merge import FoldRecord, MergeAccumulator, MergeReco
 from lightning_diloco.outer.optimizer import FragmentState, last_step, momentum_at, outer_step, recovered_momentum
 from lightning_diloco.outer.pseudo_gradient import contribution_norm, pseudo_gradient
 from lightning_diloco.outer.publishing import OuterStep, Published, is_finite, take_step
+from lightning_diloco.outer.shards import MAX_SHARDS, global_id, part_of, parts_of, whole
 from lightning_diloco.outer.spec import Fragment, Layout, TensorSlice, TensorSpec
 from lightning_diloco.outer.static import load_static, pack_static, static_bytes
 from lightning_diloco.outer.views import FragmentView
@@ -36,6 +37,7 @@ __all__ = [
     "FragmentState",
     "FragmentView",
     "Layout",
+    "MAX_SHARDS",
     "MergeAccumulator",
     "MergeRecord",
     "OuterStep",
@@ -56,12 +58,15 @@ __all__ = [
     "encode_in_place",
     "encode_publication",
     "flat",
+    "global_id",
     "is_finite",
     "load_static",
     "last_step",
     "momentum_at",
     "outer_step",
     "pack_static",
+    "part_of",
+    "parts_of",
     "payload_bytes",
     "plan_layout",
     "pseudo_gradient",
@@ -71,4 +76,5 @@ __all__ = [
     "sha256_of",
     "static_bytes",
     "take_step",
+    "whole",
 ]

@@ -17,7 +17,7 @@ from lightning_diloco.outer import FragmentView, contribution_norm, decode, refe
 from lightning_diloco.protocol.actions import Heal
 from lightning_diloco.protocol.learner_state import FragmentState
 
-__all__ = ["MAX_NORM", "Remedy", "describe", "is_sound", "poisoned_fragments", "tensors_of"]
+__all__ = ["MAX_NORM", "Remedy", "describe", "is_heal_due", "is_sound", "poisoned_fragments", "tensors_of"]
 
 MAX_NORM = 1e30
 """A contribution of this norm or more counts as not finite: two of them can overflow float32 in the outer step, and NaN is for good."""
@@ -63,10 +63,13 @@ class Remedy:
         return reference(self.base, sent if sent is not None and is_sound(contribution_norm(sent)) else None)
 
 
-def poisoned_fragments(module: nn.Module, views: Sequence[FragmentView], fragments: Sequence[FragmentState]) -> tuple[int, ...] | None:
-    """The fragments that are not finite, while a heal for such values is due; None if none is, and nobody has looked."""
-    if all(fragment.heal != "nonfinite" for fragment in fragments):
-        return None
+def is_heal_due(fragments: Sequence[FragmentState]) -> bool:
+    """Whether one of them was refused for a value that is not finite."""
+    return any(fragment.heal == "nonfinite" for fragment in fragments)
+
+
+def poisoned_fragments(module: nn.Module, views: Sequence[FragmentView]) -> tuple[int, ...]:
+    """The fragments that are not finite."""
     return tuple(i for i, view in enumerate(views) if not _is_finite(module, view))
 
 
