@@ -65,12 +65,12 @@ class ShardedSyncerError(DiLoCoError):
     """The syncer that was dialled has several shards, and each wants to be joined; `runtime.sharded_client.join_job` does that.
 
     Args:
-        endpoints: control endpoints of all shards, by number, as the syncer has told them.
+        endpoints: control endpoints of the shards from 1 on, as shard 0 has told them, which was dialled.
     """
 
     def __init__(self, endpoints: tuple[str, ...]) -> None:
         super().__init__(
-            f"This syncer has {len(endpoints)} shards, each for its part of the model. Join by join_job, which joins them all."
+            f"This syncer has {len(endpoints) + 1} shards, each for its part of the model. Join by join_job, which joins them all."
         )
         self.endpoints = endpoints
 

@@ -83,12 +83,12 @@ class WhoAreYou(Message, frozen=True, kw_only=True):
 
 
 class Sharded(Message, frozen=True, kw_only=True):
-    """Answer to a `Hello` for the whole model, of a syncer that has several shards: say it to each, here, for its part of the model.
+    """Answer to a `Hello` for the whole model, of a syncer that has several shards: say it to each, for its part of the model.
 
-    The first one is that of the lead, which decides who takes part.
+    The one that answers is the lead, shard 0; these are the control endpoints of the others, by number.
     """
 
-    endpoints: Annotated[tuple[Name, ...], Meta(min_length=2, max_length=64)]
+    endpoints: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=63)]
 
 
 class SendState(Message, frozen=True, kw_only=True):

@@ -28,7 +28,7 @@ class ServiceOptions:
         keys: of this syncer: links are encrypted, and only sites that it admits are let in.
         shard: which part of the fragments this process merges.
         num_shards: how many such processes the syncer has.
-        shard_endpoints: where all of them listen, by number; only the lead is asked, so the others need not know.
+        shard_endpoints: where the others listen, from shard 1 on; only the lead (shard 0) is asked, so the others need not know.
     """
 
     run_dir: Path

@@ -70,7 +70,7 @@ def join_job(
     try:
         return client, client.join()
     except ShardedSyncerError as sharded:
-        endpoints = tuple(reach(options.endpoint, told) for told in sharded.endpoints)
+        endpoints = (options.endpoint, *(reach(options.endpoint, told) for told in sharded.endpoints))
     all_of_them = ShardedClient(module, options, endpoints, context=context)
     return all_of_them, all_of_them.join()
 
