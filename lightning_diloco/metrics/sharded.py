@@ -59,6 +59,10 @@ class _Shard:
     lives: dict[tuple[int, str], _Life] = field(default_factory=dict)
     end: tuple[float, EndRecord] | None = None
 
+    def session(self, record: JoinRecord | ProgressRecord | CountersRecord | LeaveRecord) -> str:
+        """The process that a record is about."""
+        return self.sessions.get((record.learner_id, record.incarnation), f"#{record.incarnation}")
+
 
 def renumbered(line: TapeLine, shard: int, num_shards: int) -> TapeLine:
     """A line about one fragment of a shard, with the fragment's number in the whole.
@@ -101,8 +105,9 @@ class ShardedFold(SummaryFold):
                 told.job = record
                 self._found_all()
             case JoinRecord() as record:
-                told.sessions[record.learner_id, record.incarnation] = record.session
-                told.lives.setdefault((record.learner_id, record.session), _Life())
+                if record.session:
+                    told.sessions[record.learner_id, record.incarnation] = record.session
+                told.lives.setdefault((record.learner_id, told.session(record)), _Life())
             case ProgressRecord() | CountersRecord() as record:
                 self._report(told, record)
             case LeaveRecord() as record:
@@ -189,14 +194,12 @@ class ShardedFold(SummaryFold):
     # ---- lives --------------------------------------------------------------------------------------------------------------
 
     def _life(self, told: _Shard, record: ProgressRecord | CountersRecord | LeaveRecord) -> _Life:
-        session = told.sessions.get((record.learner_id, record.incarnation), "")
-        return told.lives.setdefault((record.learner_id, session), _Life())
+        return told.lives.setdefault((record.learner_id, told.session(record)), _Life())
 
     def _report(self, told: _Shard, record: ProgressRecord | CountersRecord) -> None:
         life = self._life(told, record)
         life.inner_steps, life.tokens = max(life.inner_steps, record.inner_steps), max(life.tokens, record.tokens)
-        session = told.sessions.get((record.learner_id, record.incarnation), "")
-        self._accounts.report(record.learner_id, self._number(record.learner_id, session), life.inner_steps, life.tokens)
+        self._accounts.report(record.learner_id, self._number(record.learner_id, told.session(record)), life.inner_steps, life.tokens)
 
     def _number(self, learner_id: int, session: str) -> int:
         """A life's number among those of its learner, in the order in which they were seen."""

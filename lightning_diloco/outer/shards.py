@@ -88,7 +88,7 @@ def whole(parts: Sequence[Layout]) -> Layout:
         ConfigurationError: they are not that.
     """
     count = len(parts)
-    if [(p.shard, p.num_shards) for p in parts] != [(k, count) for k in range(count)]:
+    if not parts or [(p.shard, p.num_shards) for p in parts] != [(k, count) for k in range(count)]:
         raise ConfigurationError("These are not the parts of one layout. Give the run directory as its syncer has left it.")
     found = {global_id(f.fragment_id, p.shard, count): f for p in parts for f in p.fragments}
     if sorted(found) != list(range(len(found))):

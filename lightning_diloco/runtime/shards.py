@@ -47,7 +47,7 @@ def num_shards_of(run_dir: Path) -> int:
     path = run_dir / SHARDS_NAME
     try:
         count = json.loads(path.read_bytes())["num_shards"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 1
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigurationError(f"{path}: cannot be read ({error!r}). Put it back: {{'num_shards': S}} in JSON.") from error
