@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from lightning_diloco.errors import ConfigurationError
-from lightning_diloco.runtime.shards import endpoints_of, num_shards_of
+from lightning_diloco.runtime.shards import endpoints_of, num_shards_of, refuse_lost_folders
 
 if TYPE_CHECKING:
     from lightning_diloco.runtime.keys import SyncerKeys
@@ -38,6 +38,8 @@ def refuse_shards(args: argparse.Namespace) -> int:
         raise ConfigurationError(
             f"{args.run_dir}: holds an earlier job. Give a new directory, or go on with that job by --resume {args.run_dir}."
         )
+    if args.resume is not None:
+        refuse_lost_folders(args.run_dir)
     if args.resume is not None and said is not None and said != there:
         raise ConfigurationError(
             f"--shards {said}: the job in {args.run_dir} has {there}, and its fragments stay where they are. Leave --shards out."

@@ -45,6 +45,7 @@ class ShardProcess:
         self.has_failed = False
         self._run_dir, self._arguments, self._bind, self._hello = run_dir, arguments, bind, hello
         self._child: Child | None = None
+        self._was_ready = False
         self._started_s = 0.0
         self._pause_s = FIRST_PAUSE_S
         self._start_at_s: float | None = None
@@ -55,6 +56,10 @@ class ShardProcess:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         (self._run_dir / "syncer.json").unlink(missing_ok=True)
         is_old = (self._run_dir / "snapshots" / "identity.json").exists()
+        if self._was_ready and not is_old:
+            _log.error("%s: this shard's part of the job is lost. The job ends.", self._run_dir)
+            self.is_done = self.has_failed = True
+            return
         folder = ["--resume" if is_old else "--run-dir", str(self._run_dir)]
         arguments = ["syncer", "--as-shard", "--bind", self._bind, *folder, *self._arguments]
         self._child = start_child("lightning_diloco", arguments, log=None, environment=child_environment(1))
@@ -83,7 +88,7 @@ class ShardProcess:
             return False
         if self._child is None or said["pid"] != self._child.pid:
             return False
-        self._bind, self._hello["bulk"] = said["endpoint"], said["bulk"]
+        self._bind, self._hello["bulk"], self._was_ready = said["endpoint"], said["bulk"], True
         return True
 
     def tell_endpoints(self, endpoints: list[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Final
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.addresses import MAX_PORT, split
 
-__all__ = ["SHARDS_NAME", "endpoints_of", "num_shards_of", "shard_dir", "shard_dirs", "write_num_shards"]
+__all__ = ["SHARDS_NAME", "endpoints_of", "num_shards_of", "refuse_lost_folders", "shard_dir", "shard_dirs", "write_num_shards"]
 
 SHARDS_NAME: Final = "shards.json"
 _FOLDER: Final = "shards"
@@ -65,6 +65,21 @@ def write_num_shards(run_dir: Path, num_shards: int) -> None:
     temporary = run_dir / f".{SHARDS_NAME}.{os.getpid()}"
     temporary.write_text(json.dumps({"num_shards": num_shards}) + "\n")
     temporary.replace(run_dir / SHARDS_NAME)
+
+
+def refuse_lost_folders(run_dir: Path) -> None:
+    """Nothing may begin anew in one shard's folder while the others hold a job: its learners would be refused as those of another one.
+
+    Raises:
+        ConfigurationError: a shard's folder is lost.
+    """
+    folders = [folder / "snapshots" / "identity.json" for folder in shard_dirs(run_dir)]
+    lost = [path.parent.parent for path in folders if not path.exists()]
+    if len(lost) < len(folders) and lost:
+        raise ConfigurationError(
+            f"{lost[0]}: this shard's part of the job is lost, and the other shards have theirs. Put the folder back, or start a new job "
+            "from a checkpoint: fit(ckpt_path=...)."
+        )
 
 
 def endpoints_of(bind: str, shard: int, num_shards: int) -> tuple[str, str]:

@@ -147,6 +147,13 @@ def test_a_job_keeps_its_number_of_shards(tmp_path, capsys):
     assert "num_shards=1 must be a whole number of at least 2" in refuse(capsys, "export", there, "model.ckpt")
 
 
+def test_a_shard_does_not_begin_anew_while_the_others_hold_a_job(tmp_path, capsys):
+    write_num_shards(tmp_path, 2)
+    (tmp_path / "shards" / "0" / "snapshots").mkdir(parents=True)
+    (tmp_path / "shards" / "0" / "snapshots" / "identity.json").write_text("{}")
+    assert "1: this shard's part of the job is lost" in refuse(capsys, "syncer", "--resume", str(tmp_path))
+
+
 def test_a_job_without_shards_gets_none_later(tmp_path, capsys):
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots" / "identity.json").write_text("{}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -68,6 +69,21 @@ def sharded_run(run_dir: Path, num_shards: int = 2, *arguments: str, **options: 
             run.process.communicate()
         # Without their parent the shards end themselves.
         until(lambda: not any(is_running(run.said(k).get("pid")) for k in range(num_shards)), 10)
+
+
+def free_ports(count: int) -> int:
+    """A free port, with so many free ones from it on."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                for after in range(1, count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + after))
+            except (OSError, OverflowError):
+                continue
+            return port
 
 
 def is_running(pid: int | None) -> bool:

@@ -207,6 +207,28 @@ def test_a_learner_comes_back_under_its_id_though_a_shard_takes_its_last_life_fo
         assert [part._machine.state.learner_id for part in again._parts] == [1, 1]
 
 
+def test_a_founder_that_dies_between_two_shards_is_replaced_by_its_next_life(tmp_path):
+    """Nobody trains before all shards are founded, so what the first life has founded is what it was."""
+    with shards(tmp_path) as syncer:
+        half = ShardedClient(make_module(0), syncer.options(0), tuple(syncer.endpoints), context=syncer.context)
+        half._lead.join()
+        half.close()
+        waiting = Background(lambda: syncer.join(1, make_module(1)))
+        syncer.services[0].learner_lost(0)
+        until(lambda: syncer.services[0]._machine.job.members.by_id(0) is None)
+        module = make_module(2)
+        client = syncer.join(0, module)
+        founded = syncer.services[0]._performer.store.state(0).shadow
+        assert torch.equal(founded, torch.cat([t.detach().flatten() for _, t in client.weights.parameters_of(0)]))
+        other = waiting.result()
+        for x in (client, other):
+            train_for(x, 10)
+        leaving = [Background(lambda x=x: (x.leave("limit"), x.close())) for x in (client, other)]
+        for life in leaving:
+            life.result()
+        assert [part["status"] for part in syncer.finish()] == ["finished", "finished"]
+
+
 def test_sharded_messages_after_the_join_change_nothing(tmp_path):
     with shards(tmp_path) as syncer:
         client = syncer.join(0)
