@@ -29,7 +29,7 @@ import zmq
 from torch import nn
 
 from lightning_diloco.errors import FencedError
-from lightning_diloco.outer import Layout
+from lightning_diloco.outer import Layout, global_id
 from lightning_diloco.protocol.actions import Adopt, Heal, LearnerAction, Send, Snapshot
 from lightning_diloco.protocol.events import Boundary, JoinRequested, LeaveRequested, PauseChanged, StopRequested
 from lightning_diloco.protocol.identity import Version
@@ -256,7 +256,8 @@ class LearnerClient:
         return poisoned_fragments(self._module, self._store.views) if heals or self.is_heal_due else None
 
     def _heal(self, action: Heal, remedy: Remedy) -> None:
-        _log.warning("%s", describe(self._machine.state.learner_id, action, self._options.config.norm_gate))
+        number = global_id(action.fragment_id, self.layout.shard, self.layout.num_shards)
+        _log.warning("%s", describe(self._machine.state.learner_id, action, self._options.config.norm_gate, number))
         self._store.views[action.fragment_id].copy_from(remedy.values())
         if self.on_heal is not None:
             # One step with a NaN puts it into the moments of all parameters.

@@ -28,13 +28,14 @@ def is_sound(norm: float) -> bool:
     return norm < MAX_NORM
 
 
-def describe(learner_id: int, heal: Heal, norm_gate: float | None) -> str:
+def describe(learner_id: int, heal: Heal, norm_gate: float | None, fragment_id: int | None = None) -> str:
     """What was refused, by which rule, what happens now, and what the user can do.
 
     Args:
         learner_id: of this learner.
         heal: what the rules ask for.
         norm_gate: of the job.
+        fragment_id: number of the fragment in the whole model (None: the one in `heal`).
     """
     if heal.reason == "norm":
         rule = f"its norm per step is above norm_gate={norm_gate} times the running median of this fragment"
@@ -43,7 +44,7 @@ def describe(learner_id: int, heal: Heal, norm_gate: float | None) -> str:
         rule = "a value in it is not finite, or too large for float32"
         remedy = "If it comes again, lower the inner learning rate or clip the gradients."
     return (
-        f"Learner {learner_id}: fragment {heal.fragment_id} was refused ({heal.reason}): {rule}. "
+        f"Learner {learner_id}: fragment {heal.fragment_id if fragment_id is None else fragment_id} was refused ({heal.reason}): {rule}. "
         f"Its parameters go back to the last published ones. {remedy}"
     )
 

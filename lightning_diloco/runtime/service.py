@@ -158,7 +158,7 @@ class SyncerService:
         self._machine = SyncerMachine(self._performer.job_options(), opening.resumption)
         self._relay = PeerStateRelay(self._machine, self._transport, store=lambda: self._performer.store, handle=self._handle)
         self._intake = Intake(self._machine, self._performer, self._relay, submit=self._submit, handle=self._handle)
-        self._door = ShardDoor(options, self._performer.say, self._performer.refuse)
+        self._door = ShardDoor(options, self._performer.say)
         token = options.observer_token
         self._observers = Observers(self._machine, self._tape, self._transport, self._live, token, self._on_loop)
 

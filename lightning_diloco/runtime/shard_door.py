@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning_diloco.outer import part_of
-from lightning_diloco.protocol.messages import PROTOCOL_VERSION, Hello, Message, Sharded
+from lightning_diloco.protocol.messages import PROTOCOL_VERSION, Hello, JoinRefused, Message, Sharded
 from lightning_diloco.runtime.service_options import ServiceOptions
 
 __all__ = ["ShardDoor"]
@@ -22,11 +22,10 @@ class ShardDoor:
     Args:
         options: of its service.
         say: sends a message to a session.
-        refuse: tells a session to end: session, reason, sentence.
     """
 
-    def __init__(self, options: ServiceOptions, say: Callable[[str, Message], None], refuse: Callable[[str, str, str], None]) -> None:
-        self._options, self._say, self._refuse = options, say, refuse
+    def __init__(self, options: ServiceOptions, say: Callable[[str, Message], None]) -> None:
+        self._options, self._say = options, say
 
     def turns_away(self, session: str, hello: Hello) -> bool:
         """Whether this process was answered here: it is to go elsewhere, or may not come in."""
@@ -39,8 +38,8 @@ class ShardDoor:
             self._say(session, Sharded(endpoints=options.shard_endpoints))
         elif wanted == (0, 1):
             sentence = f"This is shard {ours[0]} of {ours[1]} of a syncer. Dial the address that the syncer has printed at its start."
-            self._refuse(session, "wrong_layout", sentence)
+            self._say(session, JoinRefused(reason="wrong_layout", detail=sentence))
         else:
             sentence = f"Part {wanted[0]} of {wanted[1]} of a model: this is shard {ours[0]} of {ours[1]}. Start the learner again."
-            self._refuse(session, "wrong_layout", sentence)
+            self._say(session, JoinRefused(reason="wrong_layout", detail=sentence))
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +63,7 @@ class ShardProcess:
             return
         folder = ["--resume" if is_old else "--run-dir", str(self._run_dir)]
         arguments = ["syncer", "--as-shard", "--bind", self._bind, *folder, *self._arguments]
-        self._child = start_child("lightning_diloco", arguments, log=None, environment=child_environment(1))
+        self._child = start_child("lightning_diloco", arguments, log=None, environment=_environment())
         self._child.send_line(self._hello)
         if self._finish is not None:
             self._child.send_line(self._finish)
@@ -145,3 +146,8 @@ class ShardProcess:
             self._child.signal_group(9)
             while self._child.poll() is None:
                 time.sleep(0.01)
+
+
+def _environment() -> dict[str, str]:
+    """As a syncer by hand has it: one thread for tensors, unless the user says otherwise."""
+    return {**child_environment(1), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

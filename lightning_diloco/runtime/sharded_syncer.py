@@ -15,7 +15,6 @@ a learner that has died in between: it is told to end.
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import time
@@ -53,6 +52,8 @@ class ShardedSyncer:
         self._run_dir = run_dir
         self._keeper = SummaryKeeper(run_dir, live=self.live)
         self._stop = threading.Event()
+        self._drain_s: float | None = None
+        """How long the job's learners wait at their end, by its configuration; looked up when it is over somewhere."""
         self._shards = []
         for shard in range(num_shards):
             control, bulk = endpoints_of(bind, shard, num_shards)
@@ -132,13 +133,10 @@ class ShardedSyncer:
         if over_s is None:
             return None
         # Whoever has left one shard leaves the others within the same drain. Without the lead's word somebody may come back.
-        patience_s = self._drain_s() + _MARGIN_S + (0.0 if self._shards[0].is_done else GIVEN_UP_S)
+        if self._drain_s is None:
+            self._drain_s = float(self.live.result("running", is_strict=False)["config"].get("drain_timeout_s", 0.0))
+        patience_s = self._drain_s + _MARGIN_S + (0.0 if self._shards[0].is_done else GIVEN_UP_S)
         return "finished" if now_s > over_s + patience_s else None
-
-    @functools.cache  # noqa: B019 - there is one of these in a process
-    def _drain_s(self) -> float:
-        """How long the job's learners wait at their end, by its configuration."""
-        return float(self.live.result("running", is_strict=False)["config"].get("drain_timeout_s", 0.0))
 
     @property
     def _restarts(self) -> dict[str, int]:
