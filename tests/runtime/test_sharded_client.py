@@ -15,8 +15,10 @@ import zmq
 from torch import nn
 
 from lightning_diloco.errors import ConfigurationError, JoinRefusedError, ShardedSyncerError
+from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.messages import Sharded
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
+from lightning_diloco.runtime.rejoin import InnerState, pack
 from lightning_diloco.runtime.service import ServiceOptions, SyncerService
 from lightning_diloco.runtime.sharded_client import ShardedClient, join_job
 from tests.runtime.job_helpers import CONFIG, Background, make_module, step, sum_up, train, until
@@ -240,6 +242,37 @@ def test_sharded_messages_after_the_join_change_nothing(tmp_path):
 
 def train_for(client: ShardedClient, count: int) -> None:
     inner_steps(client, client._module, torch.optim.SGD(client._module.parameters(), lr=0.02), count)
+
+
+def test_a_peers_inner_state_comes_by_the_shard_of_its_fragment(tmp_path):
+    """Fragments have the numbers of the whole at both ends, and those of the shard in between."""
+    with shards(tmp_path, 2) as syncer:
+        giver, taker = syncer.join(0, make_module(0)), syncer.join(1, make_module(1))
+        count = len(giver.layout.fragments)
+        giver.peers.can_give = True
+        train_for(giver, 5)
+        taker.peers.ask({p: None for p in range(count)}, lineage="lead", optimizers=("SGD",))
+        taken: dict[int, float] = {}
+
+        def exchange() -> bool:
+            giver.boundary(tokens=0)
+            if (wanted := giver.peers.next_wanted()) is not None:
+                state = InnerState(
+                    lineage="lead",
+                    optimizers=wanted.optimizers,
+                    fragment_id=wanted.fragment_id,
+                    version=Version(0, 1),
+                    inner_step=5,
+                    tensors={"0/weight/momentum_buffer": torch.full((3,), float(wanted.fragment_id))},
+                )
+                giver.peers.give(wanted, pack(state))
+            if (state := taker.peers.arrived) is not None:
+                taken[state.fragment_id] = float(state.tensors["0/weight/momentum_buffer"][0])
+                taker.peers.took(is_useful=True)
+            return not taker.peers.is_asking
+
+        until(exchange)
+        assert taken == {p: float(p) for p in range(count)} and taker.peers.num_taken == count
 
 
 def test_one_shard_is_an_ordinary_syncer(tmp_path):

@@ -113,6 +113,25 @@ def test_a_killed_shard_comes_back_and_the_fragments_of_the_other_go_on_meanwhil
 
 
 @pytest.mark.slow
+def test_a_shard_that_is_down_while_the_last_learner_leaves_holds_nobody_up(tmp_path, capsys):
+    """What it was not handed is discarded there, and it ends with the lead's word."""
+    run_dir, hasty = tmp_path / "run", dataclasses.replace(KEPT, drain_timeout_s=0.3)
+    with sharded_run(run_dir) as run:
+        learner = Learner(make_module(0), run.options(0, config=hasty))
+        learner.train(60)
+        os.kill(run.said(1)["pid"], signal.SIGKILL)
+        learner.train(20)
+        learner.leave()
+        assert run.end()[0] == 0
+    summary = check_sharded(run_dir, 2)
+    assert summary["status"] == "finished" and summary["tokens"] == 80 * 16
+    by_shard = [summary["fragments"][k::2] for k in range(2)]
+    assert all(f["merged"] == 80 * 16 for f in by_shard[0])
+    assert all(f["pending"] == 0 and f["discarded"] >= 16 * 16 for f in by_shard[1])
+    assert check_replay(run_dir, capsys)["restarts"] == 1
+
+
+@pytest.mark.slow
 def test_everything_is_killed_and_resumed_and_nothing_is_lost(tmp_path, capsys):
     """The process that looks after the shards is killed: they end with it, learners go on, and all go on from where they were."""
     run_dir, port = tmp_path / "run", free_ports(4)
