@@ -38,11 +38,13 @@ from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
 from lightning_diloco.strategy.batch_options import BatchOptions, LrRule
 from lightning_diloco.strategy.batching import BatchSizing
 from lightning_diloco.strategy.island_environment import choose_environment
+from lightning_diloco.strategy.loader_position import LoaderPosition
 from lightning_diloco.strategy.oom_guard import OutOfMemoryGuard
 from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, read_keys, refuse_what_is_not_there_yet
 from lightning_diloco.strategy.outer_sync import OuterSync
 from lightning_diloco.strategy.registration import serve_other_framework
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY
+from lightning_diloco.strategy.shuffled_shares import share_shuffled
 from lightning_diloco.strategy.streams import share_stream
 from lightning_diloco.strategy.training_state import leave_training_state
 
@@ -267,6 +269,8 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         connector.use_distributed_sampler = self._wants_sampler and is_fit and num_learners > 1 and not is_leased
         self._outer_sync = OuterSync.attach(trainer, self) if is_learner else None
         self.batching = BatchSizing.attach(trainer, self, self.batch_options) if is_learner and self.batch_options.is_active else None
+        if self._outer_sync is not None and not is_leased:
+            LoaderPosition.attach(trainer, self._outer_sync, every_steps=self.sync.rejoin_every_steps)
 
     @override
     def setup_distributed(self) -> None:
@@ -289,11 +293,11 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        share = self.distributed_sampler_kwargs
+        share = self.distributed_sampler_kwargs["rank"], self.distributed_sampler_kwargs["num_replicas"]
         if self._outer_sync is not None and self._outer_sync.feed is not None:
             dataloader = self._outer_sync.feed.take(dataloader)
         elif self._wants_sampler:
-            dataloader = share_stream(dataloader, share["rank"], share["num_replicas"])
+            dataloader = share_shuffled(share_stream(dataloader, *share), *share)
         if self.batching is not None and self._trainer is not None and self._trainer.state.stage == RunningStage.TRAINING:
             dataloader = self.batching.make_live(dataloader)
         return super().process_dataloader(dataloader)
@@ -318,6 +322,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         if self._outer_sync is not None:
             self._outer_sync.close()
             self._outer_sync.detach()
+            LoaderPosition.detach(self._trainer)
         if self.batching is not None:
             self.batching.detach()
         super().teardown()
