@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -50,7 +50,6 @@ from lightning_diloco.strategy.training_state import leave_training_state
 
 __all__ = ["DecoupledDiLoCoStrategy"]
 
-_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
@@ -197,6 +196,13 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
 
     @property
     @override
+    def root_device(self) -> torch.device:
+        # The learners of one machine have a device each; by hand there is one.
+        devices = self.parallel_devices or [torch.device("cpu")]
+        return devices[self.learner_id if self.role == "learner" else 0]
+
+    @property
+    @override
     def node_rank(self) -> int:
         return self.learner_id
 
@@ -326,28 +332,6 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         if self.batching is not None:
             self.batching.detach()
         super().teardown()
-
-    # -- collectives: a learner stands alone ---------------------------------------------------------------------------------------
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Nobody to wait for."""
-
-    @override
-    def broadcast(self, obj: _T, src: int = 0) -> _T:
-        return obj
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return tensor
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return tensor
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------------------
 
