@@ -31,10 +31,11 @@ class Pool:
 
     Args:
         max_free_bytes: what is kept while nobody uses it; the blocks that were not used for the longest time are freed first.
+        is_page_locked: whether a GPU is to reach the blocks by itself.
     """
 
-    def __init__(self, max_free_bytes: int) -> None:
-        self._max_free_bytes = max_free_bytes
+    def __init__(self, max_free_bytes: int, *, is_page_locked: bool = False) -> None:
+        self._max_free_bytes, self._is_page_locked = max_free_bytes, is_page_locked
         self._lock = threading.Lock()
         self._free: list[Tensor] = []
         self._lent: dict[int, int] = {}
@@ -75,7 +76,7 @@ class Pool:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         block = self._take(num_bytes)
         if block is None:
-            block = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+            block = torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=self._is_page_locked)
         lease = (ctypes.c_ubyte * num_bytes).from_address(block.data_ptr())
         self._lent[id(lease)] = num_bytes
         # The tensor's memory holds the lease, and the finalizer holds the block until the lease is gone.
