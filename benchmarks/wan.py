@@ -24,10 +24,10 @@ without limits, which computes the same. `--delay-ms` puts a relay (`wan/relay.p
 `ddp`: that favours `ddp`. Without root there are no namespaces: our links are then relays with a rate, what a link carries is not counted,
 and `ddp` is left out.
 
-`--torchft` adds torchft's DiLoCo and streaming DiLoCo to `ratio` (`wan/torchft_learner.py`), each between two `alone`, over as many steps as
-ours and behind the same limited links; at equal wall time its loss, too, comes from a job without limits. It is off by default because it
-installs torchft (`wan/torchft_packages.py`), in a folder below `outputs/` that only these jobs see. Without namespaces, or if torchft
-cannot be installed, the rows are left out, and it is said why. No delay is put into it, as into `ddp`.
+`--torchft` adds torchft's DiLoCo and streaming DiLoCo to `ratio` (`wan/torchft_learner.py`), each between two `alone`, over as many steps
+as ours and behind the same limited links; its loss at equal wall time comes from a job without limits, as `ddp`'s. It is off by default
+because it installs torchft (`wan/torchft_packages.py`), in a folder below `outputs/` that only these jobs see. Without namespaces, or if
+torchft cannot be installed, the rows are left out, and it is said why. It is spared the delay, as `ddp` is.
 
 The exit code is 1 if an aim is missed. Jobs that the JSON file holds are not run again.
 """
@@ -50,7 +50,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.wan.jobs import Job, Setting  # noqa: E402
 from benchmarks.wan.net import Net, is_possible  # noqa: E402
-from benchmarks.wan.report import ANSWER_S, TORCHFT, ddp_bytes, our_bytes, p99, ratio, single  # noqa: E402
+from benchmarks.wan.report import ANSWER_S, ddp_bytes, our_bytes, p99, ratio, single  # noqa: E402
 from benchmarks.wan.torchft_packages import packages  # noqa: E402
 
 MODEL: dict[str, Any] = {"num_layers": 4, "num_heads": 4, "channels": 128, "context": 64}
@@ -197,7 +197,7 @@ def run_ratio(bench: Bench) -> list[str]:
 
 
 def run_torchft(bench: Bench, rate: float, wall_s: float) -> None:
-    """torchft's two rows, over as many steps as ours; `wall_s` is what ours took for them."""
+    """The two rows of torchft, over as many steps as ours; `wall_s` is what ours took for them."""
     first, last = 2 * INTERVAL, 2 * INTERVAL + bench.arguments.steps
     bench.alone("torchft")
     for method, num_fragments in (("torchft_diloco", 1), ("torchft_streaming", MODEL["num_layers"])):

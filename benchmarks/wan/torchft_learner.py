@@ -116,7 +116,7 @@ def draw(data: Any, told: dict[str, Any]) -> Iterator[Any]:
 
 
 def make_manager(told: dict[str, Any]) -> tuple[Any, Any]:
-    """torchft's view of this learner, and its store, which must live as long.
+    """What torchft knows of this learner by, and its store, which must live as long.
 
     All begin with the same parameters (one seed), so none is sent at the start; none is ever sent to a learner that comes back, because a
     job ends when one of its learners fails.
