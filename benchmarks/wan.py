@@ -51,7 +51,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.wan.jobs import Job, Setting  # noqa: E402
 from benchmarks.wan.net import Net, is_possible  # noqa: E402
 from benchmarks.wan.report import ANSWER_S, ddp_bytes, our_bytes, p99, ratio, single  # noqa: E402
-from benchmarks.wan.torchft_packages import packages  # noqa: E402
+from benchmarks.wan.torchft_packages import find_torchft  # noqa: E402
 
 MODEL: dict[str, Any] = {"num_layers": 4, "num_heads": 4, "channels": 128, "context": 64}
 """0.85 M parameters: recipe `gpt_text`."""
@@ -92,7 +92,7 @@ def main() -> int:
     why = is_possible()
     if why is not None:
         print(f"No network namespaces ({why}): our links are relays, links are not counted, `ddp` is left out.", file=sys.stderr)
-    torchft = find_torchft(why) if arguments.torchft else None
+    torchft = find_torchft(ROOT / "outputs", why) if arguments.torchft else None
     # So that processes and namespaces are gone when this one is.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -102,18 +102,6 @@ def main() -> int:
     if missed:
         print("\nMISSED: " + "; ".join(missed))
     return 1 if missed else 0
-
-
-def find_torchft(why_no_namespaces: str | None) -> Path | None:
-    """The folder with torchft, installed now if need be; None, with a sentence, where its rows are left out."""
-    why: object = "they need network namespaces"
-    if why_no_namespaces is None:
-        try:
-            return packages(ROOT / "outputs")
-        except RuntimeError as error:
-            why = error
-    print(f"The rows of torchft are left out: {why}.", file=sys.stderr)
-    return None
 
 
 class Bench:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-__all__ = ["TORCHFT_VERSION", "packages"]
+__all__ = ["TORCHFT_VERSION", "find_torchft", "packages"]
 
 TORCHFT_VERSION = "2026.10.26"
 PINNED = (
@@ -39,6 +39,22 @@ PINNED = (
     "urllib3==2.8.0",
 )
 PATIENCE_S = 300.0
+
+
+def find_torchft(outputs: Path, why_no_namespaces: str | None) -> Path | None:
+    """The folder with torchft; None, with a sentence on standard error, where its rows are left out.
+
+    Args:
+        outputs: see `packages`.
+        why_no_namespaces: as `net.is_possible` says it.
+    """
+    try:
+        if why_no_namespaces is not None:
+            raise RuntimeError(f"they need network namespaces, and {why_no_namespaces}")
+        return packages(outputs)
+    except RuntimeError as error:
+        print(f"The rows of torchft are left out: {error}.", file=sys.stderr)
+        return None
 
 
 def packages(outputs: Path) -> Path:
