@@ -107,7 +107,7 @@ class Job:
         if net is not None:
             net.limit_all(self.bytes_per_s)
             self._start("sampler", [*net.inside_hub(), sys.executable, "-m", "benchmarks.wan.sampler", str(self._folder / "links")])
-        endpoints = self._start_syncer() if self.method == "ours" else self._start_lighthouse() if self._is_torchft else []
+        endpoints = self._start_hub()
         learners = [self._start_learner(i, endpoints) for i in range(self.setting.num_learners)]
         spent_s = self._watch(learners)
         if net is not None:
@@ -131,6 +131,12 @@ class Job:
             )
         self._children.append(child)
         return child
+
+    def _start_hub(self) -> list[str]:
+        """Start what the method needs beside learners; returns its addresses."""
+        if self._is_torchft:
+            return self._start_lighthouse()
+        return self._start_syncer() if self.method == "ours" else []
 
     def _start_syncer(self) -> list[str]:
         """Start it; returns its two addresses."""
