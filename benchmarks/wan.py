@@ -1,6 +1,6 @@
 """Training over links as between sites: Lightning's `ddp` and this strategy in one run, on one machine, behind the same links.
 
-    .venv/bin/python benchmarks/wan.py [--part ratio] [--learners 2] [--wire bf16 int4] [--rounds 3] [--steps 264] [--json FILE]
+    .venv/bin/python benchmarks/wan.py [--part ratio] [--learners 2] [--wire bf16 int4] [--rounds 3] [--steps 264] [--torchft] [--json FILE]
     .venv/bin/python benchmarks/wan.py --part never-waits | control | flap
 
 Each learner and the syncer has a network namespace of its own, and a link that the kernel limits in both directions (`wan/net.py`; needs
@@ -24,6 +24,11 @@ without limits, which computes the same. `--delay-ms` puts a relay (`wan/relay.p
 `ddp`: that favours `ddp`. Without root there are no namespaces: our links are then relays with a rate, what a link carries is not counted,
 and `ddp` is left out.
 
+`--torchft` adds torchft's DiLoCo and streaming DiLoCo to `ratio` (`wan/torchft_learner.py`), each between two `alone`, over as many steps
+as ours and behind the same limited links; its loss at equal wall time comes from a job without limits, as `ddp`'s. It is off by default
+because it installs torchft (`wan/torchft_packages.py`), in a folder below `outputs/` that only these jobs see. Without namespaces, or if
+torchft cannot be installed, the rows are left out, and it is said why. It is spared the delay, as `ddp` is.
+
 The exit code is 1 if an aim is missed. Jobs that the JSON file holds are not run again.
 """
 
@@ -46,6 +51,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.wan.jobs import Job, Setting  # noqa: E402
 from benchmarks.wan.net import Net, is_possible  # noqa: E402
 from benchmarks.wan.report import ANSWER_S, ddp_bytes, our_bytes, p99, ratio, single  # noqa: E402
+from benchmarks.wan.torchft_packages import find_torchft  # noqa: E402
 
 MODEL: dict[str, Any] = {"num_layers": 4, "num_heads": 4, "channels": 128, "context": 64}
 """0.85 M parameters: recipe `gpt_text`."""
@@ -71,10 +77,11 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32, help="windows of 64 bytes in a step of one learner (default 32)")
     parser.add_argument("--ratio", type=float, default=32.0, help="of ddp: communication over computing that r is chosen for (default 32)")
     parser.add_argument("--ddp-steps", type=int, default=30, help="of ddp behind limited links, that count (default 30)")
-    parser.add_argument("--no-losses", action="store_true", help="leave out the jobs of ddp that are there for its loss alone")
+    parser.add_argument("--no-losses", action="store_true", help="leave out the jobs (ddp, torchft) that are there for a loss alone")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak inner learning rate (default 3e-3)")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="one way, between our learners and the syncer (default 0)")
     parser.add_argument("--keys", action="store_true", help="encrypt our links, with keys made for this run")
+    parser.add_argument("--torchft", action="store_true", help="install torchft below outputs/, and add its rows to `ratio`")
     parser.add_argument("--json", type=Path, metavar="FILE", help="jobs so far (default outputs/wan_PART.json)")
     arguments = parser.parse_args()
     arguments.json = arguments.json or ROOT / "outputs" / f"wan_{arguments.part}.json"
@@ -85,12 +92,13 @@ def main() -> int:
     why = is_possible()
     if why is not None:
         print(f"No network namespaces ({why}): our links are relays, links are not counted, `ddp` is left out.", file=sys.stderr)
+    torchft = find_torchft(ROOT / "outputs", why) if arguments.torchft else None
     # So that processes and namespaces are gone when this one is.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with ExitStack() as stack:
         net = None if why is not None else stack.enter_context(Net(arguments.learners))
-        missed = PARTS[arguments.part](Bench(arguments, net))
+        missed = PARTS[arguments.part](Bench(arguments, net, torchft))
     if missed:
         print("\nMISSED: " + "; ".join(missed))
     return 1 if missed else 0
@@ -102,9 +110,10 @@ class Bench:
     Args:
         arguments: of the command line.
         net: None without namespaces.
+        torchft: the folder with it; None: without its rows.
     """
 
-    def __init__(self, arguments: argparse.Namespace, net: Net | None) -> None:
+    def __init__(self, arguments: argparse.Namespace, net: Net | None, torchft: Path | None) -> None:
         self.arguments, self.net = arguments, net
         is_control = arguments.part == "control"
         self.setting = Setting(
@@ -114,6 +123,7 @@ class Bench:
             data={"context": MODEL["context"], "batch_size": CONTROL_BATCH if is_control else arguments.batch, "val_bytes": 49152},
             has_keys=arguments.keys,
             delay_s=arguments.delay_ms / 1e3,
+            torchft=torchft,
         )
         known = {
             name: getattr(arguments, name) for name in ("part", "learners", "steps", "batch", "ratio", "learning_rate", "delay_ms", "keys")
@@ -142,7 +152,7 @@ class Bench:
             self.arguments.json.write_text(json.dumps(self._rows, indent=1) + "\n")
         return self.jobs[name]
 
-    def alone(self, number: int) -> dict[str, Any]:
+    def alone(self, number: int | str) -> dict[str, Any]:
         """A job without communication, as long as what counts of ours, but at most 120 steps."""
         return self.get(f"alone {number}", "alone", max_steps=12 + min(120, self.arguments.steps), first_step=12)
 
@@ -163,6 +173,8 @@ def run_ratio(bench: Bench) -> list[str]:
             ours = bench.get(f"{wire} {i}", "ours", max_steps=last, first_step=first, bytes_per_s=rate, sync={"wire_dtype": wire})
             number += 1
             bench.alone(number)
+    if setting.torchft is not None:
+        run_torchft(bench, rate, ours["wall_s"])
     if bench.net is not None and not arguments.no_losses:
         for factor in RATES:
             options = {"learning_rate": factor * arguments.learning_rate}
@@ -170,6 +182,19 @@ def run_ratio(bench: Bench) -> list[str]:
             steps = max(2, int(ours["wall_s"] / ddp["step_s"]))
             bench.get(f"ddp, equal time, {factor:g}", "ddp", max_steps=steps, first_step=1, **options)
     return ratio(bench.jobs, arguments.wire, arguments.rounds, bench.num_params, setting.num_learners)
+
+
+def run_torchft(bench: Bench, rate: float, wall_s: float) -> None:
+    """The two rows of torchft, over as many steps as ours; `wall_s` is what ours took for them."""
+    first, last = 2 * INTERVAL, 2 * INTERVAL + bench.arguments.steps
+    bench.alone("torchft")
+    for method, num_fragments in (("torchft_diloco", 1), ("torchft_streaming", MODEL["num_layers"])):
+        sync = {"num_fragments": num_fragments}
+        row = bench.get(method, method, max_steps=last, first_step=first, bytes_per_s=rate, sync=sync)
+        bench.alone(method)
+        if not bench.arguments.no_losses:
+            steps = INTERVAL * max(1, int(wall_s / row["step_s"]) // INTERVAL)
+            bench.get(f"{method}, equal time", method, max_steps=steps, first_step=1, sync=sync)
 
 
 def one_job(

@@ -24,6 +24,7 @@ __all__ = ["Job", "Setting"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PORT = 7777
+LIGHTHOUSE_PORT = 29510
 PATIENCE_S = 120.0
 """For a start, and for an end after the last step."""
 SYNC: dict[str, Any] = {"num_fragments": 24, "sync_interval_steps": 24, "drain_timeout_s": 60.0}
@@ -43,6 +44,8 @@ class Setting:
     """Whether our links are encrypted."""
     delay_s: float = 0.0
     """One way, between our learners and the syncer."""
+    torchft: Path | None = None
+    """The folder of `torchft_packages.packages`; None: no jobs of torchft."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -56,7 +59,7 @@ class Job:
 
     Args:
         setting: of the run.
-        method: see `learner.py`.
+        method: see `learner.py`; those of torchft need namespaces and `setting.torchft`.
         max_steps: inner steps of each learner.
         first_step: from here to `last_step` is the time that counts.
         last_step: 0: `max_steps`.
@@ -88,6 +91,7 @@ class Job:
             RuntimeError: a process failed, or nothing moved for too long.
         """
         self._children: list[subprocess.Popen[Any]] = []
+        self._hub: subprocess.Popen[Any] | None = None
         with tempfile.TemporaryDirectory(prefix="lightning_diloco_wan_") as folder:
             self._folder = Path(folder)
             try:
@@ -103,12 +107,16 @@ class Job:
         if net is not None:
             net.limit_all(self.bytes_per_s)
             self._start("sampler", [*net.inside_hub(), sys.executable, "-m", "benchmarks.wan.sampler", str(self._folder / "links")])
-        endpoints = self._start_syncer() if self.method == "ours" else []
+        endpoints = self._start_hub()
         learners = [self._start_learner(i, endpoints) for i in range(self.setting.num_learners)]
         spent_s = self._watch(learners)
         if net is not None:
             net.limit_all(None)
         return self._row(spent_s)
+
+    @property
+    def _is_torchft(self) -> bool:
+        return self.method.startswith("torchft")
 
     # ---- processes ----------------------------------------------------------------------------------------------------------
 
@@ -124,6 +132,12 @@ class Job:
         self._children.append(child)
         return child
 
+    def _start_hub(self) -> list[str]:
+        """Start what the method needs beside learners; returns its addresses."""
+        if self._is_torchft:
+            return self._start_lighthouse()
+        return self._start_syncer() if self.method == "ours" else []
+
     def _start_syncer(self) -> list[str]:
         """Start it; returns its two addresses."""
         net = self.setting.net
@@ -133,12 +147,25 @@ class Job:
         if self.setting.has_keys:
             make_keys(self._folder / "keys", [self._site(i) for i in range(self.setting.num_learners)])
         command = [*where, sys.executable, "-m", "lightning_diloco", "syncer", "--bind", bind, "--run-dir", str(self._folder / "run")]
-        self._syncer = self._start("syncer", [*command, *safety])
+        self._hub = self._start("syncer", [*command, *safety])
         said = self._folder / "run" / "syncer.json"
         self._wait(said.exists, "the syncer's start")
         told = json.loads(said.read_text())
         # Beyond loopback bulk has the port after control's.
         return [told["endpoint"], told["bulk"]] if net is None else [bind, f"tcp://{net.address(SYNCER)}:{PORT + 1}"]
+
+    def _start_lighthouse(self) -> list[str]:
+        """Start torchft's, in the syncer's place; returns its address."""
+        net = self.setting.net
+        assert net is not None and self.setting.torchft is not None
+        where = f"{net.address(SYNCER)}:{LIGHTHOUSE_PORT}"
+        program = str(self.setting.torchft / "bin" / "torchft_lighthouse")
+        options = ["--bind", where, "--min_replicas", str(self.setting.num_learners)]
+        self._hub = self._start("lighthouse", [*net.inside(SYNCER), sys.executable, program, *options], self._torchft_environment())
+        return [f"http://{where}"]
+
+    def _torchft_environment(self) -> dict[str, str]:
+        return {"PYTHONPATH": f"{self.setting.torchft}{os.pathsep}{ROOT}"} if self._is_torchft else {}
 
     def _site(self, learner_id: int) -> Path:
         return self._folder / f"site_{learner_id}"
@@ -165,6 +192,7 @@ class Job:
             "sync": SYNC | {"min_quorum": setting.num_learners} | self.sync,
             "link": self._link(learner_id),
             "endpoint": endpoints[0] if endpoints else None,
+            "address": "127.0.0.1" if net is None else net.address(learner_id),
             "routes": self._relay(learner_id, where, endpoints),
             "steps": str(self._steps(learner_id)),
             "weights": str(self._folder / "weights.safetensors"),
@@ -174,16 +202,17 @@ class Job:
         path.write_text(json.dumps(told))
         first = "127.0.0.1" if net is None else net.address(0)
         environment = {"MASTER_ADDR": first, "MASTER_PORT": "29517", "NODE_RANK": str(learner_id), "LOCAL_RANK": "0"}
-        environment["GLOO_SOCKET_IFNAME"] = "lo" if net is None else "eth0"
+        environment |= {"GLOO_SOCKET_IFNAME": "lo" if net is None else "eth0"} | self._torchft_environment()
         pinned = ["taskset", "-c", str(cores[learner_id % len(cores)]), sys.executable]
-        return self._start(
-            f"learner_{learner_id}", [*where, *pinned, "-m", "benchmarks.wan.learner", str(path)], environment, stdin=subprocess.DEVNULL
-        )
+        program = "benchmarks.wan.learner"
+        if self._is_torchft:
+            where, program = [*where, *with_hostname(told["address"])], "benchmarks.wan.torchft_learner"
+        return self._start(f"learner_{learner_id}", [*where, *pinned, "-m", program, str(path)], environment, stdin=subprocess.DEVNULL)
 
     def _relay(self, learner_id: int, where: list[str], endpoints: list[str]) -> dict[str, str]:
         """Addresses to dial in the place of the syncer's."""
         rate = self.bytes_per_s if self.setting.net is None else None
-        if not endpoints or (rate is None and not self.setting.delay_s):
+        if self.method != "ours" or (rate is None and not self.setting.delay_s):
             return {}
         told = json.dumps({"endpoints": endpoints, "delay_s": self.setting.delay_s, "bytes_per_s": rate})
         child = self._start(
@@ -217,8 +246,7 @@ class Job:
         return "\n".join(f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in sorted(self._folder.glob("*.log")))
 
     def _watch(self, learners: list[subprocess.Popen[Any]]) -> float:
-        """Until all learners, and the syncer, have ended; returns the syncer's processor time of the time that counts."""
-        is_ours = self.method == "ours"
+        """Until all learners, and the syncer, have ended; returns the syncer's (lighthouse's) processor time of the time that counts."""
         spent_s, moved_s, steps = [0.0, 0.0], time.monotonic(), -1
         waiting = dict(sorted(self.at_step.items()))
         while any(child.poll() is None for child in learners):
@@ -230,13 +258,14 @@ class Job:
                 raise RuntimeError(f"No step of {self.method} within {2 * PATIENCE_S:g} s.\n{self._logs()}")
             while waiting and steps >= next(iter(waiting)):
                 waiting.pop(next(iter(waiting)))()
-            if is_ours:
+            if self._hub is not None:
                 counted = zip((self.first_step, self.last_step), spent_s, strict=True)
-                spent_s = [processor_s(self._syncer.pid) if steps < at else old for at, old in counted]
+                spent_s = [processor_s(self._hub.pid) if steps < at else old for at, old in counted]
             self.tick(steps)
             time.sleep(0.2)
-        if is_ours:
-            self._wait(lambda: self._syncer.poll() is not None, "the syncer's end")
+        hub = self._hub
+        if hub is not None and not self._is_torchft:
+            self._wait(lambda: hub.poll() is not None, "the syncer's end")
         self._check()
         return spent_s[1] - spent_s[0]
 
@@ -262,12 +291,13 @@ class Job:
         begin_s, end_s = max(a["at_s"] for a, _ in pairs), min(b["at_s"] for _, b in pairs)
         if self.setting.net is not None:
             row["peak_bytes_per_s"] = peak_bytes_per_s(self._folder / "links", begin_s, end_s)
-        if self.method == "ours":
-            row |= {key: [r[key] for r in rows] for key in ("unanswered", "most_on_way")}
-            row["answers_s"] = [answer_s for r in rows for asked_s, answer_s in r["answers"] if begin_s <= asked_s <= end_s]
+        if "merges" in pairs[0][0]:
             sync = SYNC | self.sync
             row["due"] = steps * sync["num_fragments"] / sync["sync_interval_steps"]
             row["merges"] = sum(b["merges"] - a["merges"] for a, b in pairs) / len(rows)
+        if self.method == "ours":
+            row |= {key: [r[key] for r in rows] for key in ("unanswered", "most_on_way")}
+            row["answers_s"] = [answer_s for r in rows for asked_s, answer_s in r["answers"] if begin_s <= asked_s <= end_s]
             summary = json.loads((self._folder / "run" / "summary.json").read_text())
             names = ("status", "tokens", "tokens_merged", "tokens_pending", "tokens_discarded", "discarded_by_reason", "mean_members")
             row["summary"] = {name: summary[name] for name in names}
@@ -285,6 +315,15 @@ class Job:
         if done.returncode:
             raise RuntimeError(f"The validation failed: {done.stderr[-1500:]}")
         return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def with_hostname(name: str) -> list[str]:
+    """What stands before a command that is to see its machine by this name, and nobody else.
+
+    torchft tells its peers to find its stores at `socket.gethostname()`; in a namespace of its own that can be an address, which needs no
+    resolver.
+    """
+    return ["unshare", "--uts", "sh", "-c", 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"', name]
 
 
 def make_keys(syncer: Path, sites: list[Path]) -> None:

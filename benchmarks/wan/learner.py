@@ -9,6 +9,7 @@
 | `ddp` | `Trainer(strategy="ddp", num_nodes=M, devices=1)`, gloo |
 | `post_local_sgd` | the same, but parameters are averaged every `sync_interval_steps` steps, by torch's `PeriodicModelAverager` |
 | `ours` | `DecoupledDiLoCoStrategy(syncer=...)` |
+| `torchft_diloco`, `torchft_streaming` | no Trainer: see `torchft_learner.py`, which trains them; they are validated here |
 
 Lightning switches post-local SGD on for CUDA alone (`DDPStrategy(model_averaging_period=...)` registers its hook on no other device), so a
 callback calls the same averager here.
@@ -125,10 +126,10 @@ def make_callback(told: dict[str, Any], strategy: Any) -> Any:
     return Notes()
 
 
-def wait_for_all(folder: Path, learner_id: int, num_learners: int) -> None:
+def wait_for_all(folder: Path, learner_id: int, num_learners: int, what: str = "ready") -> None:
     """Begin together: the steps of one that waits for a second process's start would be no part of the comparison."""
-    (folder / f"ready_{learner_id}").touch()
-    while not all((folder / f"ready_{i}").exists() for i in range(num_learners)):
+    (folder / f"{what}_{learner_id}").touch()
+    while not all((folder / f"{what}_{i}").exists() for i in range(num_learners)):
         time.sleep(0.02)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.recipe_rows import table
 
-__all__ = ["ddp_bytes", "our_bytes", "p99", "ratio", "share_of_alone", "single"]
+__all__ = ["TORCHFT", "ddp_bytes", "our_bytes", "p99", "ratio", "share_of_alone", "single"]
 
 MIN_SPEED_UP = 20.0
 MIN_SHARE = 0.97
@@ -18,6 +18,8 @@ FEWER_BYTES = {("bf16", 2): 45, ("int4", 2): 165, ("bf16", 4): 68, ("int4", 4): 
 ANSWER_S = 0.25
 MIN_MERGES = 0.95
 """Of those due: who merges less sends less."""
+TORCHFT = {"torchft_diloco": "torchft's DiLoCo", "torchft_streaming": "torchft's streaming DiLoCo"}
+"""By name of the job: title."""
 
 
 def ddp_bytes(num_params: int, num_learners: int) -> float:
@@ -61,6 +63,12 @@ def ratio(jobs: dict[str, dict[str, Any]], wires: list[str], rounds: int, num_pa
         lines += [_line("`ddp`", [ddp], ddp), _line("post-local SGD, H = 24", [jobs["post_local_sgd"]], ddp)]
         if not MIN_RATIO <= communication <= MAX_RATIO:
             missed.append(f"the ratio of {communication:.1f} is not one of those for which the aims hold")
+    before = jobs.get("alone torchft")
+    for name, title in TORCHFT.items():
+        if name in jobs and before is not None:
+            after = jobs[f"alone {name}"]
+            lines.append(_line(title, [jobs[name]], ddp, [share_of_alone(jobs[name], before, after)]))
+            before = after
     for number, wire in enumerate(wires):
         places = [round_ * len(wires) + number for round_ in range(rounds)]
         ours = [jobs[f"{wire} {i}"] for i in range(rounds)]
@@ -133,21 +141,22 @@ def _against_ddp(wire: str, ours: list[dict[str, Any]], ddp: dict[str, Any], num
 
 
 def _print_losses(jobs: dict[str, dict[str, Any]], wires: list[str]) -> None:
-    pairs = {"equal tokens": "ddp, equal tokens", "equal wall time": "ddp, equal time"}
-    rows = {
-        title: min((jobs[n] for n in jobs if n.startswith(name)), key=lambda r: r["val_loss"], default=None)
-        for title, name in pairs.items()
+    found = {
+        "equal tokens": [name for name in jobs if name.startswith("ddp, equal tokens")],
+        "equal wall time": [name for name in jobs if name.startswith("ddp, equal time")],
     }
-    if any(row is None for row in rows.values()):
+    if not all(found.values()):
         return
-    ours = {wire: statistics.mean(row["val_loss"] for name, row in jobs.items() if name.startswith(f"{wire} ")) for wire in wires}
-    cells = [
-        [title, f"{row['val_loss']:.3f} ({row['max_steps']} steps)", *(f"{ours[wire]:.3f}" for wire in wires)]
-        for title, row in rows.items()
-        if row
-    ]
+    # A job of torchft behind its limited links is as long as ours: equal tokens.
+    theirs = {name: title for name, title in TORCHFT.items() if name in jobs and f"{name}, equal time" in jobs}
+    ours = [f"{statistics.mean(row['val_loss'] for name, row in jobs.items() if name.startswith(f'{wire} ')):.3f}" for wire in wires]
+    cells = []
+    for title, names in found.items():
+        suffix = "" if title == "equal tokens" else ", equal time"
+        rows = [min((jobs[name] for name in names), key=lambda row: row["val_loss"]), *(jobs[name + suffix] for name in theirs)]
+        cells.append([title, *(f"{row['val_loss']:.3f} ({row['max_steps']} steps)" for row in rows), *ours])
     print("\nValidation loss of the one model, nats per byte:\n")
-    print(table(["at", "`ddp`, the better of two rates", *(f"ours, {wire}" for wire in wires)], cells))
+    print(table(["at", "`ddp`, the better of two rates", *theirs.values(), *(f"ours, {wire}" for wire in wires)], cells))
 
 
 def answers_text(answers_s: list[float]) -> str:

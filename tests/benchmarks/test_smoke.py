@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.wan.net import is_possible
+from benchmarks.wan.torchft_packages import packages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+NUM_PARAMS = 854_272
+"""Of the model of `wan.py`."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 namespaces = pytest.mark.skipif(is_possible() is not None, reason=f"no network namespaces: {is_possible()}")
@@ -54,3 +57,22 @@ def test_wan_never_waits(tmp_path):
     ours = rows["jobs"]["bf16"]
     assert "| never-waits |" in said and ours["most_on_way"] == [1, 1] and ours["summary"]["tokens_discarded"] == 0
     assert "wan" not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+
+
+@two_cores
+@namespaces
+def test_wan_torchft(tmp_path):
+    try:
+        packages(ROOT / "outputs")
+    except RuntimeError as error:
+        pytest.skip(f"no torchft: {error}")
+    sizes = ["--steps", "24", "--rounds", "1", "--batch", "2", "--ratio", "8", "--ddp-steps", "2", "--no-losses"]
+    said, rows = run(tmp_path, "wan.py", *sizes, "--torchft")
+    jobs = rows["jobs"]
+    for title, name, num_fragments in (("DiLoCo", "torchft_diloco", 1), ("streaming DiLoCo", "torchft_streaming", 4)):
+        row = jobs[name]
+        assert f"| torchft's {title} | 1 |" in said and row["val_loss"] < 5.0
+        assert row["merges"] == row["due"] == num_fragments, "every exchange was committed"
+        up, down = row["per_step"]["link_up"], row["per_step"]["link_down"]
+        assert 1.0 < 24 * up / (4 * NUM_PARAMS) < 1.3 and 0.9 < up / down < 1.1, "float32, once in 24 steps, between the learners"
+    assert jobs["torchft_diloco"]["val_loss"] != jobs["torchft_streaming"]["val_loss"]
