@@ -147,17 +147,16 @@ class Clock:
 
     def wrap_stages(self) -> None:
         """Around all stages of a merge."""
-        from lightning_diloco.outer import MergeAccumulator, publishing
+        from lightning_diloco.outer import Encoded, MergeAccumulator, Merged, norms, publishing
         from lightning_diloco.runtime import store
 
         self.wrap(store, "crc32", "checksums")
-        self.wrap(store, "decode", "decode")
-        self.wrap(store, "contribution_norm", "norm, for the rules")
-        self.wrap(MergeAccumulator, "_norms", "norms, for RDA")
-        self.wrap(MergeAccumulator, "_add", "add up")
-        self.wrap(MergeAccumulator, "result", "scale")
-        self.wrap(publishing, "outer_step", "outer step")
-        self.wrap(publishing, "encode_publication", "encode")
+        self.wrap(Encoded, "part", "decode")
+        self.wrap(norms.Meter, "add", "norms")
+        self.wrap(MergeAccumulator, "_add_waiting", "add up")
+        self.wrap(Merged, "part", "scale")
+        self.wrap(publishing, "step_block", "outer step")
+        self.wrap(publishing, "publish_block", "encode")
         self.wrap(publishing, "is_finite", "look for what is not finite")
 
 
@@ -203,8 +202,8 @@ class Bench:
         start_s = time.perf_counter()
         for learner in range(learners):
             payload, crc = self._payloads[learner % len(self._payloads)]
-            d, _, crc_ok = self._store.decode_contribution(0, payload, crc)
-            assert crc_ok
+            d = self._store.measure_contribution(0, payload, crc)
+            assert d.crc_ok
             self._store.fold(0, d, 24.0 + learner)
             del d
         self._published = self._store.close(0, self._merges)

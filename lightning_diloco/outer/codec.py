@@ -51,6 +51,7 @@ __all__ = [
     "encode_in_place",
     "encode_publication",
     "payload_bytes",
+    "publish_block",
 ]
 
 Buffer = bytes | bytearray | memoryview
@@ -196,17 +197,35 @@ def encode_publication(
     if _as_uint8(payload).numel() != expected:
         raise LocalProtocolError(f"Memory of {payload.numel()} bytes for a payload: {size} elements in {wire_dtype} are {expected}.")
     if wire_dtype == "fp32":
-        payload.view(torch.float32).copy_(theta_new)
-        return payload, theta_new
-    new_shadow = torch.empty_like(shadow) if new_shadow is None else new_shadow
+        new_shadow = theta_new
+    elif new_shadow is None:
+        new_shadow = torch.empty_like(shadow)
     require_flat(new_shadow, size, "new_shadow")
-    scratch = flat_memory(min(size, BLOCK_ELEMENTS))
     for part in blocks(size):
-        block, where = new_shadow[part], bytes_of(part, wire_dtype)
-        _put(payload[where], torch.sub(theta_new[part], shadow[part], out=scratch[: block.numel()]), wire_dtype)
-        _get(block, payload[where], wire_dtype)
-        block.add_(shadow[part])
+        publish_block(theta_new, shadow, payload, new_shadow, part, wire_dtype)
     return payload, new_shadow
+
+
+def publish_block(theta_new: Tensor, shadow: Tensor, payload: Tensor, new_shadow: Tensor, part: slice, wire_dtype: str) -> None:
+    """One block of a publication.
+
+    Args:
+        theta_new: the global parameters after the outer step, float32 [N].
+        shadow: what learners hold, float32 [N].
+        payload: where the publication is to be, uint8 [payload_bytes(N, wire_dtype)].
+        new_shadow: where the new shadow is to be, float32 [N]; with ``fp32`` it is `theta_new` itself and is not written to.
+        part: one of the fragment's `blocks`.
+        wire_dtype: "fp32", "bf16" or "int4".
+    """
+    raw = payload[bytes_of(part, wire_dtype)]
+    if wire_dtype == "fp32":
+        raw.view(torch.float32).copy_(theta_new[part])
+        return
+    # The difference lies where the new shadow is to be: its values are gone when they are encoded.
+    block = torch.sub(theta_new[part], shadow[part], out=new_shadow[part])
+    _put(raw, block, wire_dtype)
+    _get(block, raw, wire_dtype)
+    block.add_(shadow[part])
 
 
 def decode_publication(

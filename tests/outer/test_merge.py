@@ -12,6 +12,8 @@ from lightning_diloco.errors import LocalProtocolError
 from lightning_diloco.outer import Fragment, MergeAccumulator, TensorSlice
 
 BOUND = 1e-6
+NORM_BOUND = 130 * 2.0**-24
+"""That of `outer.norms`: rows of float32 squares."""
 
 
 def fragment_of(*tensors):
@@ -160,7 +162,7 @@ def test_slices_of_one_tensor_share_the_norm_of_the_whole():
     split = Fragment(fragment_id=0, kind="parameters", slices=tuple(parts))
     ds = contributions(8, 3, size=64)
     record = MergeAccumulator(split).fold(ds[0], 1.0)
-    assert record.norms[0] == record.norms[1] == pytest.approx(float(ds[0].double().norm()), rel=1e-12)
+    assert record.norms[0] == record.norms[1] == pytest.approx(float(ds[0].double().norm()), rel=NORM_BOUND)
     assert relative(merged(split, ds, [1.0, 2.0, 3.0]), merged(ONE, ds, [1.0, 2.0, 3.0])) < BOUND
 
 
