@@ -18,6 +18,7 @@ from lightning_diloco.outer.codec import (
     encode_full,
     encode_in_place,
     encode_publication,
+    is_finite,
     payload_bytes,
 )
 from lightning_diloco.outer.encoded import Encoded
@@ -27,7 +28,7 @@ from lightning_diloco.outer.merge import FoldRecord, MergeAccumulator, Merged, M
 from lightning_diloco.outer.norms import Norms, measure
 from lightning_diloco.outer.optimizer import FragmentState, last_step, momentum_at, outer_step, recovered_momentum
 from lightning_diloco.outer.pseudo_gradient import pseudo_gradient
-from lightning_diloco.outer.publishing import OuterStep, Published, is_finite, take_step
+from lightning_diloco.outer.publishing import OuterStep, Published, take_step
 from lightning_diloco.outer.spec import Fragment, Layout, TensorSlice, TensorSpec
 from lightning_diloco.outer.static import load_static, pack_static, static_bytes
 from lightning_diloco.outer.views import FragmentView

@@ -13,9 +13,9 @@ inputs give themselves, equal norms R give norm R.
 with the sum of the weights, by exact multiplications with powers of two, so neither huge weights (tokens squared) nor tiny norms leave
 float32's range. The first contribution is kept as it is until a second one comes, because the formula would not return it bit for bit.
 
-**Waiting payloads.** A pass over the accumulator costs as much as decoding a payload and adding it, so payloads wait until they have as many
-bytes as the accumulator, 4 N in all, and are then added together, block by block, in the order in which they came. An element sees the same
-products and sums in the same order as if each had been added at once: when that is done changes no bit.
+**Waiting payloads.** A pass over the accumulator costs as much as decoding a payload and adding it, so payloads wait until they have as
+many bytes as the accumulator, 4 N in all, and are then added together, block by block, in the order in which they came. An element sees
+the same products and sums in the same order as if each had been added at once: when that is done changes no bit.
 
 **Cancellation.** Where the directions cancel exactly, rounding leaves about 2^-24 of a unit vector per fold, and phi would blow that
 up to full length. Below (M + 1) 2^-22 the sum is noise, and the result is 0.

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from lightning_diloco.errors import LocalProtocolError
@@ -23,7 +22,7 @@ from lightning_diloco.outer.merge import Merged
 from lightning_diloco.outer.optimizer import FragmentState, last_step, new_step, step_block
 from lightning_diloco.outer.spec import Fragment
 
-__all__ = ["OuterStep", "Published", "is_finite", "take_step"]
+__all__ = ["OuterStep", "Published", "take_step"]
 
 Checksum = Callable[[Tensor, int], int]
 """Of a tensor's memory, given the checksum of what stands before it."""
@@ -106,12 +105,6 @@ def take_step(
     return Published(state=state, difference=published.payload, momentum=momentum, is_finite=is_taken, crc=published.crc)
 
 
-def is_finite(values: Tensor) -> bool:
-    """Whether no value is infinite or NaN; exact, whatever the number of threads."""
-    low, high = torch.aminmax(values)
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
-
-
 class _Publication:
     """The passes that are left when it is known what becomes of a fragment, as one, block by block, while a block is in the cache."""
 
@@ -136,8 +129,7 @@ class _Publication:
         for part in blocks(self._size):
             if g is not None and scratch is not None:
                 step_block(self.before, self.after, g.part(part, scratch), part, lr=lr)
-            publish_block(self.after.theta, self.before.shadow, self.payload, self.shadow, part, self.wire_dtype)
-            if not is_finite(self.shadow[part]):
+            if not publish_block(self.after.theta, self.before.shadow, self.payload, self.shadow, part, self.wire_dtype):
                 return False
             if checksum is not None:
                 self.crc = checksum(self.shadow[part], self.crc)
