@@ -8,7 +8,8 @@ kind that cannot hit anybody at its turn (no learner is free of another fault, t
 as hit, and what as over, stands in `storm/faults.py`; which processes they are, and why, in `storm/cluster.py` and `storm/learner.py`.
 
 Then the same job runs without faults until as many tokens are trained as the storm has merged (`token_budget`), from the same seeds, and
-both global models are validated on the same text.
+both global models are validated on the same text. The learning rate falls to a tenth until shortly before the end, in both over the same
+share of the run: a model at full rate is as good as its last few merges, and those of a storm may have two members.
 
 Files in DIR: `faults.jsonl` (a line for each fault with evidence and outcome), `result.json`, `table.md`, `storm.svg`, and the run
 directories with their tapes. The exit code is 1 if an aim is missed: they are the first table.
@@ -22,6 +23,7 @@ import json
 import logging
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -43,6 +45,8 @@ NUM_LEARNERS = 4
 SHORTEST_S, LONGEST_S = 5.0, 20.0
 FAULTS_IN_FIVE_MINUTES = 28
 FIRST_S = 5.0
+STEP_S, FALL_SHARE = 0.05, 0.85
+"""An inner step takes at least so long; the rate falls over that share of the storm, counted in such steps."""
 
 
 def main() -> int:
@@ -105,7 +109,8 @@ def storm(folder: Path, plan: Plan, *, has_reference: bool) -> Result:
     sync: dict[str, Any] = {"min_quorum": plan.quorum}
     sync |= {"tape_payloads": True} if can_replay() else {}
     with Proxies(seed) as proxies:
-        cluster = Cluster(Job(folder=folder / "storm", seed=seed, sync=sync, proxies=proxies))
+        fall_steps = round(FALL_SHARE * plan.length_s / STEP_S)
+        cluster = Cluster(Job(folder=folder / "storm", seed=seed, step_s=STEP_S, fall_steps=fall_steps, sync=sync, proxies=proxies))
         try:
             cluster.start(NUM_LEARNERS)
             begin_s = time.monotonic()
@@ -114,7 +119,10 @@ def storm(folder: Path, plan: Plan, *, has_reference: bool) -> Result:
         finally:
             cluster.kill()
     steps = {(i, life): cluster.steps(i, life) for i, learner in cluster.learners.items() for life in range(learner.life + 1)}
-    reference = calm(folder / "calm", plan, summary["tokens_merged"]) if has_reference else None
+    begun_s, end_s = min(ends[0] for ends in steps.values() if ends), max(ends[-1] for ends in steps.values() if ends)
+    step_s = statistics.median(b - a for ends in steps.values() for a, b in zip(ends, ends[1:], strict=False))
+    fall_share = fall_steps / ((end_s - begun_s) / step_s)
+    reference = calm(folder / "calm", plan, summary["tokens_merged"], fall_share) if has_reference else None
     from benchmarks.storm.learner import validate
 
     return Result(
@@ -125,7 +133,7 @@ def storm(folder: Path, plan: Plan, *, has_reference: bool) -> Result:
         reference_loss=validate(folder / "calm" / "run" / "global.safetensors") if has_reference else None,
         steps=steps,
         begin_s=begin_s,
-        end_s=max(ends[-1] for ends in steps.values() if ends),
+        end_s=end_s,
         checked=check(cluster.job.run_dir),
         replayed=replay(cluster.job.run_dir, summary["global_sha256"]) if "tape_payloads" in sync else None,
         least_faults=min(25, plan.count),
@@ -160,11 +168,14 @@ def run_faults(cluster: Cluster, path: Path, plan: Plan) -> list[Fault]:
     return faults
 
 
-def calm(folder: Path, plan: Plan, tokens: int) -> dict[str, Any]:
-    """The same job without faults, until so many tokens are trained; returns its summary."""
+def calm(folder: Path, plan: Plan, tokens: int, fall_share: float) -> dict[str, Any]:
+    """The same job without faults, until so many tokens are trained; its rate falls over that share of it. Returns its summary."""
+    from benchmarks.storm.learner import TOKENS_PER_STEP
+
+    fall_steps = round(fall_share * tokens / (NUM_LEARNERS * TOKENS_PER_STEP))
     sync = {"min_quorum": plan.quorum, "token_budget": max(1, tokens)}
     with Proxies(plan.seed) as proxies:
-        cluster = Cluster(Job(folder=folder, seed=plan.seed, sync=sync, proxies=proxies))
+        cluster = Cluster(Job(folder=folder, seed=plan.seed, step_s=STEP_S, fall_steps=fall_steps, sync=sync, proxies=proxies))
         try:
             cluster.start(NUM_LEARNERS)
             cluster.wait(lambda: bool(cluster.tape.left), "the end of the run without faults", 3600.0)

@@ -47,6 +47,7 @@ class Job:
         folder: of everything that is written; must not exist.
         seed: of model, data, links.
         step_s: shortest length of an inner step.
+        fall_steps: over which the learning rate falls to a tenth (0: it stays).
         sync: fields of `SyncConfig` beside those of `learner.SYNC`.
         proxies: the links; None: learners dial the syncer itself.
         on_start: called with (learner id, its process) right after its start, for instance to pin it.
@@ -55,6 +56,7 @@ class Job:
     folder: Path
     seed: int = 0
     step_s: float = 0.05
+    fall_steps: int = 0
     sync: dict[str, Any] = field(default_factory=dict)
     proxies: Proxies | None = None
     on_start: Callable[[int, Child], None] = lambda learner_id, child: None
@@ -220,6 +222,7 @@ class Cluster:
                 "end": str(self.job.folder / "end"),
                 "seed": self.job.seed,
                 "step_s": self.job.step_s,
+                "fall_steps": self.job.fall_steps,
                 "sync": self.job.sync,
             }
         )

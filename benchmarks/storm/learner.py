@@ -22,8 +22,11 @@ from benchmarks.stall import QUIET
 from lightning_diloco.strategy.life_line import hold_life_line, read_assignment
 
 MODEL: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "channels": 32, "context": 32, "warmup_steps": 200, "final_lr_share": 1.0}
-"""The learning rate is constant after its warm-up, so that the length of a run does not change its beginning."""
+"""The learning rate is constant after its warm-up, unless `make_module` is told otherwise."""
+FLOOR = 0.1
+"""Of the peak learning rate, where it falls."""
 DATA: dict[str, Any] = {"context": 32, "batch_size": 8}
+TOKENS_PER_STEP = DATA["context"] * DATA["batch_size"]
 SYNC: dict[str, Any] = {"num_fragments": 24, "sync_interval_steps": 24, "min_quorum": 4}
 """min_quorum: as the recipes have it, all learners that are active. One that is stopped holds up every merge until it counts as silent, for
 10 s; its fellows train on meanwhile."""
@@ -41,7 +44,7 @@ def main() -> None:
 
     # One initial model, and for each life its own order of the data.
     seed_everything(told["seed"], verbose=False)
-    module, data = make_module(), make_data()
+    module, data = make_module(told["fall_steps"]), make_data()
     seed_everything(1000 * told["seed"] + 50 * told["learner_id"] + told["life"] + 1, verbose=False)
     strategy = DecoupledDiLoCoStrategy(
         syncer=told["endpoint"], learner_id=told["learner_id"], run_dir=told["run_dir"], **(SYNC | told["sync"])
@@ -66,11 +69,26 @@ def dial_through(routes: dict[str, str]) -> None:
     LearnerTransport._dial = lambda self, endpoint, prefix: dial(self, routes.get(endpoint, endpoint), prefix)  # type: ignore[method-assign]
 
 
-def make_module() -> Any:
-    """The untrained module."""
+def make_module(fall_steps: int = 0) -> Any:
+    """The untrained module; its learning rate falls to `FLOOR` over so many steps of the job's clock (0: it stays)."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    from recipes.byte_model import warmup_cosine
     from recipes.gpt_text.model import GPTText
 
-    return GPTText(**MODEL, learning_rate=3e-3)
+    class Falling(GPTText):  # type: ignore[misc]
+        """The storm has no `max_steps`, at which the recipe's schedule ends."""
+
+        def configure_optimizers(self) -> Any:
+            """The recipe's optimizer with a schedule of its own."""
+            built = super().configure_optimizers()
+            warmup_steps = self.hparams["warmup_steps"]
+            schedule = LambdaLR(
+                built["optimizer"], lambda n: warmup_cosine(n, warmup_steps=warmup_steps, max_steps=fall_steps, floor=FLOOR)
+            )
+            return built | {"lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    return (Falling if fall_steps else GPTText)(**MODEL, learning_rate=3e-3)
 
 
 def make_data() -> Any:

@@ -4,7 +4,7 @@ A view finds each parameter anew through its owner module (a dictionary lookup),
 well as code that replaces ``p.data`` or the parameter itself. It never touches gradients and never blocks.
 
 **Parameters below float32** (bfloat16, float16) cannot hold what the outer optimizer adds: a published difference is mostly smaller than
-their spacing and would be rounded away. So each carries a residual r in host memory, float32:
+their spacing and would be rounded away. So each carries a residual r, float32, on its own device:
 
     snapshot:   theta + r
     adoption:   exact = (theta + r) + delta;   theta = round(exact);   r = exact - theta
@@ -91,6 +91,12 @@ class FragmentView:
             live.resolve()
 
     @property
+    def device(self) -> torch.device | None:
+        """Where the fragment lives now; None if its tensors are on several devices."""
+        devices = {live.resolve().device for live in self._live}
+        return devices.pop() if len(devices) == 1 else None
+
+    @property
     def has_residual(self) -> bool:
         """Whether a tensor of the fragment is stored below float32."""
         return any(live.residual is not None for live in self._live)
@@ -173,7 +179,7 @@ class FragmentView:
     def residual(self) -> Tensor | None:
         """A copy of the residuals, one after the other, float32 in host memory, for the rejoin checkpoint; None without any."""
         parts = self._residuals()
-        return torch.cat(parts) if parts else None
+        return torch.cat([part.cpu() for part in parts]) if parts else None
 
     def load_residual(self, saved: Tensor | None) -> None:
         """Put back what `residual` returned; None sets residuals to 0.
@@ -203,13 +209,15 @@ def _find(module: nn.Module, fragment: Fragment, part: TensorSlice) -> _Live:
         raise ConfigurationError(f"{part.name!r}: this module has no such tensor ({error}). Build the same model.") from None
     table = owner._parameters if fragment.kind == "parameters" else owner._buffers
     is_low = PARAMETER_DTYPES[part.dtype].itemsize < torch.float32.itemsize
-    residual = torch.zeros(part.length, dtype=torch.float32, device="cpu") if is_low else None
-    return _Live(part=part, table=table, leaf=leaf, residual=residual)  # type: ignore[arg-type]
+    live = _Live(part=part, table=table, leaf=leaf, residual=None)  # type: ignore[arg-type]
+    if is_low:
+        live.residual = torch.zeros(part.length, dtype=torch.float32, device=live.resolve().device)
+    return live
 
 
 def _add_with_residual(theta: Tensor, residual: Tensor, delta: Tensor) -> None:
     """Steps of the module's docstring, in the residual's own memory."""
-    residual.add_(theta.cpu())
-    residual.add_(delta.cpu())
+    residual.add_(theta.to(residual.device))
+    residual.add_(delta.to(residual.device))
     theta.copy_(residual)
-    residual.sub_(theta.cpu())
+    residual.sub_(theta.to(residual.device))

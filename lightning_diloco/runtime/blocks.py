@@ -25,14 +25,15 @@ import weakref
 from collections import deque
 from typing import Final
 
-__all__ = ["RECENT", "Blocks"]
+__all__ = ["RECENT", "Block", "Blocks"]
 
 RECENT: Final = 32
 """Loans whose highest use bounds what is kept."""
 _MIN_MAPPED_BYTES: Final = 1 << 16
 """Below, clearing memory costs no more than asking the operating system for it."""
 
-Block = bytearray | mmap.mmap
+Block = bytearray | mmap.mmap | memoryview
+"""Memory that can be written to; its length is its bytes."""
 
 
 class Blocks:
@@ -89,12 +90,21 @@ class Blocks:
     def _lend(self, num_bytes: int) -> ctypes.Array[ctypes.c_ubyte]:
         block = self._take(num_bytes)
         if block is None:
-            block = _fresh(num_bytes)
+            block = self._fresh(num_bytes)
         lease = (ctypes.c_ubyte * num_bytes).from_buffer(block)
         self._lent[id(lease)] = len(block)
         # Whoever holds the memory holds the lease, and the finalizer holds the block until the lease is gone.
         weakref.finalize(lease, self._give_back, id(lease), block).atexit = False
         return lease
+
+    def _fresh(self, num_bytes: int) -> Block:
+        """A block of its own; the pages of a large one come one by one as they are written, so that nobody waits for all of them."""
+        if num_bytes < _MIN_MAPPED_BYTES:
+            return bytearray(num_bytes)
+        try:
+            return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError, ValueError) as error:
+            raise MemoryError(f"{num_bytes} bytes for a block: {error}. Free memory on this machine.") from None
 
     def _take(self, num_bytes: int) -> Block | None:
         """The smallest block that will do; None if there is none, or the pool is busy."""
@@ -137,13 +147,3 @@ class Blocks:
         while self._free and sum(len(block) for block in self._free) > limit:
             surplus.append(self._free.pop(0))
         return surplus
-
-
-def _fresh(num_bytes: int) -> Block:
-    """A block of its own; the pages of a large one come one by one as they are written, so that nobody waits for all of them."""
-    if num_bytes < _MIN_MAPPED_BYTES:
-        return bytearray(num_bytes)
-    try:
-        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError, ValueError) as error:
-        raise MemoryError(f"{num_bytes} bytes for a block: {error}. Free memory on this machine.") from None

@@ -249,16 +249,9 @@ class LearnerClient:
     def _perform(self, work: list[tuple[LearnerAction, _Item]]) -> None:
         for action, item in work:
             if isinstance(item, Adoption) and isinstance(action, Adopt):
-                view = self._store.views[action.fragment_id]
-                if item.delta_views is None or action.mode == "overwrite":
-                    view.copy_from(item.published)
-                elif view.fragment.holds_values:
-                    view.move_to(item.published, item.delta_views)
-                else:
-                    view.add_(item.delta_views)
+                self._store.adopt(action.fragment_id, item, action.mode)
             elif isinstance(item, Encode):
-                self._store.views[item.fragment_id].copy_to(item.local)
-                self._loop.later(item)
+                self._loop.later(self._store.snapshot(item))
             elif isinstance(action, Heal) and isinstance(item, Remedy):
                 self._heal(action, item)
         self._loop.wake()

@@ -374,6 +374,7 @@ class ClientLoop:
             self.send(NotHeld(fragment_id=header.fragment_id))
 
     def _encode(self, job: Encode) -> None:
+        job.settle()
         crc = self._store.encode(job.fragment_id, job.seq, job.base, job.local, job.after)
         self._feed(Encoded(fragment_id=job.fragment_id, seq=job.seq, crc=crc))
 

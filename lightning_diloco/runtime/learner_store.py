@@ -14,7 +14,9 @@ arrives (2 n in bf16, 0.53 n in int4). A pool keeps all but the last from one to
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,7 @@ from lightning_diloco.outer import (
     reference,
 )
 from lightning_diloco.runtime.checksum import crc32
+from lightning_diloco.runtime.device_copies import DeviceCopies
 from lightning_diloco.runtime.global_state import GlobalState, MomentumTracker
 from lightning_diloco.runtime.healing import Remedy
 from lightning_diloco.runtime.memory import Pool
@@ -48,10 +51,14 @@ __all__ = ["Adoption", "Encode", "LearnerStore", "Receive", "Received"]
 
 @dataclass(slots=True)
 class Adoption:
-    """A version that the training thread can put in place: the values, and (rebase) the difference split by tensor."""
+    """A version that the training thread can put in place."""
 
     published: Tensor
+    """The values, float32 [N] in host memory."""
+    values: Tensor
+    """The same where they are put from: on the parameters' device if it is these that are put there, as a rule."""
     delta_views: list[Tensor] | None
+    """With rebase: the difference, on the parameters' device, split by tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,13 @@ class Encode:
     base: Tensor
     local: Tensor
     after: int
+    wait: Callable[[], None] | None = None
+    """Returns when the snapshot is there; None: it is."""
+
+    def settle(self) -> None:
+        """Background thread: wait until the snapshot is there."""
+        if self.wait is not None:
+            self.wait()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +126,9 @@ class LearnerStore:
         self._payloads: dict[tuple[int, int], Tensor] = {}
         # A fragment on its way takes a snapshot, a version, its momentum and a difference, and gives as many back.
         due = math.ceil(count / config.sync_interval_steps)
-        self._memory = Pool(4 * 4 * sum(sorted(view.num_params for view in self.views)[-due:]))
+        self._copies = DeviceCopies.of(self.views)
+        max_free_bytes = 4 * 4 * sum(sorted(view.num_params for view in self.views)[-due:])
+        self._memory = Pool(max_free_bytes, is_page_locked=self._copies.is_needed)
         self._versions = [0] * count
         self.momentum = momentum
 
@@ -187,7 +203,14 @@ class LearnerStore:
                 self.momentum.follow(fragment_id, part, before[part], out, momenta, out=momentum[part])
         if crc != job.crc or not all_finite:
             return None
-        return Received(Adoption(version, None if delta is None else self.views[fragment_id].split(delta)), momentum)
+        return Received(self._adoption(fragment_id, version, delta) if job.base is not None else Adoption(version, version, None), momentum)
+
+    def _adoption(self, fragment_id: int, version: Tensor, delta: Tensor | None) -> Adoption:
+        """What the training thread is given, on its device already."""
+        if delta is None:
+            return Adoption(version, self._copies.bring(version), None)
+        values = self._copies.bring(version) if self.layout.fragments[fragment_id].holds_values else version
+        return Adoption(version, values, self.views[fragment_id].split(self._copies.bring(delta)))
 
     def _prepare(self, fragment_id: int, published: Tensor, base: Tensor, sent: Tensor | None, delta: Tensor) -> None:
         if self.layout.fragments[fragment_id].holds_values:
@@ -219,11 +242,27 @@ class LearnerStore:
         self._base[fragment_id] = adoption.published
         return adoption
 
+    def adopt(self, fragment_id: int, adoption: Adoption, mode: Literal["rebase", "overwrite"]) -> None:
+        """Training thread, outside of the lock: change the parameters."""
+        view, delta_views = self.views[fragment_id], adoption.delta_views
+        for tensor in [adoption.values, *(delta_views or [])[:1]]:  # the others are parts of the same
+            self._copies.use(tensor)
+        if delta_views is None or mode == "overwrite":
+            view.copy_from(adoption.values)
+        elif view.fragment.holds_values:
+            view.move_to(adoption.values, delta_views)
+        else:
+            view.add_(delta_views)
+
     # ---- contributions ------------------------------------------------------------------------------------------------------
 
     def stage(self, fragment_id: int) -> Tensor:
         """Memory for the fragment's values at this moment, float32 [N]."""
         return self._memory.flat(self.views[fragment_id].num_params)
+
+    def snapshot(self, job: Encode) -> Encode:
+        """Training thread, outside of the lock: copy the fragment's values into what `stage` gave."""
+        return replace(job, wait=self._copies.take(self.views[job.fragment_id], job.local))
 
     def encode(self, fragment_id: int, seq: int, base: Tensor, local: Tensor, after: int) -> int:
         """Encode base minus local, relative to contribution `after` if there is one; of buffers the values. Keeps the payload.

@@ -41,6 +41,7 @@ from lightning_diloco.errors import RemoteProtocolError
 from lightning_diloco.outer.memory import raw
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.runtime.checksum import crc32
+from lightning_diloco.runtime.device_copies import page_locked
 from lightning_diloco.runtime.tensor_file import parts_of, read_tensors, write_tensors
 from lightning_diloco.runtime.threads import never_interrupt_others
 
@@ -99,20 +100,26 @@ class RejoinFiles:
         """Fragments that are on the disk, each time that one was written."""
         self._has_failed = False
 
-    def write(self, state: InnerState) -> None:
-        """Begin to write one fragment; returns at once. Only while it is not busy."""
-        self.is_busy = True
-        self._thread.submit(self._write, state)
-
-    def pack(self, state: InnerState, then: Callable[[Tensor | None], None]) -> None:
-        """Begin to pack one fragment's state; returns at once. Only while it is not busy.
+    def write(self, state: InnerState, wait: Callable[[], None] | None = None) -> None:
+        """Begin to write one fragment; returns at once. Only while it is not busy.
 
         Args:
             state: its tensors are read until it is not busy any more.
-            then: called on the thread with what `pack` gives, or None if it cannot be packed.
+            wait: called on the thread; returns when the tensors have their values. None: they have.
         """
         self.is_busy = True
-        self._thread.submit(self._pack, state, then)
+        self._thread.submit(self._write, state, wait)
+
+    def pack(self, state: InnerState, then: Callable[[Tensor | None], None], wait: Callable[[], None] | None = None) -> None:
+        """Begin to pack one fragment's state; returns at once. Only while it is not busy.
+
+        Args:
+            state: as for `write`.
+            then: called on the thread with what `pack` gives, or None if it cannot be packed.
+            wait: as for `write`.
+        """
+        self.is_busy = True
+        self._thread.submit(self._pack, state, then, wait)
 
     def close(self, *, removes: bool) -> None:
         """End the thread; `removes`: this learner is done, and will not come back."""
@@ -120,9 +127,11 @@ class RejoinFiles:
         if removes and self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _pack(self, state: InnerState, then: Callable[[Tensor | None], None]) -> None:
+    def _pack(self, state: InnerState, then: Callable[[Tensor | None], None], wait: Callable[[], None] | None) -> None:
         packed = None
         try:
+            if wait is not None:
+                wait()
             packed = pack(state)
         except Exception as error:  # whatever it is, somebody waits for an answer
             _log.warning("The inner optimizer state of fragment %d could not be packed for a peer: %s", state.fragment_id, error)
@@ -130,9 +139,11 @@ class RejoinFiles:
             self.is_busy = False
             then(packed)
 
-    def _write(self, state: InnerState) -> None:
+    def _write(self, state: InnerState, wait: Callable[[], None] | None) -> None:
         assert self._folder is not None
         try:
+            if wait is not None:
+                wait()
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"fragment_{state.fragment_id:04d}.safetensors"
             temporary = path.with_suffix(".tmp")
@@ -282,7 +293,7 @@ def staging(tensors: list[Tensor], memory: Tensor) -> tuple[list[Tensor], Tensor
         at += -(-tensor.numel() * tensor.element_size() // 8) * 8
         ends.append(at)
     if memory.numel() < at:
-        memory = raw(at)
+        memory = page_locked(at) if any(tensor.is_cuda for tensor in tensors) else raw(at)
     starts = [0, *ends[:-1]]
     places = [
         memory[start : start + t.numel() * t.element_size()].view(t.dtype).view(t.shape) for start, t in zip(starts, tensors, strict=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.accelerators import Accelerator, CPUAccelerator
+from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError, not_there_yet
@@ -24,8 +25,12 @@ def check_host(accelerator: Accelerator | None, num_nodes: int) -> None:
     """
     if type(accelerator).__module__.split(".")[0] == "pytorch_lightning":
         raise wrong_framework()
-    if not isinstance(accelerator, CPUAccelerator):
-        raise not_there_yet(f"accelerator={type(accelerator).__name__}", "Learners run on the CPU: pass Trainer(accelerator='cpu').")
+    if not isinstance(accelerator, CPUAccelerator | CUDAAccelerator):
+        raise not_there_yet(
+            f"accelerator={type(accelerator).__name__}", "Learners run on CPUs and CUDA devices: pass Trainer(accelerator='cpu') or 'gpu'."
+        )
+    if isinstance(accelerator, CUDAAccelerator):
+        rank_zero_warn("Learners on CUDA devices: this was written without a GPU at hand, and the tests for it have never run on one.")
     if num_nodes != 1:
         raise not_there_yet(
             f"num_nodes={num_nodes}, which means learners on several machines,", "Pass num_nodes=1; devices=N is the number of learners."

@@ -5,7 +5,8 @@ the job's end. So its counters are advanced by n: ``global_step``, what loggers 
 in the present epoch, and the schedules, which are stepped n times because many of them cannot jump. Its optimizer state is fresh.
 
 The position inside the epoch only bounds what is left of it: the sampler is not moved, so the learner trains on the epoch's first
-batches where the job is near its end. All access to Lightning's private progress counters is in this file.
+batches where the job is near its end (loaders that can be resumed are moved, by `loader_position`). All access to Lightning's private
+progress counters is in this file.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ class JobClock:
         loop._batches_that_stepped += job_step
         epochs = self._advance_epochs(job_step)
         self._advance_schedules(job_step, epochs)
+
+    def begin_at(self, batches: int) -> None:
+        """This epoch's data begin behind so many batches, and not at their start; call it in ``on_train_start``, after `advance`."""
+        length = self._trainer.num_training_batches
+        if not math.isinf(length):
+            self._skipped_batches = min(max(self._skipped_batches, batches), int(length) - 1)
 
     def on_first_batch(self) -> None:
         """Set the position inside the epoch; call it in ``on_train_batch_start``. Later calls do nothing."""

@@ -3,8 +3,7 @@
 Where an error of memory comes out of a forward or backward pass, what was accumulated for the present inner step is dropped, the batch
 sizing learns of it (`BatchSizing.on_out_of_memory`), and Lightning is told that this batch has no loss, nor any other one of its window of
 accumulation. The optimizer is then asked to step with no gradients, which changes nothing; the inner step is not counted (`OuterSync`),
-and its
-samples are drawn again in smaller batches. Under manual optimization, where an optimizer may have stepped already, errors pass.
+and its samples are drawn again in smaller batches. Under manual optimization, where an optimizer may have stepped already, errors pass.
 
 It is a layer of its own under `DecoupledDiLoCoStrategy`, because Lightning routes all three passes through the strategy.
 """
@@ -14,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies.ddp import DDPStrategy
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_diloco.strategy.memory_probe import free_memory, is_out_of_memory
+from lightning_diloco.strategy.no_collectives import NoCollectives
 
 if TYPE_CHECKING:
     from lightning_diloco.strategy.batching import BatchSizing
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["OutOfMemoryGuard"]
 
 
-class OutOfMemoryGuard(DDPStrategy):
+class OutOfMemoryGuard(NoCollectives):
     """Catches errors of memory in the passes of a training step."""
 
     batching: BatchSizing | None = None

@@ -32,7 +32,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
-from lightning_diloco.runtime.client import ClientOptions, LearnerClient
+from lightning_diloco.runtime.client import ClientOptions, JoinInfo, LearnerClient
 from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.runtime.global_state import GlobalState
 from lightning_diloco.strategy.advice import advise_before
@@ -72,7 +72,9 @@ class OuterSync(Callback):
         self._strategy = strategy
         self._client: LearnerClient | None = None
         self._watch = StepWatch()
-        self._clock: JobClock | None = None
+        self.clock: JobClock | None = None
+        self.info: JoinInfo | None = None
+        """What the syncer said at the join."""
         self._tokens = 0
         self._depth = 0
         self._has_left = False
@@ -165,7 +167,7 @@ class OuterSync(Callback):
             lambda: LearnerClient(pl_module, self._client_options(trainer, assignment), context=assignment.context),
             patience_s(self._strategy.sync.heartbeat_s) if is_restarted_by_others else 0.0,
         )
-        self._client = client
+        self._client, self.info = client, info
         if (effective := sum(not f.holds_values for f in client.layout.fragments)) < self._strategy.sync.num_fragments:
             _log.info("num_fragments=%d, but the model has %d tensors: that many are used", self._strategy.sync.num_fragments, effective)
         client.on_heal = lambda parameters: reset_nonfinite_moments(trainer.optimizers, parameters)
@@ -177,16 +179,16 @@ class OuterSync(Callback):
             self._saver = keep_inner_state(client, trainer.optimizers, assignment.rejoin_path(), info, self._strategy.sync)
         self._strategy.on_joined(info.learner_id)
         self._showing = Showing(trainer, is_logged=not self.is_identity)
-        self._clock = JobClock(trainer)
+        self.clock = JobClock(trainer)
         if self._strategy.sync.lr_clock == "job":
-            self._clock.advance(info.job_step)
+            self.clock.advance(info.job_step)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the batch; at the beginning of an epoch, look whether something was unfrozen that nobody would merge."""
         if batch_idx == 0:
             check_unfrozen(self._client if self.is_joined else None)
-        if self._clock is not None:
-            self._clock.on_first_batch()
+        if self.clock is not None:
+            self.clock.on_first_batch()
         self._watch.on_batch_start(trainer.scaler)
         self._tokens += count_tokens(batch, pl_module, self._strategy.process_options.token_counter)
 

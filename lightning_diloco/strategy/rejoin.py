@@ -14,7 +14,7 @@ that is asked copies the fragment aside at its next boundary, as for its own rej
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_diloco.outer.memory import raw
+from lightning_diloco.runtime.device_copies import wait_for
 from lightning_diloco.runtime.rejoin import InnerState, Numbers, RejoinFiles, read_freshest, staging
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 from lightning_diloco.strategy.peer_state import PeerStateTaker, missing_states
@@ -63,6 +64,7 @@ class InnerStateSaver:
         self._due = {i * self._period // len(self._ids) for i in range(len(self._ids))} if folder is not None else set()
         self._steps = self._turn = 0
         self._memory = raw(0)
+        self._wait: Callable[[], None] | None = None
         self._is_off = not all(_is_torchs(optimizer) for optimizer in optimizers)
         self._has_given = False
         client.peers.can_give = not self._is_off
@@ -89,7 +91,7 @@ class InnerStateSaver:
             return
         self._turn += 1
         if state is not None:
-            self._files.write(state)
+            self._files.write(state, self._wait)
 
     def _give(self, wanted: PeerStateWanted) -> None:
         peers = self._client.peers
@@ -97,7 +99,7 @@ class InnerStateSaver:
         if state is None:
             peers.give(wanted, None)
         else:
-            self._files.pack(state, lambda packed: peers.give(wanted, packed))
+            self._files.pack(state, lambda packed: peers.give(wanted, packed), self._wait)
 
     def _copy_aside(self, fragment_id: int) -> InnerState | None:
         """The state of a fragment, in memory that is used again; None if there is none."""
@@ -116,7 +118,8 @@ class InnerStateSaver:
         places, self._memory = staging(list(tensors.values()), self._memory)
         with torch.no_grad():
             for place, value in zip(places, tensors.values(), strict=True):
-                place.copy_(value)
+                place.copy_(value, non_blocking=True)
+        self._wait = wait_for(list(tensors.values()))
         return InnerState(
             lineage=self._lineage,
             optimizers=self._kinds,

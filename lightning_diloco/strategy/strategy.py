@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -38,17 +38,18 @@ from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
 from lightning_diloco.strategy.batch_options import BatchOptions, LrRule
 from lightning_diloco.strategy.batching import BatchSizing
 from lightning_diloco.strategy.island_environment import choose_environment
+from lightning_diloco.strategy.loader_position import LoaderPosition
 from lightning_diloco.strategy.oom_guard import OutOfMemoryGuard
 from lightning_diloco.strategy.options import LaunchMode, ProcessOptions, Role, name_sync_fields, read_keys, refuse_what_is_not_there_yet
 from lightning_diloco.strategy.outer_sync import OuterSync
 from lightning_diloco.strategy.registration import serve_other_framework
 from lightning_diloco.strategy.resume import CHECKPOINT_KEY
+from lightning_diloco.strategy.shuffled_shares import share_shuffled
 from lightning_diloco.strategy.streams import share_stream
 from lightning_diloco.strategy.training_state import leave_training_state
 
 __all__ = ["DecoupledDiLoCoStrategy"]
 
-_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
@@ -195,6 +196,13 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
 
     @property
     @override
+    def root_device(self) -> torch.device:
+        # The learners of one machine have a device each; by hand there is one.
+        devices = self.parallel_devices or [torch.device("cpu")]
+        return devices[self.learner_id if self.role == "learner" else 0]
+
+    @property
+    @override
     def node_rank(self) -> int:
         return self.learner_id
 
@@ -267,6 +275,8 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         connector.use_distributed_sampler = self._wants_sampler and is_fit and num_learners > 1 and not is_leased
         self._outer_sync = OuterSync.attach(trainer, self) if is_learner else None
         self.batching = BatchSizing.attach(trainer, self, self.batch_options) if is_learner and self.batch_options.is_active else None
+        if self._outer_sync is not None and not is_leased:
+            LoaderPosition.attach(trainer, self._outer_sync, every_steps=self.sync.rejoin_every_steps)
 
     @override
     def setup_distributed(self) -> None:
@@ -289,11 +299,11 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        share = self.distributed_sampler_kwargs
+        share = self.distributed_sampler_kwargs["rank"], self.distributed_sampler_kwargs["num_replicas"]
         if self._outer_sync is not None and self._outer_sync.feed is not None:
             dataloader = self._outer_sync.feed.take(dataloader)
         elif self._wants_sampler:
-            dataloader = share_stream(dataloader, share["rank"], share["num_replicas"])
+            dataloader = share_shuffled(share_stream(dataloader, *share), *share)
         if self.batching is not None and self._trainer is not None and self._trainer.state.stage == RunningStage.TRAINING:
             dataloader = self.batching.make_live(dataloader)
         return super().process_dataloader(dataloader)
@@ -318,31 +328,10 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         if self._outer_sync is not None:
             self._outer_sync.close()
             self._outer_sync.detach()
+            LoaderPosition.detach(self._trainer)
         if self.batching is not None:
             self.batching.detach()
         super().teardown()
-
-    # -- collectives: a learner stands alone ---------------------------------------------------------------------------------------
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Nobody to wait for."""
-
-    @override
-    def broadcast(self, obj: _T, src: int = 0) -> _T:
-        return obj
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return tensor
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return tensor
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------------------
 

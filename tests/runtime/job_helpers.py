@@ -99,7 +99,7 @@ def running_job(run_dir: Path, kind: str = "inproc", config: SyncConfig = CONFIG
 def step(module: nn.Module, optimizer: torch.optim.Optimizer, inner_step: int) -> None:
     """One inner step on data that depends on its number alone."""
     generator = torch.Generator().manual_seed(inner_step)
-    x = torch.randn(16, 8, generator=generator)
+    x = torch.randn(16, 8, generator=generator).to(next(module.parameters()).device)
     optimizer.zero_grad()
     (module(x) - x[:, :2]).pow(2).mean().backward()
     optimizer.step()

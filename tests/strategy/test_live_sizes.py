@@ -184,7 +184,7 @@ def test_a_learner_that_begins_in_the_middle_of_an_epoch(tmp_path, size):
 
     class Late(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            JobClock.advance(trainer.strategy._outer_sync._clock, 5)
+            JobClock.advance(trainer.strategy._outer_sync.clock, 5)
 
     module = Recorder({1: size})
     fit(tmp_path, module, DataLoader(Numbers(40), batch_size=4), max_epochs=3, callbacks=[Late()])
