@@ -61,6 +61,20 @@ class LearnerIdInUseError(JoinRefusedError):
     """The syncer refused this learner because a process that it was hearing of lately has its id; in a while that may be over."""
 
 
+class ShardedSyncerError(DiLoCoError):
+    """The syncer that was dialled has several shards, and each wants to be joined; `runtime.sharded_client.join_job` does that.
+
+    Args:
+        endpoints: control endpoints of the shards from 1 on, as shard 0 has told them, which was dialled.
+    """
+
+    def __init__(self, endpoints: tuple[str, ...]) -> None:
+        super().__init__(
+            f"This syncer has {len(endpoints) + 1} shards, each for its part of the model. Join by join_job, which joins them all."
+        )
+        self.endpoints = endpoints
+
+
 class FencedError(DiLoCoError):
     """Another process has taken over this learner's id; this one must end and never rejoin."""
 

@@ -25,9 +25,9 @@ from benchmarks.storm.proxy import Link, Proxies
 from benchmarks.storm.steps import read_steps
 from benchmarks.storm.tape import TapeWatch
 from lightning_diloco.protocol.records import RunRecord
+from lightning_diloco.runtime.children import Child, ExitStatus, child_environment, start_child
 from lightning_diloco.runtime.summary import SummaryKeeper
 from lightning_diloco.runtime.tape import TAPE_NAME, append_run_record
-from lightning_diloco.strategy.children import Child, ExitStatus, child_environment, start_child
 from lightning_diloco.strategy.syncer_child import SyncerChild
 
 __all__ = ["Cluster", "Job", "Learner"]

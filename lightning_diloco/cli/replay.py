@@ -30,9 +30,9 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Replay, say what was found; returns the exit code."""
-    from lightning_diloco.runtime.replay import replay_run
+    from lightning_diloco.runtime.sharded_replay import replay_job
 
-    found = replay_run(args.run_dir)
+    found = replay_job(args.run_dir)
     sys.stdout.write(json.dumps(asdict(found)) + "\n" if args.json else _text(args.run_dir, found))
     return 0 if found.is_equal else 1
 

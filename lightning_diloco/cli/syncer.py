@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from lightning_diloco.errors import ConfigurationError, not_there_yet
+from lightning_diloco.cli.shards import refuse_shards, run_shards
+from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.addresses import bulk_after, is_loopback, split
 
 if TYPE_CHECKING:
     from lightning_diloco.runtime.keys import SyncerKeys
-    from lightning_diloco.runtime.service import SyncerService
+    from lightning_diloco.runtime.live_summary import LiveSummary
+    from lightning_diloco.runtime.service import ServiceOptions, SyncerService
 
 __all__ = ["add_parser", "run"]
 
@@ -32,7 +34,6 @@ _log = logging.getLogger(__name__)
 
 _STARTED_S = time.monotonic()
 """The process began about now: torch, which takes longest, is imported later."""
-_LATER_VALUES = {"--shards": "N"}
 
 
 def add_parser(commands: Any) -> None:
@@ -41,7 +42,7 @@ def add_parser(commands: Any) -> None:
         "syncer",
         help="merge the fragments of one job",
         usage="lightning-diloco syncer (--run-dir DIR [--rebuild] | --resume RUN_DIR) [--bind ENDPOINT] [--keys DIR | --insecure] "
-        "[--metrics-port PORT] [--verbose]",
+        "[--shards S] [--metrics-port PORT] [--verbose]",
         description="Run the syncer of one job. It ends when the last learner has reached its own limit, or on SIGTERM.",
     )
     parser.add_argument(
@@ -70,19 +71,29 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="one log line per merge")
-    for option, metavar in _LATER_VALUES.items():
-        parser.add_argument(option, default=None, metavar=metavar, help="(not there yet)")
+    parser.add_argument(
+        "--shards",
+        metavar="S",
+        help="so many processes, each for its share of the fragments (default 1), at the ports from --bind's on, two each",
+    )
+    parser.add_argument("--as-shard", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until the job ends; returns the exit code."""
     _refuse(args)
+    num_shards = refuse_shards(args)
     keys = _read_keys(args.keys)
-    lines = _stdin_lines() if args.supervised else iter(())
-    hello = _first_line(lines) if args.supervised else {}
+    if num_shards > 1:
+        _make_dir(args.run_dir)
+        return run_shards(args, num_shards, keys)
+    has_parent = args.supervised or args.as_shard
+    lines = _stdin_lines() if has_parent else iter(())
+    hello = _first_line(lines) if has_parent else {}
     _make_dir(args.run_dir)
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(asctime)s syncer: %(message)s")
+    name = f"shard {hello['shard']}" if args.as_shard else "syncer"
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format=f"%(asctime)s {name}: %(message)s")
     # Late imports: `--help` and wrong use need no torch.
     import torch
 
@@ -102,9 +113,12 @@ def run(args: argparse.Namespace) -> int:
         bulk=hello.get("bulk", "") or bulk_after(args.bind),
         keys=keys,
         observer_token=secrets.token_hex(16) if args.supervised else "",
+        shard=hello.get("shard", 0),
+        num_shards=hello.get("num_shards", 1),
+        shard_endpoints=tuple(hello.get("endpoints", ())),
     )
     _allow_descriptors()
-    lone = None if args.supervised else LoneSyncer(options, _STARTED_S, args.metrics_port)
+    lone = None if args.supervised else LoneSyncer(options, _STARTED_S, args.metrics_port, shown=_shown(options))
     service = SyncerService(options) if lone is None else lone.service
     endpoint = service.bind() if lone is None else lone.bind()
     stop = functools.partial(service.finish, "stopped") if lone is None else lone.stop
@@ -112,14 +126,24 @@ def run(args: argparse.Namespace) -> int:
         # On a thread: the handler may run while this one holds the lock that `stop` needs.
         signal.signal(number, lambda *_: threading.Thread(target=stop, daemon=True).start())
     _announce(args, endpoint, service, "" if lone is None else lone.metrics_url, keys)
+    if has_parent:
+        threading.Thread(target=_obey, args=(service, lines), name="diloco-supervisor", daemon=True).start()
     if lone is not None:
         return 1 if lone.run() == "failed" else 0
-    threading.Thread(target=_obey, args=(service, lines), name="diloco-supervisor", daemon=True).start()
     try:
         service.run()
     except Exception:  # the service has logged it
         return 1
     return 0
+
+
+def _shown(options: ServiceOptions) -> LiveSummary | None:
+    """What the lead of several shards tells observers: the figures of all."""
+    if not options.shard_endpoints:
+        return None
+    from lightning_diloco.runtime.sharded_live import ShardedLive
+
+    return ShardedLive(options.run_dir.parent.parent, options.num_shards)
 
 
 def _allow_descriptors() -> None:
@@ -166,10 +190,6 @@ def _refuse(args: argparse.Namespace) -> None:
         args.run_dir = args.resume
     if args.run_dir is None:
         raise ConfigurationError("--run-dir DIR is required: the folder of the job, for example --run-dir outputs/by_hand.")
-    for option in _LATER_VALUES:
-        value = getattr(args, option[2:].replace("-", "_"))
-        if value is not None:
-            raise not_there_yet(f"{option} {value}", "Leave it out.")
     address = split(args.bind)
     if address is None:
         raise ConfigurationError(f"--bind {args.bind}: an endpoint is tcp://HOST:PORT, for example tcp://127.0.0.1:7777.")
@@ -207,7 +227,7 @@ def _announce(args: argparse.Namespace, endpoint: str, service: SyncerService, m
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         json.dump(said, file)
     temporary.replace(path)
-    if not args.supervised:
+    if not args.supervised and not args.as_shard:
         from lightning_diloco.cli.inviting import invite
 
         sys.stdout.write(

@@ -7,6 +7,7 @@ figure is explained in the module that folds it:
 - `participation`: merges, their members and who was eligible.
 - `activity`: step times, stalls, presence; goodput and uptime.
 - `summary`: all of them together, as the content of `summary.json`.
+- `sharded`: the same from the tapes of all shards of a syncer.
 - `present`: what is not in it because it is about the moment: rates, staleness, members, what went wrong last.
 """
 
@@ -16,6 +17,7 @@ from lightning_diloco.metrics.accounts import FragmentAccount, LedgerError, Toke
 from lightning_diloco.metrics.activity import Activity
 from lightning_diloco.metrics.participation import MergeLog
 from lightning_diloco.metrics.present import PresentFold, PresentLearner
+from lightning_diloco.metrics.sharded import ShardedFold, renumbered
 from lightning_diloco.metrics.summary import SCHEMA, SummaryFold
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "MergeLog",
     "PresentFold",
     "PresentLearner",
+    "ShardedFold",
     "SummaryFold",
     "TokenAccounts",
+    "renumbered",
 ]

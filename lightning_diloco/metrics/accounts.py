@@ -93,8 +93,26 @@ class TokenAccounts:
         key = (record.learner_id, record.fragment_id, record.reason)
         self._discarded[key] = self._discarded.get(key, 0) + record.tokens
         if record.reason == "died":
-            life = (record.learner_id, self._newest_life_with_tokens(record.learner_id))
-            self._died[life] = self._died.get(life, 0) + num_params * record.tokens
+            self._count_died(record.learner_id, self._newest_life_with_tokens(record.learner_id), num_params * record.tokens)
+
+    def correct(self, learner_id: int, incarnation: int, fragment_id: int, reason: DiscardReason, tokens: int) -> None:
+        """Count tokens of one life that no record tells of; a negative number takes earlier ones back.
+
+        Args:
+            learner_id: whose.
+            incarnation: of which life.
+            fragment_id: of a fragment of parameters.
+            reason: why they will never be merged.
+            tokens: how many more.
+        """
+        key = (learner_id, fragment_id, reason)
+        self._discarded[key] = self._discarded.get(key, 0) + tokens
+        if reason == "died":
+            self._count_died(learner_id, incarnation, self._num_params[fragment_id] * tokens)
+
+    def _count_died(self, learner_id: int, incarnation: int, weighted_tokens: int) -> None:
+        life = (learner_id, incarnation)
+        self._died[life] = self._died.get(life, 0) + weighted_tokens
 
     def inner_steps(self, learner_id: int) -> int:
         """Inner steps of all lives of this learner."""

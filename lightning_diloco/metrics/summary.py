@@ -64,7 +64,7 @@ class SummaryFold:
         """Take the next line of the tape."""
         t_s = line.t_s
         self._last_s = max(self._last_s, t_s)
-        self._leases = fold_leases(self._leases, line.record, self._sessions)
+        self._fold_leases(line)
         match line.record:
             case JobRecord() as record:
                 self._found(record)
@@ -139,6 +139,9 @@ class SummaryFold:
             "leases": self._leases.accounts() if self._leases is not None else None,
             "learners": learners,
         }
+
+    def _fold_leases(self, line: TapeLine) -> None:
+        self._leases = fold_leases(self._leases, line.record, self._sessions)
 
     def _found(self, record: JobRecord) -> None:
         self._job = record

@@ -29,6 +29,7 @@ from lightning_diloco.outer.norms import Norms, measure
 from lightning_diloco.outer.optimizer import FragmentState, last_step, momentum_at, outer_step, recovered_momentum
 from lightning_diloco.outer.pseudo_gradient import pseudo_gradient
 from lightning_diloco.outer.publishing import OuterStep, Published, take_step
+from lightning_diloco.outer.shards import MAX_SHARDS, global_id, part_of, parts_of, whole
 from lightning_diloco.outer.spec import Fragment, Layout, TensorSlice, TensorSpec
 from lightning_diloco.outer.static import load_static, pack_static, static_bytes
 from lightning_diloco.outer.views import FragmentView
@@ -41,6 +42,7 @@ __all__ = [
     "FragmentState",
     "FragmentView",
     "Layout",
+    "MAX_SHARDS",
     "MergeAccumulator",
     "MergeRecord",
     "Merged",
@@ -62,6 +64,7 @@ __all__ = [
     "encode_in_place",
     "encode_publication",
     "flat",
+    "global_id",
     "is_finite",
     "load_static",
     "last_step",
@@ -69,6 +72,8 @@ __all__ = [
     "momentum_at",
     "outer_step",
     "pack_static",
+    "part_of",
+    "parts_of",
     "payload_bytes",
     "plan_layout",
     "pseudo_gradient",
@@ -78,4 +83,5 @@ __all__ = [
     "sha256_of",
     "static_bytes",
     "take_step",
+    "whole",
 ]

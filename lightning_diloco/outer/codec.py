@@ -159,7 +159,7 @@ def decode(buffer: Buffer | Tensor, num_elements: int, wire_dtype: str, *, out: 
         out: where to put the result; None allocates.
 
     Returns:
-        float32 [N] with memory of its own. Values may be non-finite: that is for `contribution_norm` to find.
+        float32 [N] with memory of its own. Values may be non-finite: that is for `measure` to find.
 
     Raises:
         ConfigurationError: the wire dtype is unknown.

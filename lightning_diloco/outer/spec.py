@@ -203,11 +203,17 @@ class Layout:
     """Fragment i has `fragment_id` i."""
     static: tuple[TensorSpec, ...] = ()
     """Static tensors, in the order of their payload."""
+    shard: int = 0
+    """Which part of a larger layout this is (see `lightning_diloco.outer.shards`), of `num_shards`."""
+    num_shards: int = 1
+    """1: it is the whole."""
 
     def __post_init__(self) -> None:
         """Check what needs more than one fragment."""
         if not self.fragments or [f.fragment_id for f in self.fragments] != list(range(len(self.fragments))):
             raise ConfigurationError("A layout needs at least one fragment, and fragments numbered from 0 without a gap.")
+        if type(self.shard) is not int or type(self.num_shards) is not int or not 0 <= self.shard < self.num_shards:
+            raise ConfigurationError(f"Part {self.shard!r} of {self.num_shards!r}: parts are numbered from 0, and there is one at least.")
         _check_unique(self._names())
 
     @property
@@ -221,14 +227,19 @@ class Layout:
         return sum(f.num_params for f in self.fragments if f.kind == "parameters")
 
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical encoding, in hex: names, order, shapes, dtypes, ties, fragment map, merge rules, static specs."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        """SHA-256 of the canonical encoding, in hex: names, order, shapes, dtypes, ties, fragment map, merge rules, static specs.
+
+        That of a part says which part it is as well (`part_of`): a syncer reads it before it knows any layout.
+        """
+        sha256 = hashlib.sha256(self.to_bytes()).hexdigest()
+        return sha256 if self.num_shards == 1 else f"{self.shard}/{self.num_shards}/{sha256}"
 
     def to_bytes(self) -> bytes:
         """The canonical encoding: JSON in ASCII, fixed order of keys, no white space."""
         fragments = [[f.kind, [_slice_fields(part) for part in f.slices]] for f in self.fragments]
         static = [[spec.name, spec.dtype, list(spec.shape), spec.kind] for spec in self.static]
-        return json.dumps([_SCHEMA, fragments, static], ensure_ascii=True, separators=(",", ":")).encode("ascii")
+        part = [] if self.num_shards == 1 else [[self.shard, self.num_shards]]
+        return json.dumps([_SCHEMA, fragments, static, *part], ensure_ascii=True, separators=(",", ":")).encode("ascii")
 
     @classmethod
     def from_bytes(cls, data: bytes, *, max_bytes: int) -> Layout:
@@ -285,13 +296,22 @@ def _as_tuple(value: object) -> tuple[Any, ...]:
 
 
 def _parse(document: object) -> Layout:
-    schema, fragments, static = _as_tuple(document)
+    schema, fragments, static, *part = _as_tuple(document)
     if type(schema) is not int or schema != _SCHEMA:
         raise ConfigurationError(f"Layout schema {schema!r}: this program reads {_SCHEMA}. Use the same version of the package everywhere.")
     return Layout(
         fragments=tuple(_parse_fragment(i, entry) for i, entry in enumerate(_as_tuple(fragments))),
         static=tuple(_parse_spec(entry) for entry in _as_tuple(static)),
+        **_parse_part(part),
     )
+
+
+def _parse_part(entries: list[object]) -> dict[str, Any]:
+    if not entries:
+        return {}
+    (entry,) = entries
+    shard, num_shards = _as_tuple(entry)
+    return {"shard": shard, "num_shards": num_shards}
 
 
 def _parse_fragment(fragment_id: int, entry: object) -> Fragment:

@@ -235,8 +235,9 @@ class StaticInstalled(_Event, frozen=True, kw_only=True):
 class Boundary(_Event, frozen=True, kw_only=True):
     """The training thread ended `steps` inner steps (mostly one) of `tokens` tokens in all; nothing was exchanged between them.
 
-    `poisoned`: while a heal for `nonfinite` is due, the fragments whose parameters are not finite: they are healed with it, because one
-    of them left over would poison the others in the next step. None: nobody has looked, so such a heal waits for the next boundary.
+    `poisoned`: while a heal for `nonfinite` is due, here or in another shard's part of the model, the fragments whose parameters are not
+    finite: they are healed with it, because one of them left over would poison the others in the next step. None: nobody has looked, so
+    such a heal waits for the next boundary.
     """
 
     tokens: int

@@ -37,6 +37,8 @@ class JobOptions:
         may_found: whether the job may still be empty.
         starts_together: the first lives of all learners are started at once (local mode), so that none of them is a late joiner.
         versions: package versions for the tape.
+        shard: which of a syncer's shards this is.
+        num_shards: how many it has.
     """
 
     job_id: str
@@ -51,6 +53,8 @@ class JobOptions:
     epoch: int = 0
     may_found: bool = True
     versions: dict[str, str] = field(default_factory=dict)
+    shard: int = 0
+    num_shards: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +184,12 @@ class Job:
         # Buffers are values: their size says nothing about the steps behind it.
         kinds = [f.kind for f in self.fragments] or ["parameters"]
         self.gates = [NormGate(config.norm_gate if kind == "parameters" else None) for kind in kinds]
-        self.pace = Pace(num_fragments=count, sync_interval_steps=config.sync_interval_steps)
+        self.pace = Pace(
+            num_fragments=count,
+            sync_interval_steps=config.sync_interval_steps,
+            shard=self.options.shard,
+            num_shards=self.options.num_shards,
+        )
         self.grace = GraceWindow(
             overlap_steps=config.overlap_steps, grace_fraction=config.grace_fraction, grace_cap_steps=config.grace_cap_steps
         )

@@ -90,9 +90,8 @@ class Exchange:
     def _heal_all(self, poisoned: tuple[int, ...] | None) -> list[LearnerAction]:
         """Heal what was refused for its values, and with `nonfinite` everything else that is poisoned."""
         fragments = self._state.fragments
-        if poisoned is not None and any(f.heal == "nonfinite" for f in fragments):
-            for fragment_id in poisoned:
-                fragments[fragment_id].heal = "nonfinite"
+        for fragment_id in poisoned or ():
+            fragments[fragment_id].heal = "nonfinite"
         due = [f for f in fragments if f.heal == "norm" or (f.heal is not None and poisoned is not None)]
         return [action for fragment in due for action in self._heal(fragment)]
 

@@ -59,6 +59,7 @@ from lightning_diloco.protocol.syncer_messages import (
     Resolved,
     SendState,
     ShardAddress,
+    Sharded,
     StaticState,
     Stop,
     SyncerHeader,
@@ -113,6 +114,7 @@ __all__ = [
     "Resolved",
     "SendState",
     "ShardAddress",
+    "Sharded",
     "StaticState",
     "Status",
     "StatusRefused",
@@ -126,7 +128,7 @@ __all__ = [
     "WhoAreYou",
 ]
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """Raised by one whenever a message changes; both sides must speak the same."""
 
 Header = LearnerHeader | SyncerHeader

@@ -3,7 +3,8 @@
 A fragment is due when a quorum of active learners did H inner steps since its previous round *opened*. Counting from what was
 last received instead would let rounds fire back to back behind one late learner. Two things keep the whole model from going out at
 once: the first round of fragment p comes floor(p * H / P) steps after founding (or after an outage), and at most ceil(P / H)
-rounds open per inner step of the fastest active learner, one more to catch up, most overdue first.
+rounds open per inner step of the fastest active learner, one more to catch up, most overdue first. Shard k of S counts its fragments so
+that those of all shards take turns: its p-th of P is the (p S + k)-th of P S.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ class Pace:
     Args:
         num_fragments: P.
         sync_interval_steps: H.
+        shard: k, if these are the fragments of a shard.
+        num_shards: S.
     """
 
-    def __init__(self, *, num_fragments: int, sync_interval_steps: int) -> None:
+    def __init__(self, *, num_fragments: int, sync_interval_steps: int, shard: int = 0, num_shards: int = 1) -> None:
         self._interval = sync_interval_steps
         self._per_step = -(-num_fragments // sync_interval_steps)
-        self._offsets = [p * sync_interval_steps // num_fragments for p in range(num_fragments)]
+        places = [p * num_shards + shard for p in range(num_fragments)]
+        self._offsets = [place * sync_interval_steps // (num_fragments * num_shards) for place in places]
         # Inner step of each learner at which its count towards a fragment's next round began.
         self._since: list[dict[int, int]] = [{} for _ in range(num_fragments)]
         # Newest step of every learner that was admitted, active or resting.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from lightning_diloco.protocol.identity import Count, DataSpec, MergedThrough, Refusal, Seconds, Version
 from lightning_diloco.protocol.learner_messages import PeerState
@@ -27,6 +28,7 @@ __all__ = [
     "Resolved",
     "SendState",
     "ShardAddress",
+    "Sharded",
     "StaticState",
     "Stop",
     "SyncerHeader",
@@ -78,6 +80,15 @@ class JoinRefused(Message, frozen=True, kw_only=True):
 
 class WhoAreYou(Message, frozen=True, kw_only=True):
     """The session is not known here: say `Hello` again."""
+
+
+class Sharded(Message, frozen=True, kw_only=True):
+    """Answer to a `Hello` for the whole model, of a syncer that has several shards: say it to each, for its part of the model.
+
+    The one that answers is the lead, shard 0; these are the control endpoints of the others, by number.
+    """
+
+    endpoints: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=63)]
 
 
 class SendState(Message, frozen=True, kw_only=True):
@@ -197,6 +208,7 @@ class StaticState(Message, frozen=True, kw_only=True):
 
 FromSyncer = (
     Welcome
+    | Sharded
     | SendState
     | JoinRefused
     | WhoAreYou

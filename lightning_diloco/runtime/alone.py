@@ -18,7 +18,7 @@ from lightning_diloco.runtime.tape import TAPE_NAME, append_run_record
 if TYPE_CHECKING:
     from lightning_diloco.runtime.metrics_endpoint import MetricsEndpoint
 
-__all__ = ["LoneSyncer"]
+__all__ = ["LoneSyncer", "open_metrics"]
 
 _log = logging.getLogger(__name__)
 
@@ -30,11 +30,14 @@ class LoneSyncer:
         options: of the service.
         started_s: monotonic time at which the process started: `startup_s` counts from here to the first join.
         metrics: host and port to serve figures for Prometheus at (None: nowhere).
+        shown: the figures that observers are told (None: those of this run directory).
     """
 
-    def __init__(self, options: ServiceOptions, started_s: float, metrics: tuple[str, int] | None = None) -> None:
+    def __init__(
+        self, options: ServiceOptions, started_s: float, metrics: tuple[str, int] | None = None, shown: LiveSummary | None = None
+    ) -> None:
         self._live = LiveSummary(options.run_dir)
-        self.service = SyncerService(options, on_line=self._note_join, live=self._live)
+        self.service = SyncerService(options, on_line=self._note_join, live=self._live if shown is None else shown)
         self._metrics_at = metrics
         self._metrics: MetricsEndpoint | None = None
         self._run_dir: Path = options.run_dir
@@ -51,7 +54,7 @@ class LoneSyncer:
         """
         # The endpoint first: a port that is taken must not leave a job in the folder.
         if self._metrics_at is not None:
-            self._metrics = _open_metrics(self._metrics_at, self._live)
+            self._metrics = open_metrics(self._metrics_at, self._live)
         try:
             return self.service.bind()
         except BaseException:
@@ -118,7 +121,16 @@ class LoneSyncer:
             self._startup_s = time.monotonic() - self._started_s
 
 
-def _open_metrics(address: tuple[str, int], live: LiveSummary) -> MetricsEndpoint:
+def open_metrics(address: tuple[str, int], live: LiveSummary) -> MetricsEndpoint:
+    """Serve figures for Prometheus.
+
+    Args:
+        address: host and port.
+        live: the figures.
+
+    Raises:
+        ConfigurationError: the address cannot be bound, or `prometheus_client` is not installed.
+    """
     # Imported late: a syncer without an endpoint needs no package for one.
     try:
         from lightning_diloco.runtime.metrics_endpoint import MetricsEndpoint

@@ -28,23 +28,23 @@ from typing import Literal
 import zmq
 from torch import nn
 
-from lightning_diloco.errors import FencedError, SyncerUnavailableError
-from lightning_diloco.outer import plan_layout
+from lightning_diloco.errors import FencedError
+from lightning_diloco.outer import Layout, global_id
 from lightning_diloco.protocol.actions import Adopt, Heal, LearnerAction, Send, Snapshot
 from lightning_diloco.protocol.events import Boundary, JoinRequested, LeaveRequested, PauseChanged, StopRequested
-from lightning_diloco.protocol.identity import DataSpec, Version
+from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.messages import BatchChosen
 from lightning_diloco.runtime.client_loop import ClientLoop
-from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOptions, JoinInfo, learner_options
+from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOptions, JoinInfo, learner_options, planned_layout
+from lightning_diloco.runtime.client_waiting import wait_for_join, wait_for_lease
 from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
 from lightning_diloco.runtime.global_state import MomentumTracker
-from lightning_diloco.runtime.healing import Remedy, describe, poisoned_fragments, tensors_of
+from lightning_diloco.runtime.healing import Remedy, describe, is_heal_due, poisoned_fragments, tensors_of
 from lightning_diloco.runtime.learner_store import Adoption, Encode, LearnerStore
-from lightning_diloco.runtime.leases import Link
+from lightning_diloco.runtime.leaving import leave_all
 from lightning_diloco.runtime.transport import LearnerTransport
-from lightning_diloco.runtime.unanswered import explain
 from lightning_diloco.runtime.weights import Weights
 
 __all__ = ["ClientOptions", "Figures", "JoinInfo", "LearnerClient"]
@@ -64,27 +64,31 @@ class LearnerClient:
         module: the user's module; its parameters are read and written in place, on the calling thread only.
         options: see `ClientOptions`.
         context: shared with a syncer in this process (`inproc://`).
+        layout: what of the module is synchronized here (None: all of it); of one shard of a syncer that is its part.
+        nonce: the process's random name (None: a new one), which is one and the same at all shards.
 
     Raises:
         ConfigurationError: the module has no parameter to synchronize, or one that cannot be.
     """
 
-    def __init__(self, module: nn.Module, options: ClientOptions, *, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        options: ClientOptions,
+        *,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        layout: Layout | None = None,
+        nonce: bytes | None = None,
+    ) -> None:
         config = options.config
-        self.layout = plan_layout(
-            module,
-            num_fragments=config.num_fragments,
-            merge=config.merge,
-            mean_patterns=config.mean_patterns,
-            include_frozen=config.include_frozen,
-        )
+        self.layout = planned_layout(module, config) if layout is None else layout
         self.on_heal: Callable[[list[nn.Parameter]], None] | None = None
         """Called on the training thread with the parameters of what was healed: reset their non-finite inner moments."""
         self.on_boundary: Callable[[], None] | None = None
         """Called on the training thread at the end of every boundary, inside of what counts as stall."""
         self._module = module
         self._options = options
-        self._nonce = secrets.token_bytes(16)
+        self._nonce = secrets.token_bytes(16) if nonce is None else nonce
         self._machine = LearnerMachine(learner_options(options, self.layout, self._nonce))
         self._store = LearnerStore(
             module,
@@ -127,6 +131,7 @@ class LearnerClient:
 
         Raises:
             JoinRefusedError: the syncer said no; the sentence says why.
+            ShardedSyncerError: there are several shards to be joined.
             SyncerUnavailableError: nobody answered in time.
         """
         try:
@@ -135,20 +140,20 @@ class LearnerClient:
             self._loop.reports.heard_s = time.monotonic()
             self._loop.start()
             self._loop.handle(JoinRequested())
-            self._wait_for_join(self._patience_s)
+            wait_for_join(self._loop, self._transport, self._options, self._patience_s)
         except BaseException:
             self.close()
             raise
         joined = self._loop.joined
         assert joined is not None
         if joined.data is not None:
-            self._wait_for_lease(joined.data)
+            wait_for_lease(self._loop, self._machine, self._options, joined.data, self._patience_s)
         if joined.role != "member":
             for fragment_id, view in enumerate(self._store.views):
                 view.copy_from(self._store.base(fragment_id))
         if self._counters is not None:
             self._counters.set_incarnation(joined.incarnation)
-        self._times.start()
+        self.begin()
         return JoinInfo(
             learner_id=joined.learner_id,
             incarnation=joined.incarnation,
@@ -157,51 +162,30 @@ class LearnerClient:
             lineage=self._machine.state.envelope.lineage,
         )
 
+    def begin(self) -> None:
+        """The join is complete, with all shards: the first gap between steps begins."""
+        self._times.start()
+
+    @property
+    def nonce(self) -> bytes:
+        """This process's random name."""
+        return self._nonce
+
     @property
     def _patience_s(self) -> float:
         return JOIN_TIMEOUT_S if self._options.join_timeout_s is None else self._options.join_timeout_s
 
-    def _wait_for_join(self, timeout_s: float) -> None:
-        # A syncer that answers is waited for without limit: minutes may lie between a slow founder and a fast joiner.
-        while not self._loop.settled.wait(0.05):
-            if time.monotonic() - self._loop.reports.heard_s > timeout_s:
-                why = explain(self._transport.failed_handshakes, self._options.keys)
-                raise SyncerUnavailableError(f"No syncer answered at {self._options.endpoint} for {timeout_s:g} s. {why}")
-        if self._loop.fatal is not None:
-            raise self._loop.fatal
-
-    def _wait_for_lease(self, data: DataSpec) -> None:
-        """A learner begins with samples; a join may wait, later nothing does."""
-        leases, loop = self._options.leases, self._loop
-        assert leases is not None
-        leases.follow(data)
-        leases.connect(
-            Link(
-                send=loop.send,
-                wake=loop.wake,
-                is_heard=loop.reports.is_heard,
-                syncer_epoch=lambda: self._machine.state.envelope.epoch,
-                heartbeat_s=self._options.config.heartbeat_s,
-            )
-        )
-        loop.reports.leases = leases
-        loop.wake()
-        while not leases.has_answer and loop.fatal is None and self.stop_reason is None:
-            if time.monotonic() - loop.reports.heard_s > self._patience_s:
-                raise SyncerUnavailableError(f"The syncer at {self._options.endpoint} has fallen silent before it handed out any samples.")
-            time.sleep(0.005)
-        if loop.fatal is not None:
-            raise loop.fatal
-
     # ---- training -----------------------------------------------------------------------------------------------------------
 
-    def boundary(self, *, tokens: int) -> None:
+    def boundary(self, *, tokens: int, begun_s: float | None = None, heals: bool = False) -> None:
         """An inner step has ended. Never waits.
 
         Args:
             tokens: trained in this step, at least 0.
+            begun_s: monotonic time at which this boundary began (None: now), if other shards' parts came first.
+            heals: another shard's part is healed of values that are not finite, and this one's are with it.
         """
-        start_s = time.monotonic()
+        start_s = time.monotonic() if begun_s is None else begun_s
         self._inner_steps += 1
         self._tokens += tokens
         self._uncounted_steps += 1
@@ -209,14 +193,14 @@ class LearnerClient:
         samples = self._options.leases.stepped() if self._options.leases is not None else 0
         if self._counters is not None:
             self._counters.update(self._inner_steps, self._tokens, samples)
-        self._exchange()
+        self._exchange(heals=heals)
         if self.on_boundary is not None:
             self.on_boundary()
         self._times.step(time.monotonic() - start_s)
 
-    def _exchange(self) -> None:
+    def _exchange(self, *, heals: bool) -> None:
         loop = self._loop
-        poisoned = self._poisoned()
+        poisoned = self._poisoned(heals=heals)
         if not loop.lock.acquire(blocking=False):
             return
         try:
@@ -256,11 +240,17 @@ class LearnerClient:
                 self._heal(action, item)
         self._loop.wake()
 
-    def _poisoned(self) -> tuple[int, ...] | None:
-        return poisoned_fragments(self._module, self._store.views, self._machine.state.fragments)
+    @property
+    def is_heal_due(self) -> bool:
+        """Whether something was refused for values that are not finite, and is healed at the next boundary."""
+        return is_heal_due(self._machine.state.fragments)
+
+    def _poisoned(self, *, heals: bool = False) -> tuple[int, ...] | None:
+        return poisoned_fragments(self._module, self._store.views) if heals or self.is_heal_due else None
 
     def _heal(self, action: Heal, remedy: Remedy) -> None:
-        _log.warning("%s", describe(self._machine.state.learner_id, action, self._options.config.norm_gate))
+        number = global_id(action.fragment_id, self.layout.shard, self.layout.num_shards)
+        _log.warning("%s", describe(self._machine.state.learner_id, action, self._options.config.norm_gate, number))
         self._store.views[action.fragment_id].copy_from(remedy.values())
         if self.on_heal is not None:
             # One step with a NaN puts it into the moments of all parameters.
@@ -294,25 +284,33 @@ class LearnerClient:
 
     def leave(self, reason: Literal["limit", "signal", "stopped"]) -> None:
         """Push the last contributions and say good-bye; waits at most `drain_timeout_s`."""
+        leave_all([self], reason, self._options.config.drain_timeout_s)
+
+    def begin_leave(self, reason: Literal["limit", "signal", "stopped"]) -> bool:
+        """Push the last contributions; returns whether there is an answer to be waited for."""
         if self._is_closed or self._loop.joined is None or self._loop.fatal is not None:
-            return
-        drain_s = self._options.config.drain_timeout_s
+            return False
         self._store.momentum.freeze()
         if self._uncounted_steps:
             event = Boundary(tokens=self._uncounted_tokens, steps=self._uncounted_steps, can_snapshot=False, poisoned=self._poisoned())
             self._uncounted_steps = self._uncounted_tokens = 0
             self._take_part(event)
         self._take_part(LeaveRequested(reason=reason, poisoned=self._poisoned()))
-        end_s = time.monotonic() + drain_s
-        while not self._loop.left.wait(min(0.05, max(0.0, end_s - time.monotonic()))) and time.monotonic() < end_s:
-            again, self._loop.leave_again = self._loop.leave_again, None
-            if again is not None:
-                # The syncer has started again meanwhile, and has lost what was handed over.
-                self._take_part(LeaveRequested(reason=again, poisoned=self._poisoned()))
-        if not self._loop.left.is_set():
-            _log.warning("The last contributions were not acknowledged within drain_timeout_s=%g; they are discarded.", drain_s)
-            self._loop.leave_now(reason)
-            self._loop.left.wait(1.0)
+        return True
+
+    def leave_again(self) -> None:
+        """Push once more if the syncer has started again meanwhile, and has lost what was handed over."""
+        again, self._loop.leave_again = self._loop.leave_again, None
+        if again is not None:
+            self._take_part(LeaveRequested(reason=again, poisoned=self._poisoned()))
+
+    def leave_now(self, reason: Literal["limit", "signal", "stopped"]) -> None:
+        """Say good-bye with what is acknowledged."""
+        self._loop.leave_now(reason)
+
+    def wait_left(self, timeout_s: float) -> bool:
+        """Wait for the end of the leave; returns whether it has come."""
+        return self._loop.left.wait(timeout_s)
 
     def _take_part(self, event: Boundary | LeaveRequested) -> None:
         """Give the machine an event and do what follows; waits for the lock, as only the end of a training may."""

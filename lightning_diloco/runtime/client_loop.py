@@ -41,13 +41,7 @@ from lightning_diloco.protocol.actions import (
     StopTraining,
     UnsayLeave,
 )
-from lightning_diloco.protocol.events import (
-    ControlReceived,
-    Decoded,
-    Encoded,
-    LearnerEvent,
-    PublicationArrived,
-)
+from lightning_diloco.protocol.events import ControlReceived, Decoded, Encoded, LearnerEvent, PublicationArrived
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.messages import (
     ID_IN_USE,
@@ -63,6 +57,7 @@ from lightning_diloco.protocol.messages import (
     Publication,
     Recall,
     SendState,
+    Sharded,
     StaticState,
     Welcome,
 )
@@ -105,6 +100,7 @@ class ClientLoop:
         self.left = threading.Event()
         self.joined: Joined | None = None
         self.fatal: DiLoCoError | None = None
+        self.sharded: Sharded | None = None
         self.stop_reason: str | None = None
         self.staleness_versions = 0.0
         self._machine = machine
@@ -125,7 +121,7 @@ class ClientLoop:
             patience_s=patience_s,
             founding=founding,
         )
-        self.peers = PeerStates(store.layout.fragments, send=self.send, send_payload=self._send_once, wake=transport.wake)
+        self.peers = PeerStates(store.layout, send=self.send, send_payload=self._send_once, wake=transport.wake)
         self.reports = Reports(machine, self.lock, times, config, self.send)
         self.leave_again: Literal["limit", "signal", "stopped"] | None = None
         self._complaints = Complaints(_log)
@@ -292,6 +288,9 @@ class ClientLoop:
             self._dial(message.shards[0].bulk_endpoint)
         elif isinstance(message, SendState):
             self._joining.send_state()
+        elif isinstance(message, Sharded):
+            self.sharded = message
+            self.settled.set()
         elif isinstance(message, PeerStateWanted):
             self.peers.heard(message)
         else:

@@ -6,14 +6,16 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import nn
+
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.outer import Layout
+from lightning_diloco.outer import Layout, plan_layout
 from lightning_diloco.protocol.learner_state import LearnerOptions
 from lightning_diloco.runtime.global_state import FoundingState
 from lightning_diloco.runtime.keys import SiteKeys
 from lightning_diloco.runtime.leases import Leases
 
-__all__ = ["JOIN_TIMEOUT_S", "ClientOptions", "JoinInfo", "learner_options"]
+__all__ = ["JOIN_TIMEOUT_S", "ClientOptions", "JoinInfo", "learner_options", "planned_layout"]
 
 JOIN_TIMEOUT_S = 60.0
 """How long a learner looks for a syncer that answers, unless told otherwise."""
@@ -67,6 +69,22 @@ class JoinInfo:
     role: str
     job_step: int
     lineage: str
+
+
+def planned_layout(module: nn.Module, config: SyncConfig) -> Layout:
+    """What of a module a job of this configuration synchronizes, and how; see `plan_layout`.
+
+    Args:
+        module: the user's.
+        config: of the job.
+    """
+    return plan_layout(
+        module,
+        num_fragments=config.num_fragments,
+        merge=config.merge,
+        mean_patterns=config.mean_patterns,
+        include_frozen=config.include_frozen,
+    )
 
 
 def learner_options(options: ClientOptions, layout: Layout, nonce: bytes) -> LearnerOptions:

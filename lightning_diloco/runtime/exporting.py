@@ -20,6 +20,8 @@ from torch import Tensor
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.outer import sha256_of
 from lightning_diloco.outer.static import unpack_static
+from lightning_diloco.runtime.sharded_model import read_founding
+from lightning_diloco.runtime.shards import shard_dirs
 from lightning_diloco.runtime.snapshot import Founding, FragmentSnapshot, SnapshotError, SnapshotStore
 
 __all__ = ["Exported", "export_model"]
@@ -53,14 +55,16 @@ def export_model(run_dir: Path, out: Path) -> Exported:
     """
     if out.suffix not in SUFFIXES:
         raise ConfigurationError(f"{out}: must end in {' or '.join(SUFFIXES)}.")
-    snapshots = SnapshotStore(run_dir)
+    folders = shard_dirs(run_dir)
     try:
-        identity, founding = snapshots.read_identity(), snapshots.read_founding()
+        identity, founding = SnapshotStore(folders[0]).read_identity(), read_founding(run_dir)
     except SnapshotError as error:
         raise ConfigurationError(f"{run_dir}: {error}") from error
     if identity is None or founding is None:
         raise ConfigurationError(f"{run_dir}: holds no snapshot of a job that was founded. Give the run directory of a syncer.")
-    found = [f for f in snapshots.read(founding.layout.fragment_sizes) if f is not None]
+    sizes, count = founding.layout.fragment_sizes, len(folders)
+    by_shard = [SnapshotStore(folder).read(sizes[shard::count]) for shard, folder in enumerate(folders)]
+    found = [f for p in range(len(sizes)) if (f := by_shard[p % count][p // count]) is not None]
     if len(found) != len(founding.layout.fragments):
         raise ConfigurationError(f"{run_dir}: no snapshot in it is whole. global.safetensors, if it is there, is the model of the end.")
     _write(state_dict(founding, found), out)

@@ -17,7 +17,7 @@ from lightning_diloco.outer import Encoded, Fragment, FragmentView, decode, meas
 from lightning_diloco.protocol.actions import Heal
 from lightning_diloco.protocol.learner_state import FragmentState
 
-__all__ = ["MAX_NORM", "Remedy", "describe", "is_sound", "poisoned_fragments", "tensors_of"]
+__all__ = ["MAX_NORM", "Remedy", "describe", "is_heal_due", "is_sound", "poisoned_fragments", "tensors_of"]
 
 MAX_NORM = 1e30
 """A contribution of this norm or more counts as not finite: two of them can overflow float32 in the outer step, and NaN is for good."""
@@ -28,13 +28,14 @@ def is_sound(norm: float) -> bool:
     return norm < MAX_NORM
 
 
-def describe(learner_id: int, heal: Heal, norm_gate: float | None) -> str:
+def describe(learner_id: int, heal: Heal, norm_gate: float | None, fragment_id: int | None = None) -> str:
     """What was refused, by which rule, what happens now, and what the user can do.
 
     Args:
         learner_id: of this learner.
         heal: what the rules ask for.
         norm_gate: of the job.
+        fragment_id: number of the fragment in the whole model (None: the one in `heal`).
     """
     if heal.reason == "norm":
         rule = f"its norm per step is above norm_gate={norm_gate} times the running median of this fragment"
@@ -43,7 +44,7 @@ def describe(learner_id: int, heal: Heal, norm_gate: float | None) -> str:
         rule = "a value in it is not finite, or too large for float32"
         remedy = "If it comes again, lower the inner learning rate or clip the gradients."
     return (
-        f"Learner {learner_id}: fragment {heal.fragment_id} was refused ({heal.reason}): {rule}. "
+        f"Learner {learner_id}: fragment {heal.fragment_id if fragment_id is None else fragment_id} was refused ({heal.reason}): {rule}. "
         f"Its parameters go back to the last published ones. {remedy}"
     )
 
@@ -64,10 +65,13 @@ class Remedy:
         return reference(self.base, decode(sent.payload, sent.num_elements, sent.wire_dtype))
 
 
-def poisoned_fragments(module: nn.Module, views: Sequence[FragmentView], fragments: Sequence[FragmentState]) -> tuple[int, ...] | None:
-    """The fragments that are not finite, while a heal for such values is due; None if none is, and nobody has looked."""
-    if all(fragment.heal != "nonfinite" for fragment in fragments):
-        return None
+def is_heal_due(fragments: Sequence[FragmentState]) -> bool:
+    """Whether one of them was refused for a value that is not finite."""
+    return any(fragment.heal == "nonfinite" for fragment in fragments)
+
+
+def poisoned_fragments(module: nn.Module, views: Sequence[FragmentView]) -> tuple[int, ...]:
+    """The fragments that are not finite."""
     return tuple(i for i, view in enumerate(views) if not _is_finite(module, view))
 
 

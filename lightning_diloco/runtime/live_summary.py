@@ -20,13 +20,13 @@ from typing import Any, Final
 from lightning_diloco.metrics import PresentFold, PresentLearner, SummaryFold
 from lightning_diloco.runtime.tape import TAPE_NAME, TapeTail
 
-__all__ = ["LiveSummary", "Reading"]
+__all__ = ["PORTION_BYTES", "LiveSummary", "Reading"]
 
 FRESH_S: Final = 0.25
 """A reading so young is given again; the tape reaches the file every half second."""
 REST: Final = 20.0
 """Time between two readings, in multiples of what the first one took."""
-_PORTION_BYTES: Final = 8 << 20
+PORTION_BYTES: Final = 8 << 20
 """A long tape is read in portions."""
 
 
@@ -61,7 +61,7 @@ class LiveSummary:
     def __init__(self, run_dir: Path) -> None:
         self._lock = threading.Lock()
         self._tail = TapeTail(run_dir / TAPE_NAME)
-        self._fold = SummaryFold()
+        self._fold: SummaryFold = SummaryFold()
         self._present = PresentFold()
         self._last: Reading | None = None
         self._due_s = 0.0
@@ -122,7 +122,7 @@ class LiveSummary:
     def _feed(self, give_up: Callable[[], bool]) -> None:
         is_done = False
         while not is_done:
-            for line in self._tail.read_new(_PORTION_BYTES):
+            for line in self._tail.read_new(PORTION_BYTES):
                 self._fold.feed(line)
                 self._present.feed(line)
             is_done = not self._tail.has_more or give_up()

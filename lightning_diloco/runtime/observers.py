@@ -137,7 +137,9 @@ class Observers:
         learners = [self._learner(m, present.get(m), reading.learners.get(m), figures.get(m, {}), now_s) for m in sorted(ids[:MAX_TOLD])]
         known = {m.session for m in present.values()} | {x.session for x in reading.learners.values()}
         strangers = [self._aged(*x, now_s) for session, x in self._turned_away.items() if session not in known]
-        versions = [current.version.n for current in job.currents]
+        # The lead of several shards tells of all fragments of parameters; its own members and open rounds are what it knows at first hand.
+        told = [f["version"] for f in summary["fragments"]] if job.options.num_shards > 1 else []
+        versions = told or [current.version.n for current in job.currents]
         word = "waiting" if not job.is_founded else "recovering" if not job.is_serving else "running"
         return Status(
             job_id=job.options.job_id,
@@ -146,7 +148,7 @@ class Observers:
             **{name: summary[name] for name in _SAME},
             num_members=len(job.members.joined()),
             num_active=len(job.members.active(now_s)),
-            num_fragments=job.num_fragments,
+            num_fragments=len(told) or job.num_fragments,
             version_min=min(versions, default=None),
             version_max=max(versions, default=None),
             open_rounds=sum(r.stage != "idle" for r in self._machine.rounds.all),

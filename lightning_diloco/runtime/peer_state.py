@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lightning_diloco.errors import RemoteProtocolError
-from lightning_diloco.outer import buffer_of
+from lightning_diloco.outer import Layout, buffer_of, global_id
 from lightning_diloco.outer.spec import Fragment
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.messages import Message, PeerState, PeerStateRequest, PeerStateWanted
@@ -59,7 +59,7 @@ class PeerStates:
     """What one learner takes from its peers and gives to them.
 
     Args:
-        fragments: of the layout.
+        layout: of this learner; of a shard its part. Outside of messages fragments have the numbers of the whole.
         send: sends a control message to the syncer.
         send_payload: sends a payload to the syncer; returns the transfer's id.
         wake: makes the background thread look.
@@ -67,13 +67,13 @@ class PeerStates:
 
     def __init__(
         self,
-        fragments: tuple[Fragment, ...],
+        layout: Layout,
         *,
         send: Callable[[Message], object],
         send_payload: Callable[[Message, memoryview], int],
         wake: Callable[[], None],
     ) -> None:
-        self._fragments, self._send, self._send_payload, self._wake = fragments, send, send_payload, wake
+        self._layout, self._send, self._send_payload, self._wake = layout, send, send_payload, wake
         self.can_give = False
         """Whether somebody looks at `next_wanted` at every boundary."""
         self.is_asking = False
@@ -118,8 +118,9 @@ class PeerStates:
 
     def accepts(self, header: PeerState, total_bytes: int) -> bool:
         """Whether memory may be given to a state that is offered."""
-        is_due = self.is_asking and self.arrived is None and header.fragment_id == self._fragment
-        return is_due and total_bytes <= max_state_bytes(self._fragments[header.fragment_id])
+        fragment_id = self._global(header.fragment_id)
+        is_due = self.is_asking and self.arrived is None and fragment_id == self._fragment
+        return is_due and total_bytes <= max_state_bytes(self._at(fragment_id))
 
     def take(self, header: PeerState, payload: memoryview) -> None:
         """Look at a state that is complete."""
@@ -181,17 +182,17 @@ class PeerStates:
             self.is_asking = False
             return
         self._asked_s, self._num_asked = now_s, self._num_asked + 1
-        self._send(PeerStateRequest(fragment_id=self._fragment, optimizers=self._optimizers, attempt=self._attempt))
+        self._send(PeerStateRequest(fragment_id=self._local(self._fragment), optimizers=self._optimizers, attempt=self._attempt))
 
     # ---- giving -------------------------------------------------------------------------------------------------------------
 
     def heard(self, wanted: PeerStateWanted) -> None:
         """A learner wants this one's state of a fragment. Who has just joined itself has none that is worth it."""
-        if not self.can_give or self.is_asking or wanted.fragment_id >= len(self._fragments):
+        if not self.can_give or self.is_asking or wanted.fragment_id >= len(self._layout.fragments):
             if len(self._given) < MAX_WANTED:
-                self._given.append((wanted, None))
+                self._given.append((self._named(wanted), None))
         elif len(self._wanted) < MAX_WANTED:
-            self._wanted.append(wanted)
+            self._wanted.append(self._named(wanted))
 
     def next_wanted(self) -> PeerStateWanted | None:
         """On the training thread: what is to be copied aside at this boundary, and then given; None while one is on its way."""
@@ -202,7 +203,7 @@ class PeerStates:
 
     def give(self, wanted: PeerStateWanted, packed: Tensor | None) -> None:
         """Answer with a packed state, or with None; from any thread."""
-        is_too_large = packed is not None and packed.numel() > max_state_bytes(self._fragments[wanted.fragment_id])
+        is_too_large = packed is not None and packed.numel() > max_state_bytes(self._at(wanted.fragment_id))
         if packed is None or is_too_large:
             packed, self._is_giving = None, False
         self._given.append((wanted, packed))
@@ -217,11 +218,25 @@ class PeerStates:
         """Send what is given, and ask for what is missing."""
         while self._given:
             wanted, packed = self._given.popleft()
-            header = PeerState(ticket=wanted.ticket, fragment_id=wanted.fragment_id)
+            header = PeerState(ticket=wanted.ticket, fragment_id=self._local(wanted.fragment_id))
             transfer_id = self._send_payload(header, memoryview(b"") if packed is None else buffer_of(packed))
             if packed is not None:
                 self._transfer_id = transfer_id
         self._ask_on(now_s)
+
+    # ---- numbers of fragments -----------------------------------------------------------------------------------------------
+
+    def _global(self, fragment_id: int) -> int:
+        return global_id(fragment_id, self._layout.shard, self._layout.num_shards)
+
+    def _local(self, fragment_id: int) -> int:
+        return fragment_id // self._layout.num_shards
+
+    def _at(self, fragment_id: int) -> Fragment:
+        return self._layout.fragments[self._local(fragment_id)]
+
+    def _named(self, wanted: PeerStateWanted) -> PeerStateWanted:
+        return PeerStateWanted(ticket=wanted.ticket, fragment_id=self._global(wanted.fragment_id), optimizers=wanted.optimizers)
 
 
 def _entry(name: str) -> str:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -53,14 +53,12 @@ from lightning_diloco.runtime.founding import Founded, keep_founding
 from lightning_diloco.runtime.global_state import OUTER_NAME
 from lightning_diloco.runtime.opening import Opening
 from lightning_diloco.runtime.payloads import PayloadKeeper
+from lightning_diloco.runtime.service_options import ServiceOptions
 from lightning_diloco.runtime.snapshot import Founding, FragmentSnapshot, SnapshotStore
 from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES, Closed, Measured, SyncerStore
 from lightning_diloco.runtime.tape import TapeWriter
 from lightning_diloco.runtime.telling import package_versions, sentence
 from lightning_diloco.runtime.transport import SyncerTransport
-
-if TYPE_CHECKING:
-    from lightning_diloco.runtime.service import ServiceOptions
 
 __all__ = ["Performer"]
 
@@ -146,6 +144,8 @@ class Performer:
             starts_together=self._options.supervised,
             shards=(ShardAddress(bulk_endpoint=self._transport.bulk_endpoint),),
             versions=package_versions(),
+            shard=self._options.shard,
+            num_shards=self._options.num_shards,
         )
 
     def perform(self, actions: list[SyncerAction], measured: Measured | None) -> None:
@@ -153,7 +153,7 @@ class Performer:
         self._write_down(actions)
         for action in actions:
             if isinstance(action, Reply):
-                self._send(action.session, action.message, action.incarnation)
+                self.say(action.session, action.message, action.incarnation)
             elif isinstance(action, Fold):
                 self._fold(action, measured)
             elif isinstance(action, Close):
@@ -308,7 +308,7 @@ class Performer:
     def refuse(self, session: str, reason: str, sentence: str) -> None:
         """Tell a process that it may not go on, and end its session."""
         _log.warning("Session %s was refused: %s", session[:8], sentence)
-        self._send(session, JoinRefused(reason=reason, detail=sentence[:2000]), 0)
+        self.say(session, JoinRefused(reason=reason, detail=sentence[:2000]), 0)
         self._on_refused(session)
 
     # ---- actions ------------------------------------------------------------------------------------------------------------
@@ -317,7 +317,8 @@ class Performer:
         """Keep what a merge produced, for the transfers that follow."""
         self._published[closed.fragment_id] = _Published(closed.shadow, closed.difference, closed.state)
 
-    def _send(self, session: str, message: Message, incarnation: int) -> None:
+    def say(self, session: str, message: Message, incarnation: int = 0) -> None:
+        """Send a control message."""
         envelope = Envelope(self._envelope.job_id, self._envelope.lineage, self._envelope.epoch, incarnation)
         self._transport.send_control(bytes.fromhex(session), encode(envelope, message))
 

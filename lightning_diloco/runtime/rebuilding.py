@@ -28,7 +28,7 @@ import torch
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError, RemoteProtocolError
-from lightning_diloco.outer import Layout
+from lightning_diloco.outer import Layout, part_of
 from lightning_diloco.outer.static import static_bytes
 from lightning_diloco.protocol.admission import read_config
 from lightning_diloco.protocol.identity import FragmentInfo
@@ -256,7 +256,13 @@ class Rebuilding:
             _log.warning("Waiting for %s.", f"what learners {awaited[:20]} know of the job" if awaited else "the static state")
 
     def _agree(self) -> None:
-        """One job, or an error that names what differs."""
+        """One job without shards, or an error that names what differs."""
+        parts = {part_of(w.hello.fingerprint) for w in self._witnesses.values()} - {(0, 1)}
+        if parts:
+            raise ConfigurationError(
+                f"--rebuild: the learners at this address are those of a syncer with {max(parts)[1]} shards, whose job cannot be rebuilt. "
+                "Start a new one from a checkpoint: fit(ckpt_path=...)."
+            )
         for what, told in (
             ("histories (job, lineage)", {(w.envelope.job_id, w.envelope.lineage) for w in self._witnesses.values()}),
             ("configurations", {w.hello.config for w in self._witnesses.values()}),

@@ -37,7 +37,7 @@ from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES
 from lightning_diloco.runtime.summary import SUMMARY_NAME
 from lightning_diloco.runtime.tape import TAPE_NAME, walk_tape
 
-__all__ = ["Replayed", "ReplayedFragment", "replay_run"]
+__all__ = ["Replayed", "ReplayedFragment", "expected_sha256", "replay_part", "replay_run"]
 
 _ACCEPTED: Final = ("folded", "carried")
 
@@ -88,10 +88,18 @@ class Replayed:
 
 
 def replay_run(run_dir: Path) -> Replayed:
+    """Execute the merges of a run without shards and compare; see `replay_part`."""
+    return replay_part(run_dir)[0]
+
+
+def replay_part(run_dir: Path) -> tuple[Replayed, list[torch.Tensor]]:
     """Execute a run's merges and compare.
 
     Args:
         run_dir: of a job that ran with ``tape_payloads=True``: `tape.jsonl`, `payloads.bin` and, if the job has ended, `summary.json`.
+
+    Returns:
+        What was found, and the published values of each fragment at the end, flat float32.
 
     Raises:
         ConfigurationError: there is no such folder or no job in it, or its payloads were not kept.
@@ -105,7 +113,8 @@ def replay_run(run_dir: Path) -> Replayed:
     plan = _survey(tape)
     payloads = PayloadFile(run_dir / PAYLOADS_NAME)
     try:
-        return _Replay(tape, plan, payloads).run(_expected(run_dir))
+        replay = _Replay(tape, plan, payloads)
+        return replay.run(expected_sha256(run_dir)), replay.published
     finally:
         payloads.close()
 
@@ -175,7 +184,12 @@ def _sources(place: str, record: RestartRecord, num_fragments: int) -> list[tupl
     return [*enumerate(record.origins), *momenta]
 
 
-def _expected(run_dir: Path) -> str | None:
+def expected_sha256(run_dir: Path) -> str | None:
+    """What the summary of a run tells of its end; None if there is none, or the run has not ended.
+
+    Raises:
+        ReplayError: it cannot be read.
+    """
     path = run_dir / SUMMARY_NAME
     try:
         summary = json.loads(path.read_bytes())
@@ -224,6 +238,11 @@ class _Replay:
                 case _:
                     pass
         return self._result(summary_sha256)
+
+    @property
+    def published(self) -> list[torch.Tensor]:
+        """The values of each fragment now."""
+        return [state.shadow for state in self._states]
 
     def _result(self, summary_sha256: str | None) -> Replayed:
         found, told = self._end or (sha256_of(s.shadow for s in self._states), None)

@@ -55,6 +55,7 @@ from lightning_diloco.runtime.rebuilding import Rebuilding, refuse_a_folder_in_u
 from lightning_diloco.runtime.relay import PeerStateRelay
 from lightning_diloco.runtime.rundir import lock_run_dir
 from lightning_diloco.runtime.service_options import ServiceOptions
+from lightning_diloco.runtime.shard_door import ShardDoor
 from lightning_diloco.runtime.snapshot import SnapshotStore
 from lightning_diloco.runtime.store import Closed, Measured
 from lightning_diloco.runtime.tape import TAPE_NAME, TapeWriter
@@ -157,6 +158,7 @@ class SyncerService:
         self._machine = SyncerMachine(self._performer.job_options(), opening.resumption)
         self._relay = PeerStateRelay(self._machine, self._transport, store=lambda: self._performer.store, handle=self._handle)
         self._intake = Intake(self._machine, self._performer, self._relay, submit=self._submit, handle=self._handle)
+        self._door = ShardDoor(options, self._performer.say)
         token = options.observer_token
         self._observers = Observers(self._machine, self._tape, self._transport, self._live, token, self._on_loop)
 
@@ -334,6 +336,8 @@ class SyncerService:
             return
         if self._is_excessive(message):
             self._complaints.add(f"A message of session {session[:8]}", "its lists are longer than any that a learner has use for")
+            return
+        if isinstance(message, Hello) and self._door.turns_away(session, message):
             return
         if isinstance(message, Found):
             refusal = self._performer.begin_founding(session, message)

@@ -26,6 +26,9 @@ class ServiceOptions:
         bulk: bulk endpoint to bind ("": any free port beside `bind`).
         observer_token: what `lightning-diloco status` must show ("" = nothing).
         keys: of this syncer: links are encrypted, and only sites that it admits are let in.
+        shard: which part of the fragments this process merges.
+        num_shards: how many such processes the syncer has.
+        shard_endpoints: where the others listen, from shard 1 on; only the lead (shard 0) is asked, so the others need not know.
     """
 
     run_dir: Path
@@ -39,3 +42,6 @@ class ServiceOptions:
     rebuild: bool = False
     observer_token: str = ""
     keys: SyncerKeys | None = None
+    shard: int = 0
+    num_shards: int = 1
+    shard_endpoints: tuple[str, ...] = ()

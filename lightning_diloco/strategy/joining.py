@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 from lightning_diloco.errors import LearnerIdInUseError
 from lightning_diloco.protocol.members import SILENT_HEARTBEATS, SILENT_S
-from lightning_diloco.runtime.client import JoinInfo, LearnerClient
+from lightning_diloco.runtime.client import JoinInfo
+from lightning_diloco.runtime.sharded_client import AnyClient
 
 __all__ = ["join_when_free", "patience_s"]
 
@@ -34,11 +35,11 @@ def patience_s(heartbeat_s: float) -> float:
     return max(SILENT_S, SILENT_HEARTBEATS * heartbeat_s) + _MARGIN_S
 
 
-def join_when_free(make: Callable[[], LearnerClient], wait_s: float) -> tuple[LearnerClient, JoinInfo]:
+def join_when_free(join: Callable[[], tuple[AnyClient, JoinInfo]], wait_s: float) -> tuple[AnyClient, JoinInfo]:
     """Join; while the id is in use, wait for it.
 
     Args:
-        make: gives a client that has not joined.
+        join: makes a client and joins.
         wait_s: how long an id that is in use is waited for; 0: not at all.
 
     Returns:
@@ -50,9 +51,8 @@ def join_when_free(make: Callable[[], LearnerClient], wait_s: float) -> tuple[Le
     """
     until_s: float | None = None
     while True:
-        client = make()
         try:
-            return client, client.join()
+            return join()
         except LearnerIdInUseError as error:
             now_s = time.monotonic()
             if until_s is None:

@@ -32,9 +32,10 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
-from lightning_diloco.runtime.client import ClientOptions, JoinInfo, LearnerClient
+from lightning_diloco.runtime.client import ClientOptions, JoinInfo
 from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.runtime.global_state import GlobalState
+from lightning_diloco.runtime.sharded_client import AnyClient, join_job
 from lightning_diloco.strategy.advice import advise_before
 from lightning_diloco.strategy.assignment import Assignment
 from lightning_diloco.strategy.checks import check_callbacks
@@ -70,7 +71,7 @@ class OuterSync(Callback):
 
     def __init__(self, strategy: DecoupledDiLoCoStrategy) -> None:
         self._strategy = strategy
-        self._client: LearnerClient | None = None
+        self._client: AnyClient | None = None
         self._watch = StepWatch()
         self.clock: JobClock | None = None
         self.info: JoinInfo | None = None
@@ -110,7 +111,7 @@ class OuterSync(Callback):
             _remove_from(self._strategy._trainer)
 
     @property
-    def client(self) -> LearnerClient | None:
+    def client(self) -> AnyClient | None:
         """This learner's client; None before the join and after the end."""
         return self._client
 
@@ -164,7 +165,7 @@ class OuterSync(Callback):
             self._strategy.sync = dataclasses.replace(self._strategy.sync, include_frozen=True)
         is_restarted_by_others = assignment.role == "island" and assignment.is_id_given
         client, info = join_when_free(
-            lambda: LearnerClient(pl_module, self._client_options(trainer, assignment), context=assignment.context),
+            lambda: join_job(pl_module, self._client_options(trainer, assignment), context=assignment.context),
             patience_s(self._strategy.sync.heartbeat_s) if is_restarted_by_others else 0.0,
         )
         self._client, self.info = client, info

@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from lightning_diloco.protocol.identity import Version
-    from lightning_diloco.runtime.client import JoinInfo, LearnerClient
+    from lightning_diloco.runtime.client import JoinInfo
     from lightning_diloco.runtime.rejoin import InnerState
+    from lightning_diloco.runtime.sharded_client import AnyClient
 
 __all__ = ["PeerStateTaker", "missing_states"]
 
@@ -34,7 +35,7 @@ WAIT_STEPS: Final = 20
 
 
 def missing_states(
-    client: LearnerClient, info: JoinInfo, restored: Mapping[int, Version], *, every_steps: int, sync_interval_steps: int
+    client: AnyClient, info: JoinInfo, restored: Mapping[int, Version], *, every_steps: int, sync_interval_steps: int
 ) -> dict[int, Version | None]:
     """Fragments for which a peer has a fresher state than the run directory had.
 
@@ -70,7 +71,7 @@ class PeerStateTaker:
 
     def __init__(
         self,
-        client: LearnerClient,
+        client: AnyClient,
         optimizers: Sequence[Optimizer],
         kinds: tuple[str, ...],
         info: JoinInfo,

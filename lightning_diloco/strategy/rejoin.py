@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from lightning_diloco.config import SyncConfig
     from lightning_diloco.protocol.identity import Version
     from lightning_diloco.protocol.messages import PeerStateWanted
-    from lightning_diloco.runtime.client import JoinInfo, LearnerClient
+    from lightning_diloco.runtime.client import JoinInfo
+    from lightning_diloco.runtime.sharded_client import AnyClient
 
 __all__ = ["InnerStateSaver", "keep_inner_state", "restore_inner_state"]
 
@@ -54,7 +55,7 @@ class InnerStateSaver:
     """
 
     def __init__(
-        self, client: LearnerClient, optimizers: Sequence[Optimizer], folder: Path | None, info: JoinInfo, *, every_steps: int
+        self, client: AnyClient, optimizers: Sequence[Optimizer], folder: Path | None, info: JoinInfo, *, every_steps: int
     ) -> None:
         self._client, self._optimizers, self._lineage = client, list(optimizers), info.lineage
         self._kinds = kinds(optimizers)
@@ -143,7 +144,7 @@ class InnerStateSaver:
 
 
 def keep_inner_state(
-    client: LearnerClient, optimizers: Sequence[Optimizer], folder: Path | None, info: JoinInfo, config: SyncConfig
+    client: AnyClient, optimizers: Sequence[Optimizer], folder: Path | None, info: JoinInfo, config: SyncConfig
 ) -> InnerStateSaver:
     """After a join: put the freshest inner state in place, ask peers for what is missing, and save and give this learner's from now on.
 
@@ -172,7 +173,7 @@ def keep_inner_state(
     return saver
 
 
-def restore_inner_state(client: LearnerClient, optimizers: Sequence[Optimizer], folder: Path, info: JoinInfo) -> dict[int, Version]:
+def restore_inner_state(client: AnyClient, optimizers: Sequence[Optimizer], folder: Path, info: JoinInfo) -> dict[int, Version]:
     """Put the freshest inner state that the run directory has into the optimizers.
 
     Args:

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.runtime.client import LearnerClient
 from lightning_diloco.runtime.figures import Figures
+from lightning_diloco.runtime.sharded_client import AnyClient
 from lightning_diloco.strategy import checks
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP, Assignment
 from lightning_diloco.strategy.batch_options import BatchOptions, LrRule
@@ -180,7 +180,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         return None if self._outer_sync is None else self._outer_sync.figures
 
     @property
-    def client(self) -> LearnerClient | None:
+    def client(self) -> AnyClient | None:
         """The client of this process's learner; None unless it has joined a job."""
         return None if self._outer_sync is None else self._outer_sync.client
 

@@ -31,7 +31,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_diloco.errors import LearnerFailedError
-from lightning_diloco.strategy.children import Child, ExitStatus, child_environment, start_child
+from lightning_diloco.runtime.children import Child, ExitStatus, child_environment, start_child
 from lightning_diloco.strategy.results import LearnerResult, as_exception, read_result
 from lightning_diloco.strategy.sigterm import EXIT_SIGTERM, tell_user
 from lightning_diloco.strategy.syncer_child import SyncerChild

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_diloco.errors import SyncerUnavailableError
-from lightning_diloco.strategy.children import Child, ExitStatus, start_child
+from lightning_diloco.runtime.children import Child, ExitStatus, start_child
 
 __all__ = ["SyncerChild"]
 

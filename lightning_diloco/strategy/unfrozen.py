@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from lightning_diloco.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from lightning_diloco.runtime.client import LearnerClient
+    from lightning_diloco.runtime.sharded_client import AnyClient
 
 __all__ = ["check_unfrozen"]
 
 
-def check_unfrozen(client: LearnerClient | None) -> None:
+def check_unfrozen(client: AnyClient | None) -> None:
     """Check that all trainable parameters are merged; without a client there is no job yet.
 
     Raises:

@@ -15,6 +15,7 @@ from lightning_diloco.cli.main import main
 from lightning_diloco.cli.syncer import _first_line
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.rundir import lock_run_dir
+from lightning_diloco.runtime.shards import write_num_shards
 
 COMMANDS = ["syncer", "status", "keygen", "replay", "export", "simulate", "plan", "report"]
 
@@ -92,7 +93,12 @@ def test_version_is_that_of_the_package(capsys):
         (["syncer", "--run-dir", "x", "--keys", "k", "--insecure"], "--insecure with --keys k: with keys nobody comes in without"),
         (["syncer", "--run-dir", "x", "--insecure", "--bind", "tcp://0.0.0.0:65535"], "Give a port below 65535"),
         (["syncer", "--run-dir", "x", "--bind", "tcp://[::]:7777"], "beyond loopback"),
-        (["syncer", "--run-dir", "x", "--shards", "2"], "--shards 2 is not there yet"),
+        (["syncer", "--run-dir", "x", "--shards", "0"], "--shards 0: must be a whole number from 1 to 64"),
+        (["syncer", "--run-dir", "x", "--shards", "65"], "--shards 65: must be a whole number from 1 to 64"),
+        (["syncer", "--run-dir", "x", "--shards", "two"], "--shards two: must be a whole number from 1 to 64"),
+        (["syncer", "--run-dir", "x", "--shards=-1"], "--shards -1: must be a whole number from 1 to 64"),
+        (["syncer", "--run-dir", "x", "--shards", "3", "--bind", "tcp://127.0.0.1:65531"], "Give a port of at most 65530."),
+        (["syncer", "--run-dir", "x", "--shards", "2", "--rebuild", "--bind", "tcp://127.0.0.1:7"], "--rebuild --shards 2: a lost folder"),
         (["syncer", "--resume"], "--resume: expected one argument"),
         (["syncer", "--resume", "x"], "--resume x: there is no such folder"),
         (["syncer", "--run-dir", "x", "--resume", "y"], "--run-dir x is another one"),
@@ -123,6 +129,36 @@ def test_a_run_directory_that_cannot_be_is_a_sentence(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "cannot be created" in refuse(capsys, "syncer", "--run-dir", str(tmp_path / "file"))
     assert "cannot be created" in refuse(capsys, "syncer", "--run-dir", str(tmp_path / "file" / "below"))
+
+
+def test_a_job_keeps_its_number_of_shards(tmp_path, capsys):
+    there = str(tmp_path / "there")
+    (tmp_path / "there").mkdir()
+    write_num_shards(tmp_path / "there", 3)
+    assert "the job in" in refuse(capsys, "syncer", "--resume", there, "--shards", "2")
+    assert "has 3, and its fragments stay where they are. Leave --shards out." in refuse(
+        capsys, "syncer", "--resume", there, "--shards", "1"
+    )
+    assert "holds an earlier job" in refuse(capsys, "syncer", "--run-dir", there)
+    assert "holds an earlier job" in refuse(capsys, "syncer", "--run-dir", there, "--shards", "3")
+    (tmp_path / "there" / "shards.json").write_text("{}")
+    assert "cannot be read (KeyError('num_shards'))" in refuse(capsys, "syncer", "--resume", there)
+    (tmp_path / "there" / "shards.json").write_text('{"num_shards": 1}')
+    assert "num_shards=1 must be a whole number of at least 2" in refuse(capsys, "export", there, "model.ckpt")
+
+
+def test_a_shard_does_not_begin_anew_while_the_others_hold_a_job(tmp_path, capsys):
+    write_num_shards(tmp_path, 2)
+    (tmp_path / "shards" / "0" / "snapshots").mkdir(parents=True)
+    (tmp_path / "shards" / "0" / "snapshots" / "identity.json").write_text("{}")
+    assert "1: this shard's part of the job is lost" in refuse(capsys, "syncer", "--resume", str(tmp_path))
+
+
+def test_a_job_without_shards_gets_none_later(tmp_path, capsys):
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "snapshots" / "identity.json").write_text("{}")
+    assert "holds an earlier job" in refuse(capsys, "syncer", "--run-dir", str(tmp_path), "--shards", "2")
+    assert "has 1, and its fragments stay" in refuse(capsys, "syncer", "--resume", str(tmp_path), "--shards", "2")
 
 
 def test_a_run_directory_of_another_syncer_is_refused(tmp_path, capsys):

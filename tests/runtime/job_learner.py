@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.runtime.client import ClientOptions, LearnerClient
+from lightning_diloco.runtime.client import ClientOptions
 from lightning_diloco.runtime.keys import SiteKeys
+from lightning_diloco.runtime.sharded_client import join_job
 
 
 def main() -> None:
     torch.set_num_threads(1)
     wish = json.loads(sys.argv[1])
     module = nn.Sequential(*(nn.Linear(wish["width"], wish["width"], bias=False) for _ in range(2)))
-    client = LearnerClient(
+    client, info = join_job(
         module,
         ClientOptions(
             endpoint=wish["endpoint"],
@@ -31,7 +32,6 @@ def main() -> None:
             counters_path=Path(wish["run_dir"]) / "counters",
         ),
     )
-    info = client.join()
     sys.stdout.write(json.dumps({"learner_id": info.learner_id, "incarnation": info.incarnation, "role": info.role}) + "\n")
     sys.stdout.flush()
     generator = torch.Generator().manual_seed(1)

@@ -55,7 +55,7 @@ def test_who_asks_again_at_once_gets_the_same_reading_unless_it_must_be_new(tmp_
 
 
 def test_a_long_tape_can_be_given_up_and_gone_on_with(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_diloco.runtime.live_summary._PORTION_BYTES", 300)
+    monkeypatch.setattr("lightning_diloco.runtime.live_summary.PORTION_BYTES", 300)
     tape = two_learner_run()
     tape.write(tmp_path)
     live = LiveSummary(tmp_path)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_diloco.errors import ConfigurationError
-from lightning_diloco.outer import buffer_of, pack_static
+from lightning_diloco.outer import buffer_of, pack_static, parts_of
 from lightning_diloco.outer.static import static_bytes
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.messages import (
@@ -240,4 +240,14 @@ def test_a_configuration_that_cannot_be_read_ends_it_with_a_sentence(config, que
         assert give_static(peer, module) is None
         error = question.ended()
     assert isinstance(error, ConfigurationError) and "--rebuild: The configuration cannot be read" in str(error)
+    assert not question.has_written
+
+
+def test_learners_of_several_shards_end_it_with_a_sentence(question):
+    """They dial the lead's address; what it could take from them is a part of the model."""
+    with RawPeer(question.transport.control_endpoint, make_module(), CONFIG) as peer:
+        peer.envelope, peer.layout = OURS, parts_of(peer.layout, 2)[0]
+        say_hello(peer, fingerprint=peer.layout.fingerprint())
+        error = question.ended()
+    assert isinstance(error, ConfigurationError) and "a syncer with 2 shards, whose job cannot be rebuilt" in str(error)
     assert not question.has_written

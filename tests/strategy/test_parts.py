@@ -20,8 +20,8 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from lightning_diloco import DecoupledDiLoCoStrategy, LearnerFailedError
+from lightning_diloco.runtime.children import child_environment, start_child
 from lightning_diloco.strategy import payload
-from lightning_diloco.strategy.children import child_environment, start_child
 from lightning_diloco.strategy.csv_logs import keep_csv_logs
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 from lightning_diloco.strategy.job_clock import JobClock

@@ -166,7 +166,7 @@ class Alone:
         self.weights = self
         self.said: list = []
         self.now_s = 0.0
-        self.peers = PeerStates(self.layout.fragments, send=self.said.append, send_payload=lambda *_: 0, wake=lambda: None)
+        self.peers = PeerStates(self.layout, send=self.said.append, send_payload=lambda *_: 0, wake=lambda: None)
 
     def parameters_of(self, fragment_id: int):
         return [(part.name, self.module.get_parameter(part.name)) for part in self.layout.fragments[fragment_id].slices]

@@ -29,7 +29,7 @@ class Learner:
         self.layout = plan_layout(self.module, num_fragments=4, merge="rda", mean_patterns=(), include_frozen=False)
         self.weights = SimpleNamespace(parameters_of=self._parameters_of)
         self.boundaries: list[int] = []
-        self.peers = PeerStates(self.layout.fragments, send=print, send_payload=lambda *_: 0, wake=lambda: None)
+        self.peers = PeerStates(self.layout, send=print, send_payload=lambda *_: 0, wake=lambda: None)
 
     def _parameters_of(self, fragment_id: int):
         return [(part.name, self.module.get_parameter(part.name)) for part in self.layout.fragments[fragment_id].slices]

@@ -1,0 +1,124 @@
+"""`lightning-diloco syncer --shards S`: the process that looks after the shards, and what its command line may say."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.runtime.shards import endpoints_of, num_shards_of, refuse_lost_folders
+
+if TYPE_CHECKING:
+    from lightning_diloco.runtime.keys import SyncerKeys
+    from lightning_diloco.runtime.sharded_syncer import ShardedSyncer
+
+__all__ = ["refuse_shards", "run_shards"]
+
+_MAX_SHARDS = 64
+
+
+def refuse_shards(args: argparse.Namespace) -> int:
+    """How many shards this command means: those that it says, or those of the job that it resumes.
+
+    Args:
+        args: of `syncer`; `run_dir` is set.
+
+    Raises:
+        ConfigurationError: the number is none, not that of the job, or does not go with another option.
+    """
+    said = _number(args.shards)
+    there = num_shards_of(args.run_dir)
+    if args.resume is None and there > 1:
+        raise ConfigurationError(
+            f"{args.run_dir}: holds an earlier job. Give a new directory, or go on with that job by --resume {args.run_dir}."
+        )
+    if args.resume is not None:
+        refuse_lost_folders(args.run_dir)
+    if args.resume is not None and said is not None and said != there:
+        raise ConfigurationError(
+            f"--shards {said}: the job in {args.run_dir} has {there}, and its fragments stay where they are. Leave --shards out."
+        )
+    count = there if said is None else said
+    if count > 1 and args.rebuild:
+        raise ConfigurationError(
+            f"--rebuild --shards {count}: a lost folder is rebuilt for a syncer without shards only; each shard would ask its learners by "
+            "itself, and nobody could say whether all have. Start a new job from a checkpoint: fit(ckpt_path=...)."
+        )
+    endpoints_of(args.bind, 0, count) if count > 1 else None
+    return count
+
+
+def _number(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= _MAX_SHARDS:
+        raise ConfigurationError(
+            f"--shards {text}: must be a whole number from 1 to {_MAX_SHARDS}, and at most the number of fragments. Say --shards 2."
+        )
+    return int(text)
+
+
+def run_shards(args: argparse.Namespace, num_shards: int, keys: SyncerKeys | None) -> int:
+    """Look after the shards of one job until it ends.
+
+    Args:
+        args: of `syncer`, checked.
+        num_shards: at least 2.
+        keys: of the syncer.
+
+    Returns:
+        The exit code.
+    """
+    from lightning_diloco.runtime.rundir import lock_run_dir
+    from lightning_diloco.runtime.sharded_syncer import ShardedSyncer
+
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(asctime)s syncer: %(message)s")
+    _refuse_a_job_without_shards(args)
+    arguments = [*(["--keys", str(args.keys)] if args.keys is not None else []), *(["--insecure"] if args.insecure else [])]
+    arguments += ["--verbose"] if args.verbose else []
+    with lock_run_dir(args.run_dir):
+        syncer = ShardedSyncer(args.run_dir, num_shards, args.bind, arguments)
+        metrics = None
+        if args.metrics_port is not None:
+            from lightning_diloco.runtime.alone import open_metrics
+
+            metrics = open_metrics(args.metrics_port, syncer.live)
+        try:
+            syncer.start()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: threading.Thread(target=syncer.stop, daemon=True).start())
+            _announce(args, syncer, keys, "" if metrics is None else metrics.url)
+            return 1 if syncer.run() == "failed" else 0
+        finally:
+            if metrics is not None:
+                metrics.close(linger=True)
+
+
+def _refuse_a_job_without_shards(args: argparse.Namespace) -> None:
+    if args.resume is None and (args.run_dir / "snapshots" / "identity.json").exists():
+        raise ConfigurationError(
+            f"{args.run_dir}: holds an earlier job. Give a new directory, or go on with that job by --resume {args.run_dir}."
+        )
+
+
+def _announce(args: argparse.Namespace, syncer: ShardedSyncer, keys: SyncerKeys | None, metrics_url: str) -> None:
+    from lightning_diloco.cli.inviting import invite
+
+    (endpoint, bulk), *others = syncer.ports
+    path = args.run_dir / "syncer.json"
+    temporary = path.with_suffix(".tmp")
+    said = {"endpoint": endpoint, "bulk": bulk, "pid": os.getpid(), "observer_token": "", "shards": syncer.ports}
+    temporary.write_text(json.dumps(said))
+    temporary.replace(path)
+    sys.stdout.write(
+        invite(endpoint, bulk, keys, others)
+        + f"Run directory: {args.run_dir} ({len(others) + 1} shards)\n"
+        + (f"Metrics: {metrics_url}\n" if metrics_url else "")
+    )
+    sys.stdout.flush()

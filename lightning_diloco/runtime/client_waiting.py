@@ -1,0 +1,73 @@
+"""What a join waits for, on the training thread, before the first step: the syncer's word, and the first samples. Later nothing waits."""
+
+from __future__ import annotations
+
+import time
+
+from lightning_diloco.errors import ShardedSyncerError, SyncerUnavailableError
+from lightning_diloco.protocol.identity import DataSpec
+from lightning_diloco.protocol.learner import LearnerMachine
+from lightning_diloco.runtime.client_loop import ClientLoop
+from lightning_diloco.runtime.client_options import ClientOptions
+from lightning_diloco.runtime.leases import Link
+from lightning_diloco.runtime.transport import LearnerTransport
+from lightning_diloco.runtime.unanswered import explain
+
+__all__ = ["wait_for_join", "wait_for_lease"]
+
+
+def wait_for_join(loop: ClientLoop, transport: LearnerTransport, options: ClientOptions, patience_s: float) -> None:
+    """Wait until the learner is a member. A syncer that answers is waited for without limit: a slow founder may need minutes.
+
+    Args:
+        loop: started, and `Hello` is said.
+        transport: the loop's.
+        options: of this process.
+        patience_s: silence of the syncer after which it is given up.
+
+    Raises:
+        DiLoCoError: the syncer said no, is silent, or has several shards (`ShardedSyncerError`).
+    """
+    while not loop.settled.wait(0.05):
+        if time.monotonic() - loop.reports.heard_s > patience_s:
+            why = explain(transport.failed_handshakes, options.keys)
+            raise SyncerUnavailableError(f"No syncer answered at {options.endpoint} for {patience_s:g} s. {why}")
+    if loop.fatal is not None:
+        raise loop.fatal
+    if loop.sharded is not None:
+        raise ShardedSyncerError(loop.sharded.endpoints)
+
+
+def wait_for_lease(loop: ClientLoop, machine: LearnerMachine, options: ClientOptions, data: DataSpec, patience_s: float) -> None:
+    """Wait for samples: a learner begins with some.
+
+    Args:
+        loop: of a learner that has joined.
+        machine: its rules.
+        options: of this process, with leases.
+        data: what the job hands out.
+        patience_s: silence of the syncer after which it is given up.
+
+    Raises:
+        DiLoCoError: the syncer is silent, or has ended this session.
+    """
+    leases = options.leases
+    assert leases is not None
+    leases.follow(data)
+    leases.connect(
+        Link(
+            send=loop.send,
+            wake=loop.wake,
+            is_heard=loop.reports.is_heard,
+            syncer_epoch=lambda: machine.state.envelope.epoch,
+            heartbeat_s=options.config.heartbeat_s,
+        )
+    )
+    loop.reports.leases = leases
+    loop.wake()
+    while not leases.has_answer and loop.fatal is None and loop.stop_reason is None and loop.reports.offline_stop is None:
+        if time.monotonic() - loop.reports.heard_s > patience_s:
+            raise SyncerUnavailableError(f"The syncer at {options.endpoint} has fallen silent before it handed out any samples.")
+        time.sleep(0.005)
+    if loop.fatal is not None:
+        raise loop.fatal
