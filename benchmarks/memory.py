@@ -7,11 +7,11 @@ syncer. What synchronization costs a learner is the difference of the first two.
 
 | process | float32 copies | bytes per parameter |
 |---|---|---|
-| learner 0 while it trains | base and momentum; blocks for fragments under way (16 n each) | 8 + 16 / P * (1 to 3) |
+| learner 0 while it trains | base and momentum; blocks for fragments under way (16 n), payload buffers (2 n) | 8 + 18 / P * (1 to 3) |
 | another learner | no momentum | 4 less |
-| syncer meanwhile | Theta, momentum, shadow, the newest difference; blocks for merges (22 n each) | 14 + 22 / P * (1 to 3) |
+| syncer meanwhile | Theta, momentum, shadow, newest difference; blocks for merges (18 n), payload buffers (4 n) | 14 + 22 / P * (1 to 3) |
 
-Blocks are used again (`runtime/memory.py`): those of one fragment are kept, so there are never fewer.
+Blocks and buffers are used again (`runtime/blocks.py`): those of one fragment are kept, so there are never fewer.
 While it trains: the highest of the second half of the steps. The highest of the whole run is beside it: at its beginning the whole model is
 sent at once, and at its end all fragments are under way at once.
 
@@ -185,7 +185,7 @@ def report(rows: list[dict[str, float]]) -> int:
     if len(rows) < 2:
         return 0
     share, missed = rows[-1]["share"], False
-    processes = {"learner 0, beside the plain Trainer": ("learner", "plain", 8, 16), "syncer": ("syncer", "", 14, 22)}
+    processes = {"learner 0, beside the plain Trainer": ("learner", "plain", 8, 18), "syncer": ("syncer", "", 14, 22)}
     print(
         "\n| process | bytes per parameter while it trains | formula | at no parameters, MB | bytes per parameter, highest |\n"
         + "|---" * 5

@@ -274,6 +274,7 @@ class Payloads:
         return self._transport
 
     def _wrap_stages(self) -> None:
+        from lightning_diloco.runtime.blocks import Blocks
         from lightning_diloco.runtime.transport import base, receiving, sending
 
         self._clock.wrap(sending, "crc32", "checksum, sending")
@@ -281,7 +282,7 @@ class Payloads:
         self._clock.wrap(base, "send_parts", "hand to ZeroMQ")
         self._clock.wrap(base, "receive_parts", "take from ZeroMQ")
         self._clock.wrap(receiving.IncomingTransfers, "on_chunk", "copy into the payload")
-        self._clock.wrap(receiving, "_allocate", "memory for the payload")
+        self._clock.wrap(Blocks, "view", "memory for the payload")
 
     def _row(self, start_s: float, processor: tuple[float, float]) -> dict[str, Any]:
         if not self._arrived[-1][1] and not self._sent_bytes:

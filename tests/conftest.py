@@ -20,8 +20,8 @@ LEAK_PATIENCE_S = 5.0
 KEPT_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch_shm_manager")
 """Helpers of the interpreter and of torch: one for the whole life of this process."""
 
-KEPT_THREADS = ("TMonitor",)
-"""Types of threads of libraries that live on by design (TMonitor: tqdm)."""
+KEPT_THREADS = ("TMonitor", "GarbageCollectorThread")
+"""Types of threads of libraries that live on by design (tqdm; pyzmq, which lets go of what was sent without being copied)."""
 
 
 def _children() -> dict[tuple[int, float], psutil.Process]:

@@ -18,20 +18,25 @@ from lightning_diloco.outer.codec import (
     encode_full,
     encode_in_place,
     encode_publication,
+    is_finite,
     payload_bytes,
 )
+from lightning_diloco.outer.encoded import Encoded
 from lightning_diloco.outer.layout import balanced_fragments, plan_layout
-from lightning_diloco.outer.memory import blocks, flat
-from lightning_diloco.outer.merge import FoldRecord, MergeAccumulator, MergeRecord
+from lightning_diloco.outer.memory import BLOCK_ELEMENTS, blocks, flat
+from lightning_diloco.outer.merge import FoldRecord, MergeAccumulator, Merged, MergeRecord
+from lightning_diloco.outer.norms import Norms, measure
 from lightning_diloco.outer.optimizer import FragmentState, last_step, momentum_at, outer_step, recovered_momentum
-from lightning_diloco.outer.pseudo_gradient import contribution_norm, pseudo_gradient
-from lightning_diloco.outer.publishing import OuterStep, Published, is_finite, take_step
+from lightning_diloco.outer.pseudo_gradient import pseudo_gradient
+from lightning_diloco.outer.publishing import OuterStep, Published, take_step
 from lightning_diloco.outer.shards import MAX_SHARDS, global_id, part_of, parts_of, whole
 from lightning_diloco.outer.spec import Fragment, Layout, TensorSlice, TensorSpec
 from lightning_diloco.outer.static import load_static, pack_static, static_bytes
 from lightning_diloco.outer.views import FragmentView
 
 __all__ = [
+    "BLOCK_ELEMENTS",
+    "Encoded",
     "FoldRecord",
     "Fragment",
     "FragmentState",
@@ -40,6 +45,8 @@ __all__ = [
     "MAX_SHARDS",
     "MergeAccumulator",
     "MergeRecord",
+    "Merged",
+    "Norms",
     "OuterStep",
     "Published",
     "TensorSlice",
@@ -49,7 +56,6 @@ __all__ = [
     "buffer_of",
     "bytes_of",
     "check_payload",
-    "contribution_norm",
     "decode",
     "decode_full",
     "decode_publication",
@@ -62,6 +68,7 @@ __all__ = [
     "is_finite",
     "load_static",
     "last_step",
+    "measure",
     "momentum_at",
     "outer_step",
     "pack_static",

@@ -26,6 +26,7 @@ References:
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 
@@ -51,6 +52,7 @@ __all__ = [
     "encode_in_place",
     "encode_publication",
     "payload_bytes",
+    "publish_block",
 ]
 
 Buffer = bytes | bytearray | memoryview
@@ -157,7 +159,7 @@ def decode(buffer: Buffer | Tensor, num_elements: int, wire_dtype: str, *, out: 
         out: where to put the result; None allocates.
 
     Returns:
-        float32 [N] with memory of its own. Values may be non-finite: that is for `contribution_norm` to find.
+        float32 [N] with memory of its own. Values may be non-finite: that is for `measure` to find.
 
     Raises:
         ConfigurationError: the wire dtype is unknown.
@@ -196,17 +198,41 @@ def encode_publication(
     if _as_uint8(payload).numel() != expected:
         raise LocalProtocolError(f"Memory of {payload.numel()} bytes for a payload: {size} elements in {wire_dtype} are {expected}.")
     if wire_dtype == "fp32":
-        payload.view(torch.float32).copy_(theta_new)
-        return payload, theta_new
-    new_shadow = torch.empty_like(shadow) if new_shadow is None else new_shadow
+        new_shadow = theta_new
+    elif new_shadow is None:
+        new_shadow = torch.empty_like(shadow)
     require_flat(new_shadow, size, "new_shadow")
-    scratch = flat_memory(min(size, BLOCK_ELEMENTS))
     for part in blocks(size):
-        block, where = new_shadow[part], bytes_of(part, wire_dtype)
-        _put(payload[where], torch.sub(theta_new[part], shadow[part], out=scratch[: block.numel()]), wire_dtype)
-        _get(block, payload[where], wire_dtype)
-        block.add_(shadow[part])
+        publish_block(theta_new, shadow, payload, new_shadow, part, wire_dtype)
     return payload, new_shadow
+
+
+def publish_block(theta_new: Tensor, shadow: Tensor, payload: Tensor, new_shadow: Tensor, part: slice, wire_dtype: str) -> bool:
+    """One block of a publication.
+
+    Args:
+        theta_new: the global parameters after the outer step, float32 [N].
+        shadow: what learners hold, float32 [N].
+        payload: where the publication is to be, uint8 [payload_bytes(N, wire_dtype)].
+        new_shadow: where the new shadow is to be, float32 [N]; with ``fp32`` it is `theta_new` itself and is not written to.
+        part: one of the fragment's `blocks`.
+        wire_dtype: "fp32", "bf16" or "int4".
+
+    Returns:
+        Whether the block of the new shadow is finite.
+    """
+    raw, theta, block = payload[bytes_of(part, wire_dtype)], theta_new[part], new_shadow[part]
+    if wire_dtype == "fp32":
+        raw.view(torch.float32).copy_(theta)
+        return is_finite(theta)
+    # Hardly any difference saturates, and one that does would leave infinity in the shadow: it is looked for once, there.
+    for may_saturate in (False, True):
+        # The difference lies where the new shadow is to be: its values are gone when they are encoded.
+        _put(raw, torch.sub(theta, shadow[part], out=block), wire_dtype, may_saturate=may_saturate)
+        _get(block, raw, wire_dtype)
+        if is_finite(block.add_(shadow[part])):
+            return True
+    return False
 
 
 def decode_publication(
@@ -248,12 +274,25 @@ def decode_full(payload: Buffer | Tensor, num_elements: int, *, out: Tensor | No
     return decode(payload, num_elements, "fp32", out=out)
 
 
-def _put(payload: Tensor, values: Tensor, wire_dtype: str) -> None:
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or NaN; exact, whatever the number of threads.
+
+    Args:
+        values: float32 of any shape.
+    """
+    # A sum is cheaper than the two ends; it is finite only if all values are, and may overflow although they are.
+    if math.isfinite(values.sum().item()) or values.numel() == 0:
+        return True
+    low, high = torch.aminmax(values)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def _put(payload: Tensor, values: Tensor, wire_dtype: str, *, may_saturate: bool = True) -> None:
     """Encode one block, whose values are gone afterwards; the payload may lie at the same address."""
     if wire_dtype == "int4":
         int4.encode_into(payload, values)
     elif wire_dtype == "bf16":
-        rounded = _saturated(values)
+        rounded = _saturated(values) if may_saturate else values
         payload.view(torch.bfloat16).copy_(rounded.to(torch.bfloat16) if payload.data_ptr() == values.data_ptr() else rounded)
     else:
         payload.view(torch.float32).copy_(values)

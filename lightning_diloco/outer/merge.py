@@ -13,6 +13,10 @@ inputs give themselves, equal norms R give norm R.
 with the sum of the weights, by exact multiplications with powers of two, so neither huge weights (tokens squared) nor tiny norms leave
 float32's range. The first contribution is kept as it is until a second one comes, because the formula would not return it bit for bit.
 
+**Waiting payloads.** A pass over the accumulator costs as much as decoding a payload and adding it, so payloads wait until they have as
+many bytes as the accumulator, 4 N in all, and are then added together, block by block, in the order in which they came. An element sees
+the same products and sums in the same order as if each had been added at once: when that is done changes no bit.
+
 **Cancellation.** Where the directions cancel exactly, rounding leaves about 2^-24 of a unit vector per fold, and phi would blow that
 up to full length. Below (M + 1) 2^-22 the sum is noise, and the result is 0.
 
@@ -35,14 +39,13 @@ from torch import Tensor
 
 from lightning_diloco.errors import LocalProtocolError
 from lightning_diloco.outer._checks import require_flat
-from lightning_diloco.outer.memory import flat
-from lightning_diloco.outer.pseudo_gradient import contribution_norm
+from lightning_diloco.outer.encoded import Encoded
+from lightning_diloco.outer.memory import BLOCK_ELEMENTS, blocks, flat
+from lightning_diloco.outer.norms import Meter, Piece, cut, measure
 from lightning_diloco.outer.spec import Fragment
 
-__all__ = ["FoldRecord", "MergeAccumulator", "MergeRecord"]
+__all__ = ["FoldRecord", "MergeAccumulator", "MergeRecord", "Merged"]
 
-_CHUNK_ELEMENTS = 1 << 18
-"""Scratch of a fold: 1 MiB stays in the cache between the product and the sum."""
 _NOISE = 2.0**-22
 _SAFE = 2.0**100
 """Factors within [1 / _SAFE, _SAFE] are normal float32 numbers with room; others are applied in two parts."""
@@ -75,24 +78,82 @@ class MergeRecord:
     """Sum of their weights."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A contribution that was folded in and is not in the accumulator yet."""
+
+    contribution: Encoded
+    factors: tuple[float | None, ...]
+    """By slice; None: all of it is zero."""
+    shrink: float
+    """What the accumulator is multiplied by before, a power of two."""
+
+
+class Merged:
+    """The result of a merge, whose blocks are computed when they are asked for, so that the outer step finds them in the cache.
+
+    Args:
+        values: the accumulator, or the only contribution.
+        scales: for each slice the factor to the result; None: there is nothing to multiply.
+        pieces: of the fragment.
+        allocate: where memory comes from, float32 of so many elements.
+    """
+
+    def __init__(
+        self, values: Encoded, scales: tuple[float, ...] | None, pieces: list[list[Piece]], allocate: Callable[[int], Tensor]
+    ) -> None:
+        self._values, self._scales, self._pieces, self._allocate = values, scales, pieces, allocate
+        self.num_elements = values.num_elements
+        """N."""
+
+    @classmethod
+    def plain(cls, values: Tensor) -> Merged:
+        """A merged pseudo-gradient that is there already, flat float32 [N], kept, not copied."""
+        return cls(Encoded.plain(values), None, [], flat)
+
+    def part(self, part: slice, scratch: Tensor) -> Tensor:
+        """The values of one of the fragment's `blocks`, only to be read: in the scratch, or where they lie.
+
+        Args:
+            part: which.
+            scratch: float32, at least as large as the block.
+        """
+        values = self._values.part(part, scratch)
+        if self._scales is None:
+            return values
+        for piece in self._pieces[part.start // BLOCK_ELEMENTS]:
+            _multiply(values[piece.where], self._scales[piece.slice_index], scratch[piece.where])
+        return scratch[: values.numel()]
+
+    def whole(self) -> Tensor:
+        """All of it, float32 [N]: the very tensor that was folded in if it was the only one, and else memory of its own."""
+        if self._scales is None and self._values.is_plain:
+            return self._values.payload.view(torch.float32)
+        merged = self._allocate(self.num_elements)
+        for part in blocks(self.num_elements):
+            self.part(part, merged[part])
+        return merged
+
+
 class MergeAccumulator:
-    """The open merge of one fragment: `fold` contributions in the recorded order, then `result` once.
+    """The open merge of one fragment: `fold` contributions in the recorded order, then `close` or `result` once.
 
     Args:
         fragment: sizes, tensors and merge rules.
-        allocate: where the accumulator's memory comes from, float32 of so many elements.
+        allocate: where the memory of accumulator and scratch comes from, float32 of so many elements.
     """
 
     def __init__(self, fragment: Fragment, *, allocate: Callable[[int], Tensor] = flat) -> None:
         self._fragment = fragment
         self._allocate = allocate
-        self._lengths = [part.length for part in fragment.slices]
-        self._tensor_of = _tensor_indices(fragment)
+        self._size = fragment.num_params
+        self._pieces = cut(fragment)
         self._count = 0
         self._total_weight = 0.0
         self._exponent = 0
-        self._mean_norms = [0.0] * len(self._lengths)
-        self._first: tuple[Tensor, FoldRecord] | None = None
+        self._mean_norms = [0.0] * len(fragment.slices)
+        self._first: tuple[Encoded, FoldRecord] | None = None
+        self._waiting: list[_Waiting] = []
         self._accumulator: Tensor | None = None
         self._is_closed = False
 
@@ -106,14 +167,14 @@ class MergeAccumulator:
         """Sum of their weights."""
         return self._total_weight
 
-    def fold(self, d: Tensor, weight: float, *, norms: Sequence[float] | None = None) -> FoldRecord:
+    def fold(self, d: Tensor | Encoded, weight: float, *, norms: Sequence[float] | None = None) -> FoldRecord:
         """Fold one contribution in.
 
         Args:
-            d: the decoded contribution, flat float32 [N] in host memory. It is not written to, but the first one is kept without a
-                copy: leave it as it is until `result`.
+            d: the contribution, encoded, or flat float32 [N] in host memory. It is not written to, and may be kept without a copy:
+                leave an encoded one as it is until the merge is closed, and of the others the first.
             weight: at least 0, finite. A contribution of weight 0 does not count and changes nothing.
-            norms: recorded norms, for a replay; None computes them.
+            norms: its norms by slice, as `measure` found them or as they were recorded; None computes them.
 
         Returns:
             Weight and norms, to be recorded.
@@ -123,7 +184,11 @@ class MergeAccumulator:
                 before it comes here); the merge is closed.
         """
         self._require_open()
-        require_flat(d, self._fragment.num_params, "contribution")
+        if isinstance(d, Tensor):
+            require_flat(d, self._size, "contribution")
+            d = Encoded.plain(d)
+        elif d.num_elements != self._size:
+            raise LocalProtocolError(f"A contribution of {d.num_elements} elements: this fragment has {self._size}.")
         total = self._total_weight + weight
         if not (weight >= 0.0 and math.isfinite(total)):
             raise LocalProtocolError(f"weight={weight!r}: must be at least 0, with a finite sum over all contributions.")
@@ -134,15 +199,14 @@ class MergeAccumulator:
             self._take(d, record, total)
         return record
 
-    def result(self, *, scales: Sequence[float] | None = None) -> tuple[Tensor, MergeRecord]:
+    def close(self, *, scales: Sequence[float] | None = None) -> tuple[Merged, MergeRecord]:
         """Close the merge.
 
         Args:
             scales: recorded scales, for a replay; None computes them.
 
         Returns:
-            The merged pseudo-gradient, flat float32 [N] (the very tensor that was folded in, if it was the only one), and what has to
-            be recorded.
+            The merged pseudo-gradient, and what has to be recorded.
 
         Raises:
             LocalProtocolError: the total weight is 0 (the round is to be cancelled), or the merge is closed already.
@@ -150,27 +214,41 @@ class MergeAccumulator:
         self._require_open()
         given = self._checked(scales, "scales")
         if self._first is not None:
-            merged, used = self._first[0], (1.0,) * len(self._lengths)
-        elif self._accumulator is not None:
-            merged = self._accumulator
-            used = given or self._scales(merged)
-            for part, scale in zip(merged.split_with_sizes(self._lengths), used, strict=True):
-                _multiply(part, scale)
+            used = (1.0,) * len(self._fragment.slices)
+            merged = Merged(self._first[0], None, self._pieces, self._allocate)
+        elif self._count:
+            meter = Meter(self._fragment, self._pieces) if given is None and self._has_rda() else None
+            accumulator = self._add_waiting(meter)
+            used = given or self._scales(meter)
+            merged = Merged(Encoded.plain(accumulator), used, self._pieces, lambda size: accumulator)
         else:
             raise LocalProtocolError("A merge of total weight 0 has no result: cancel the round.")
         self._is_closed, self._first, self._accumulator = True, None, None
         return merged, MergeRecord(scales=used, count=self._count, total_weight=self._total_weight)
+
+    def result(self, *, scales: Sequence[float] | None = None) -> tuple[Tensor, MergeRecord]:
+        """Close the merge and compute all of the result.
+
+        Returns:
+            The merged pseudo-gradient, flat float32 [N] (the very tensor that was folded in, if it was the only one), and what has to
+            be recorded. Arguments and errors as in `close`.
+        """
+        merged, record = self.close(scales=scales)
+        return merged.whole(), record
 
     def _require_open(self) -> None:
         if self._is_closed:
             raise LocalProtocolError("This merge is closed: open a new accumulator for the next one.")
 
     def _checked(self, values: Sequence[float] | None, what: str) -> tuple[float, ...] | None:
-        if values is not None and len(values) != len(self._lengths):
-            raise LocalProtocolError(f"{len(values)} recorded {what}: this fragment has {len(self._lengths)} slices.")
+        if values is not None and len(values) != len(self._fragment.slices):
+            raise LocalProtocolError(f"{len(values)} recorded {what}: this fragment has {len(self._fragment.slices)} slices.")
         return None if values is None else tuple(values)
 
-    def _take(self, d: Tensor, record: FoldRecord, total: float) -> None:
+    def _norms(self, d: Encoded) -> tuple[float, ...]:
+        return measure(self._fragment, d, allocate=self._allocate, pieces=self._pieces).of_slices
+
+    def _take(self, d: Encoded, record: FoldRecord, total: float) -> None:
         self._count += 1
         self._total_weight = total
         for i, norm in enumerate(record.norms):
@@ -180,41 +258,51 @@ class MergeAccumulator:
             self._first = (d, record)
             return
         if self._first is not None:
-            first, first_record = self._first
-            self._accumulator = self._allocate(first.numel()).zero_()
             self._exponent = math.frexp(total)[1]
-            self._add(self._accumulator, first, first_record)
+            self._wait(*self._first, 0)
             self._first = None
-        assert self._accumulator is not None
         grown = math.frexp(total)[1] - self._exponent
-        if grown:
-            _multiply(self._accumulator, 2.0**-grown)
-            self._exponent += grown
-        self._add(self._accumulator, d, record)
+        self._exponent += grown
+        self._wait(d, record, grown)
+        if sum(waiting.contribution.payload.numel() for waiting in self._waiting) >= 4 * self._size:
+            self._add_waiting()
 
-    def _add(self, accumulator: Tensor, d: Tensor, record: FoldRecord) -> None:
+    def _wait(self, d: Encoded, record: FoldRecord, grown: int) -> None:
         share = math.ldexp(record.weight, -self._exponent)
-        scratch = torch.empty(min(_CHUNK_ELEMENTS, d.numel()), dtype=torch.float32)
-        parts = zip(
-            self._fragment.slices, accumulator.split_with_sizes(self._lengths), d.split_with_sizes(self._lengths), record.norms, strict=True
+        factors = (
+            None if norm == 0.0 else share if part.merge == "mean" else share / norm
+            for part, norm in zip(self._fragment.slices, record.norms, strict=True)
         )
-        for part, target, source, norm in parts:
-            if norm > 0.0:
-                _add_multiple(target, source, share if part.merge == "mean" else share / norm, scratch)
+        self._waiting.append(_Waiting(d, tuple(factors), 2.0**-grown))
 
-    def _norms(self, d: Tensor) -> tuple[float, ...]:
-        """Norm of the whole tensor for each slice; a norm over parts is put together in float64."""
-        parts = [contribution_norm(part) for part in d.split_with_sizes(self._lengths)]
-        squares: dict[int, list[float]] = {}
-        for tensor, norm in zip(self._tensor_of, parts, strict=True):
-            squares.setdefault(tensor, []).append(norm)
-        return tuple(math.hypot(*squares[tensor]) for tensor in self._tensor_of)
+    def _add_waiting(self, meter: Meter | None = None) -> Tensor:
+        """Bring the accumulator up to date, and measure it if a meter is given; returns it."""
+        is_new = self._accumulator is None
+        accumulator = self._allocate(self._size) if self._accumulator is None else self._accumulator
+        if self._waiting or meter is not None:
+            scratch = self._allocate(min(self._size, BLOCK_ELEMENTS))
+            for part, pieces in zip(blocks(self._size), self._pieces, strict=True):
+                target = accumulator[part]
+                if is_new:
+                    target.zero_()
+                for waiting in self._waiting:
+                    _add(target, part, pieces, waiting, scratch)
+                if meter is not None:
+                    meter.add(target)
+        self._accumulator, self._waiting = accumulator, []
+        return accumulator
 
-    def _scales(self, accumulator: Tensor) -> tuple[float, ...]:
+    def _has_rda(self) -> bool:
+        return any(part.merge != "mean" for part in self._fragment.slices)
+
+    def _scales(self, meter: Meter | None) -> tuple[float, ...]:
+        """From the accumulator, as it was measured; None: there is no tensor that asks for it."""
         to_mean = 1.0 / math.ldexp(self._total_weight, -self._exponent)
+        if meter is None:
+            return (to_mean,) * len(self._fragment.slices)
         floor = (self._count + 1) * _NOISE
         scales: list[float] = []
-        for part, norm, mean_norm in zip(self._fragment.slices, self._norms(accumulator), self._mean_norms, strict=True):
+        for part, norm, mean_norm in zip(self._fragment.slices, meter.norms().of_slices, self._mean_norms, strict=True):
             if part.merge == "mean":
                 scales.append(to_mean)
             else:
@@ -222,12 +310,17 @@ class MergeAccumulator:
         return tuple(scales)
 
 
-def _tensor_indices(fragment: Fragment) -> list[int]:
-    """For each slice the number of its tensor: slices of one tensor follow each other."""
-    indices: list[int] = []
-    for part in fragment.slices:
-        indices.append((indices[-1] if indices else -1) + (part.offset == 0))
-    return indices
+def _add(target: Tensor, part: slice, pieces: list[Piece], waiting: _Waiting, scratch: Tensor) -> None:
+    """Add a block of a contribution to that of the accumulator, each product rounded to float32 before its sum."""
+    if waiting.shrink != 1.0:
+        _multiply(target, waiting.shrink, target)
+    values = waiting.contribution.part(part, scratch)
+    for piece in pieces:
+        factor = waiting.factors[piece.slice_index]
+        if factor is not None:
+            product = scratch[piece.where]
+            _multiply(values[piece.where], factor, product)
+            target[piece.where].add_(product)
 
 
 def _factors(factor: float) -> tuple[float, ...]:
@@ -239,17 +332,9 @@ def _factors(factor: float) -> tuple[float, ...]:
     return (factor,)
 
 
-def _multiply(part: Tensor, factor: float) -> None:
-    for f in _factors(factor):
-        part.mul_(f)
-
-
-def _add_multiple(target: Tensor, source: Tensor, factor: float, scratch: Tensor) -> None:
-    """Add factor * source to target, the product rounded to float32 before the sum."""
+def _multiply(values: Tensor, factor: float, out: Tensor) -> None:
+    """Put factor * values into `out`, which may be the same memory."""
     first, *rest = _factors(factor)
-    for start in range(0, source.numel(), _CHUNK_ELEMENTS):
-        values = source[start : start + _CHUNK_ELEMENTS]
-        product = torch.mul(values, first, out=scratch[: values.numel()])
-        for f in rest:
-            product.mul_(f)
-        target[start : start + _CHUNK_ELEMENTS].add_(product)
+    torch.mul(values, first, out=out)
+    for f in rest:
+        out.mul_(f)

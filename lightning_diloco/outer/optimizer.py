@@ -27,9 +27,9 @@ from torch import Tensor
 
 from lightning_diloco.errors import ConfigurationError, LocalProtocolError
 from lightning_diloco.outer._checks import require_flat
-from lightning_diloco.outer.memory import BLOCK_ELEMENTS, flat
+from lightning_diloco.outer.memory import blocks, flat
 
-__all__ = ["FragmentState", "last_step", "momentum_at", "outer_step", "recovered_momentum"]
+__all__ = ["FragmentState", "last_step", "momentum_at", "new_step", "outer_step", "recovered_momentum", "step_block"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -127,24 +127,42 @@ def outer_step(
         ConfigurationError: lr or momentum is outside its range.
         LocalProtocolError: the pseudo-gradient is not flat float32 of the fragment's size.
     """
+    size = state.theta.numel()
+    require_flat(pseudo_gradient, size, "pseudo_gradient")
+    stepped = new_step(state, lr=lr, momentum=momentum, allocate=allocate)
+    for part in blocks(size):
+        step_block(state, stepped, pseudo_gradient[part], part, lr=lr)
+    return stepped
+
+
+def new_step(state: FragmentState, *, lr: float, momentum: float, allocate: Callable[[int], Tensor] = flat) -> FragmentState:
+    """The state that `step_block` fills: its theta and momentum are not set yet. Arguments and errors as in `outer_step`."""
     if not (0.0 < lr < math.inf and 0.0 <= momentum < 1.0):
         raise ConfigurationError(f"lr={lr!r}, momentum={momentum!r}: lr must be finite and above 0, momentum in [0, 1).")
     size = state.theta.numel()
-    require_flat(pseudo_gradient, size, "pseudo_gradient")
-    theta, buffer, scratch = allocate(size), allocate(size), flat(min(size, BLOCK_ELEMENTS))
-    for start in range(0, size, BLOCK_ELEMENTS):
-        part = slice(start, start + BLOCK_ELEMENTS)
-        g, b = pseudo_gradient[part], buffer[part]
-        step = scratch[: g.numel()]
-        if momentum == 0.0:
-            # 0 * b + g would turn -0.0 into 0.0: without momentum the direction is g itself.
-            b.copy_(g)
-            torch.mul(g, lr, out=step)
-        else:
-            torch.mul(state.momentum[part], momentum, out=b).add_(g)
-            torch.mul(b, momentum, out=step).add_(g).mul_(lr)
-        torch.sub(state.theta[part], step, out=theta[part])
-    return replace(state, theta=theta, momentum=buffer, ahead=momentum, merge_index=state.merge_index + 1)
+    return replace(state, theta=allocate(size), momentum=allocate(size), ahead=momentum, merge_index=state.merge_index + 1)
+
+
+def step_block(before: FragmentState, after: FragmentState, g: Tensor, part: slice, *, lr: float) -> None:
+    """One block of an outer step.
+
+    Args:
+        before: the fragment's state; stays as it is.
+        after: what `new_step` made of it.
+        g: the block of the merged pseudo-gradient, flat float32; stays as it is.
+        part: where it stands in the fragment.
+        lr: outer learning rate.
+    """
+    b, theta, momentum = after.momentum[part], after.theta[part], after.ahead
+    # The step lies where theta' is to be: it is read once more, by the last kernel, which writes there.
+    if momentum == 0.0:
+        # 0 * b + g would turn -0.0 into 0.0: without momentum the direction is g itself.
+        b.copy_(g)
+        torch.mul(g, lr, out=theta)
+    else:
+        torch.mul(before.momentum[part], momentum, out=b).add_(g)
+        torch.mul(b, momentum, out=theta).add_(g).mul_(lr)
+    torch.sub(before.theta[part], theta, out=theta)
 
 
 def last_step(

@@ -12,15 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
+from lightning_diloco.errors import LocalProtocolError
 from lightning_diloco.outer import memory
-from lightning_diloco.outer.codec import encode_publication, payload_bytes
-from lightning_diloco.outer.optimizer import FragmentState, last_step, outer_step
+from lightning_diloco.outer.codec import payload_bytes, publish_block
+from lightning_diloco.outer.memory import BLOCK_ELEMENTS, blocks
+from lightning_diloco.outer.merge import Merged
+from lightning_diloco.outer.optimizer import FragmentState, last_step, new_step, step_block
 from lightning_diloco.outer.spec import Fragment
 
-__all__ = ["OuterStep", "Published", "is_finite", "take_step"]
+__all__ = ["OuterStep", "Published", "take_step"]
+
+Checksum = Callable[[Tensor, int], int]
+"""Of a tensor's memory, given the checksum of what stands before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +54,18 @@ class Published:
     """mu as it was used: 0 for values and for a last step."""
     is_finite: bool
     """False: the step was not taken."""
+    crc: int
+    """Checksum of the new shadow; 0 if none was asked for."""
 
 
 def take_step(
     fragment: Fragment,
     before: FragmentState,
-    merged: Tensor,
+    merged: Merged | Tensor,
     step: OuterStep,
     merge_index: int,
     *,
+    checksum: Checksum | None = None,
     flat: Callable[[int], Tensor] = memory.flat,
     raw: Callable[[int], Tensor] = memory.raw,
 ) -> Published:
@@ -66,9 +74,10 @@ def take_step(
     Args:
         fragment: of the layout.
         before: its state; stays as it is.
-        merged: what `MergeAccumulator.result` returned, flat float32 [N].
+        merged: what `MergeAccumulator.close` returned, or a flat float32 [N].
         step: learning rate, momentum, wire dtype.
         merge_index: of the new state.
+        checksum: of the new shadow, computed where it is in the cache; None: it is not wanted.
         flat: where new tensors' memory comes from, float32 of so many elements.
         raw: the same for payloads, uint8 of so many bytes.
 
@@ -76,33 +85,52 @@ def take_step(
         ConfigurationError: learning rate, momentum or wire dtype is outside its range.
         LocalProtocolError: sizes do not fit, or the share is outside [0, 1].
     """
-    momentum = step.momentum
+    merged = Merged.plain(merged) if isinstance(merged, Tensor) else merged
+    wire_dtype, momentum, g = fragment.wire_dtype(step.wire_dtype), step.momentum, None
+    if merged.num_elements != before.theta.numel():
+        raise LocalProtocolError(f"A merge of {merged.num_elements} elements: the fragment has {before.theta.numel()}.")
     if fragment.holds_values:
-        momentum, stepped = 0.0, FragmentState.founded(merged)
+        momentum, stepped = 0.0, FragmentState.founded(merged.whole())
     elif step.last_share is not None:
-        momentum, stepped = 0.0, last_step(before, merged, lr=step.lr, share=step.last_share, allocate=flat)
+        momentum, stepped = 0.0, last_step(before, merged.whole(), lr=step.lr, share=step.last_share, allocate=flat)
     else:
-        stepped = outer_step(before, merged, lr=step.lr, momentum=momentum, allocate=flat)
-    wire_dtype = fragment.wire_dtype(step.wire_dtype)
-    difference, shadow = _publication(stepped.theta, before.shadow, wire_dtype, flat, raw)
-    is_taken = is_finite(shadow)
+        g, stepped = merged, new_step(before, lr=step.lr, momentum=momentum, allocate=flat)
+    published = _Publication(before, stepped, wire_dtype, flat, raw)
+    is_taken = published.run(g, step.lr, checksum)
     if not is_taken:
         # Finite contributions can still overflow, with a huge outer learning rate for one.
-        stepped = FragmentState.founded(before.theta)
-        difference, shadow = _publication(before.theta, before.shadow, wire_dtype, flat, raw)
-    state = replace(stepped, shadow=shadow, merge_index=merge_index)
-    return Published(state=state, difference=difference, momentum=momentum, is_finite=is_taken)
+        published = _Publication(before, FragmentState.founded(before.theta), wire_dtype, flat, raw)
+        published.run(None, step.lr, checksum)
+    state = replace(published.after, shadow=published.shadow, merge_index=merge_index)
+    return Published(state=state, difference=published.payload, momentum=momentum, is_finite=is_taken, crc=published.crc)
 
 
-def is_finite(values: Tensor) -> bool:
-    """Whether no value is infinite or NaN; exact, whatever the number of threads."""
-    low, high = torch.aminmax(values)
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+class _Publication:
+    """The passes that are left when it is known what becomes of a fragment, as one, block by block, while a block is in the cache."""
 
+    def __init__(
+        self,
+        before: FragmentState,
+        after: FragmentState,
+        wire_dtype: str,
+        flat: Callable[[int], Tensor],
+        raw: Callable[[int], Tensor],
+    ) -> None:
+        size = before.theta.numel()
+        self.before, self.after, self.wire_dtype = before, after, wire_dtype
+        self.payload = raw(payload_bytes(size, wire_dtype))
+        self.shadow = after.theta if wire_dtype == "fp32" else flat(size)
+        self.crc = 0
+        self._size, self._flat = size, flat
 
-def _publication(
-    theta: Tensor, shadow: Tensor, wire_dtype: str, flat: Callable[[int], Tensor], raw: Callable[[int], Tensor]
-) -> tuple[Tensor, Tensor]:
-    size = theta.numel()
-    out = raw(payload_bytes(size, wire_dtype)), None if wire_dtype == "fp32" else flat(size)
-    return encode_publication(theta, shadow, wire_dtype, out=out)
+    def run(self, g: Merged | None, lr: float, checksum: Checksum | None) -> bool:
+        """Take the step with `g` (None: it was taken), encode, look at the new shadow; whether all of it is finite."""
+        scratch = self._flat(min(self._size, BLOCK_ELEMENTS)) if g is not None else None
+        for part in blocks(self._size):
+            if g is not None and scratch is not None:
+                step_block(self.before, self.after, g.part(part, scratch), part, lr=lr)
+            if not publish_block(self.after.theta, self.before.shadow, self.payload, self.shadow, part, self.wire_dtype):
+                return False
+            if checksum is not None:
+                self.crc = checksum(self.shadow[part], self.crc)
+        return True

@@ -75,14 +75,14 @@ class BeginFounding(_Action, frozen=True, kw_only=True):
 
 
 class Fold(_Action, frozen=True, kw_only=True):
-    """Fold the waiting decoded contribution into its fragment's accumulator with this weight; its payload is then released."""
+    """Fold the waiting contribution into its fragment's merge with this weight; its payload is released when it was added."""
 
     key: ContributionKey
     weight: float
 
 
 class DropPayload(_Action, frozen=True, kw_only=True):
-    """Release the waiting decoded contribution without using it."""
+    """Release the waiting contribution without using it."""
 
     key: ContributionKey
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_diloco.outer import FragmentView, contribution_norm, decode, reference
+from lightning_diloco.outer import Encoded, Fragment, FragmentView, decode, measure, reference
 from lightning_diloco.protocol.actions import Heal
 from lightning_diloco.protocol.learner_state import FragmentState
 
@@ -53,15 +53,16 @@ def describe(learner_id: int, heal: Heal, norm_gate: float | None, fragment_id: 
 class Remedy:
     """Host copies from which a healed fragment is mended: its base, and the payload of a contribution on its way (None: there is none)."""
 
+    fragment: Fragment
     base: Tensor
-    sent: Tensor | None
-    wire_dtype: str
-    """Of the payload."""
+    sent: Encoded | None
 
     def values(self) -> Tensor:
         """What the parameters become, flat float32 [N]: base minus what is on its way, if the syncer will not refuse that as well."""
-        sent = None if self.sent is None else decode(self.sent, self.base.numel(), self.wire_dtype)
-        return reference(self.base, sent if sent is not None and is_sound(contribution_norm(sent)) else None)
+        sent = self.sent
+        if sent is None or not is_sound(measure(self.fragment, sent).whole):
+            return self.base
+        return reference(self.base, decode(sent.payload, sent.num_elements, sent.wire_dtype))
 
 
 def is_heal_due(fragments: Sequence[FragmentState]) -> bool:

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from torch import Tensor
-
 from lightning_diloco.outer import FragmentState
 from lightning_diloco.protocol.events import ContributionArrived, FoundingArrived, HeldArrived, SyncerEvent
 from lightning_diloco.protocol.messages import Contribution, Envelope, HeldFragment, PeerState
@@ -22,6 +20,7 @@ from lightning_diloco.runtime.healing import is_sound
 from lightning_diloco.runtime.payloads import PayloadKey
 from lightning_diloco.runtime.performer import Performer
 from lightning_diloco.runtime.relay import PeerStateRelay
+from lightning_diloco.runtime.store import Measured
 
 __all__ = ["MIN_DECODING", "Intake"]
 
@@ -37,7 +36,7 @@ class Intake:
         performer: owns the store.
         relay: of inner optimizer states, which pass through.
         submit: runs (work, then) on the numerics thread and back.
-        handle: gives the machine an event, with the decoded contribution that it is about.
+        handle: gives the machine an event, with the contribution that it is about.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Intake:
         relay: PeerStateRelay,
         *,
         submit: Callable[[Callable[[], Any], Callable[[Any], None]], None],
-        handle: Callable[[SyncerEvent, Tensor | None], None],
+        handle: Callable[[SyncerEvent, Measured | None], None],
     ) -> None:
         self._machine, self._performer, self._relay, self._submit, self._handle = machine, performer, relay, submit, handle
         self._decoding: dict[str, int] = {}
@@ -82,11 +81,11 @@ class Intake:
 
         written = self._record(session, envelope, header, payload)
 
-        def then(result: tuple[Tensor, float, bool]) -> None:
+        def then(measured: Measured) -> None:
             """On the loop thread: wait for the disk, if payloads are kept."""
-            self._performer.payloads.when_written(written, lambda payload_at: decided(*result, payload_at))
+            self._performer.payloads.when_written(written, lambda payload_at: decided(measured, payload_at))
 
-        def decided(decoded: Tensor, norm: float, crc_ok: bool, payload_at: int | None) -> None:
+        def decided(measured: Measured, payload_at: int | None) -> None:
             """On the loop thread: tell the machine what has arrived."""
             self._decoding[session] -= 1
             if not self._decoding[session]:
@@ -95,16 +94,16 @@ class Intake:
                 session=session,
                 envelope=envelope,
                 header=header,
-                norm=norm,
-                is_finite=is_sound(norm),
+                norm=measured.norms.whole,
+                is_finite=is_sound(measured.norms.whole),
                 payload_bytes=len(payload),
-                crc_ok=crc_ok,
+                crc_ok=measured.crc_ok,
                 payload_at=payload_at,
             )
-            self._handle(event, decoded)
+            self._handle(event, measured)
 
         self._decoding[session] = self._decoding.get(session, 0) + 1
-        self._submit(lambda: store.decode_contribution(header.fragment_id, payload, header.crc), then)
+        self._submit(lambda: store.measure_contribution(header.fragment_id, payload, header.crc), then)
 
     def _record(self, session: str, envelope: Envelope, header: Contribution, payload: memoryview) -> Future[int | None] | None:
         """Have the payload written down, if payloads are kept; of a stranger nothing is."""

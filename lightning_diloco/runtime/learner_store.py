@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.outer import (
+    Encoded,
     FragmentView,
     Layout,
     blocks,
@@ -294,9 +295,10 @@ class LearnerStore:
             fragment_id: whose values.
             keep_seq: seq of the contribution on its way (0: none).
         """
-        is_kept = not self.layout.fragments[fragment_id].holds_values
-        sent = self._payloads.get((fragment_id, keep_seq)) if is_kept else None
-        return Remedy(self.base(fragment_id), sent, self._dtype(fragment_id))
+        fragment = self.layout.fragments[fragment_id]
+        payload = None if fragment.holds_values else self._payloads.get((fragment_id, keep_seq))
+        sent = None if payload is None else Encoded.of(payload, fragment.num_params, self._dtype(fragment_id))
+        return Remedy(fragment, self.base(fragment_id), sent)
 
     def payload(self, fragment_id: int, seq: int) -> memoryview:
         """The encoded contribution, to be sent (again)."""

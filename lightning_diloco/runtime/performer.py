@@ -55,7 +55,7 @@ from lightning_diloco.runtime.opening import Opening
 from lightning_diloco.runtime.payloads import PayloadKeeper
 from lightning_diloco.runtime.service_options import ServiceOptions
 from lightning_diloco.runtime.snapshot import Founding, FragmentSnapshot, SnapshotStore
-from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES, Closed, SyncerStore
+from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES, Closed, Measured, SyncerStore
 from lightning_diloco.runtime.tape import TapeWriter
 from lightning_diloco.runtime.telling import package_versions, sentence
 from lightning_diloco.runtime.transport import SyncerTransport
@@ -148,14 +148,14 @@ class Performer:
             num_shards=self._options.num_shards,
         )
 
-    def perform(self, actions: list[SyncerAction], decoded: Tensor | None) -> None:
-        """Do what the machine decided, in order; `decoded` is the contribution that the event brought."""
+    def perform(self, actions: list[SyncerAction], measured: Measured | None) -> None:
+        """Do what the machine decided, in order; `measured` is the contribution that the event brought."""
         self._write_down(actions)
         for action in actions:
             if isinstance(action, Reply):
                 self.say(action.session, action.message, action.incarnation)
             elif isinstance(action, Fold):
-                self._fold(action, decoded)
+                self._fold(action, measured)
             elif isinstance(action, Close):
                 self._close(action)
             elif isinstance(action, Transmit):
@@ -329,11 +329,11 @@ class Performer:
         if self._on_line is not None:
             self._on_line(line)
 
-    def _fold(self, action: Fold, decoded: Tensor | None) -> None:
+    def _fold(self, action: Fold, measured: Measured | None) -> None:
         store, fragment_id, weight = self._founded_store(), action.key.fragment_id, action.weight
-        if decoded is None:
+        if measured is None:
             raise RemoteProtocolError("wrong_layout", "A contribution was folded without its payload.")
-        self._submit(lambda: store.fold(fragment_id, decoded, weight), lambda result: None)
+        self._submit(lambda: store.fold(fragment_id, measured, weight), lambda result: None)
 
     def _close(self, action: Close) -> None:
         store = self._founded_store()

@@ -1,7 +1,7 @@
 """Re-execution of a run's merges from its tape and its recorded payloads (`lightning-diloco replay`).
 
 **What is executed.** The tape says which contributions each merge had, in which order, with which weights, and with what the outer step was
-taken; `payloads.bin` has the founding and the contributions (`runtime/payloads.py`). They are decoded, folded, stepped and published by
+taken; `payloads.bin` has the founding and the contributions (`runtime/payloads.py`). They are folded, stepped and published by
 the same functions of `outer/` as in the syncer. Norms and scales are the recorded ones: a sum over a tensor differs in its last bit between
 CPUs and numbers of threads. All the rest is elementwise, so a replay is exact on every machine. Publications on the tape are not looked at.
 
@@ -28,7 +28,7 @@ import torch
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError, DiLoCoError
-from lightning_diloco.outer import FragmentState, Layout, MergeAccumulator, OuterStep, decode, payload_bytes, sha256_of, take_step
+from lightning_diloco.outer import Encoded, FragmentState, Layout, MergeAccumulator, OuterStep, payload_bytes, sha256_of, take_step
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.records import ContributionRecord, EndRecord, JobRecord, MergeRecord, RestartRecord
 from lightning_diloco.runtime.checksum import crc32
@@ -349,8 +349,8 @@ class _Replay:
                 seq=member.seq,
             )
             payload, _ = self._payloads.read(contribution.payload_at, key, payload_bytes(fragment.num_params, wire_dtype))
-            merge.fold(decode(payload, fragment.num_params, wire_dtype), member.weight, norms=norms)
-        merged, _ = merge.result(scales=record.scales)
+            merge.fold(Encoded.of(payload, fragment.num_params, wire_dtype), member.weight, norms=norms)
+        merged, _ = merge.close(scales=record.scales)
         step = OuterStep(
             lr=record.outer_lr, momentum=record.outer_momentum, last_share=record.last_share, wire_dtype=self._config.wire_dtype
         )

@@ -57,7 +57,7 @@ from lightning_diloco.runtime.rundir import lock_run_dir
 from lightning_diloco.runtime.service_options import ServiceOptions
 from lightning_diloco.runtime.shard_door import ShardDoor
 from lightning_diloco.runtime.snapshot import SnapshotStore
-from lightning_diloco.runtime.store import Closed
+from lightning_diloco.runtime.store import Closed, Measured
 from lightning_diloco.runtime.tape import TAPE_NAME, TapeWriter
 from lightning_diloco.runtime.transport import (
     ControlReceived,
@@ -251,13 +251,13 @@ class SyncerService:
                     self._handle(counters)
         self._handle(event)
 
-    def _handle(self, event: SyncerEvent, decoded: Any = None) -> None:
+    def _handle(self, event: SyncerEvent, measured: Measured | None = None) -> None:
         was_founded = self._machine.job.is_serving
         actions = self._machine.handle(event, time.monotonic())
         durable = [action for action in actions if isinstance(action, MakeDurable)]
         if durable or (self._machine.job.is_serving and not was_founded):
             self._performer.keep_all(self._machine.job.currents, durable[0].origins if durable else ())
-        self._performer.perform(actions, decoded)
+        self._performer.perform(actions, measured)
         self._observers.note(actions)
         self._relay.perform(actions)
 

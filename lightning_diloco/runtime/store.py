@@ -4,8 +4,9 @@ One thread (the numerics thread of `SyncerService`) calls everything here, in th
 needed. Published tensors are never changed in place: a transfer may still be reading them.
 
 Memory per fragment of N elements: Theta, momentum and shadow in float32 (12 N bytes), the newest difference in the wire dtype, and while
-contributions are folded an accumulator (4 N) and one decoded contribution (4 N). A pool keeps what a merge frees for the next one: what
-the largest fragment's merge needs, for each fragment that is due in a step.
+contributions are folded an accumulator (4 N), if there are two or more, and less than 4 N of payloads that wait to be added. A contribution
+is never decoded as a whole. A pool keeps what a merge frees for the next one: what the largest fragment's merge needs, for each fragment
+that is due in a step, and the scratch of a block.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from torch import Tensor
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import RemoteProtocolError
 from lightning_diloco.outer import (
+    BLOCK_ELEMENTS,
+    Encoded,
     Fragment,
     FragmentState,
     Layout,
     MergeAccumulator,
+    Norms,
     OuterStep,
-    contribution_norm,
-    decode,
     decode_full,
     is_finite,
+    measure,
     momentum_at,
     payload_bytes,
     sha256_of,
@@ -45,11 +48,21 @@ from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.global_state import by_name
 from lightning_diloco.runtime.memory import Pool
 
-__all__ = ["Closed", "SyncerStore"]
+__all__ = ["Closed", "Measured", "SyncerStore"]
 
 _log = logging.getLogger(__name__)
 
 MAX_LAYOUT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Measured:
+    """A contribution that has arrived; it keeps the payload's memory."""
+
+    contribution: Encoded
+    norms: Norms
+    crc_ok: bool
+    """Whether the payload has its checksum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +100,8 @@ class SyncerStore:
         self._states: list[FragmentState | None] = [None] * len(layout.fragments)
         due = math.ceil(len(layout.fragments) / config.sync_interval_steps)
         largest = sum(sorted(f.num_params for f in layout.fragments)[-due:])
-        # A merge takes Theta, momentum, shadow, accumulator and a contribution, and a difference.
-        self._memory = Pool(5 * 4 * largest + payload_bytes(largest, config.wire_dtype))
+        # A merge takes Theta, momentum, shadow, accumulator, a difference, and a block of scratch at a time.
+        self._memory = Pool(4 * 4 * largest + payload_bytes(largest, config.wire_dtype) + 4 * BLOCK_ELEMENTS)
         self._accumulators = [MergeAccumulator(f, allocate=self._memory.flat) for f in layout.fragments]
         self._norms: list[list[tuple[float, ...]]] = [[] for _ in layout.fragments]
 
@@ -169,37 +182,47 @@ class SyncerStore:
         """Checksum of every fragment's shadow."""
         return tuple(crc32(self.state(i).shadow) for i in range(len(self._states)))
 
-    def decode_contribution(self, fragment_id: int, payload: memoryview, crc: int) -> tuple[Tensor, float, bool]:
-        """Decode and measure one contribution.
+    def measure_contribution(self, fragment_id: int, payload: memoryview, crc: int) -> Measured:
+        """Check and measure one contribution, whose memory is kept and must stay as it is.
 
-        Returns:
-            The decoded pseudo-gradient, float32 [N]; its float64 norm; whether the payload has its checksum.
+        Raises:
+            RemoteProtocolError: the payload has another length.
         """
-        crc_ok = crc32(payload) == crc
-        fragment = self.layout.fragments[fragment_id]
-        d = decode(payload, fragment.num_params, self._dtype(fragment), out=self._memory.flat(fragment.num_params))
-        return d, contribution_norm(d), crc_ok
+        fragment, found = self.layout.fragments[fragment_id], 0
+
+        def look(where: slice) -> None:
+            """Add a block to the checksum."""
+            nonlocal found
+            found = crc32(payload[where], found)
+
+        contribution = Encoded.of(payload, fragment.num_params, self._dtype(fragment))
+        norms = measure(fragment, contribution, allocate=self._memory.flat, look=look)
+        return Measured(contribution=contribution, norms=norms, crc_ok=found == crc)
 
     def _dtype(self, fragment: Fragment) -> str:
         return fragment.wire_dtype(self.config.wire_dtype)
 
-    def fold(self, fragment_id: int, d: Tensor, weight: float) -> None:
-        """Fold one contribution into the fragment's open merge."""
-        record = self._accumulators[fragment_id].fold(d, weight)
+    def fold(self, fragment_id: int, d: Measured | Tensor, weight: float) -> None:
+        """Fold one contribution into the fragment's open merge: what `measure_contribution` returned, or a flat float32 [N]."""
+        accumulator = self._accumulators[fragment_id]
+        if isinstance(d, Measured):
+            record = accumulator.fold(d.contribution, weight, norms=d.norms.of_slices)
+        else:
+            record = accumulator.fold(d, weight)
         self._norms[fragment_id].append(record.norms)
 
     def close(self, fragment_id: int, merge_index: int, *, last_share: float | None = None) -> Closed:
         """Merge, take the outer step, and encode the publication; merged buffers are the new ones."""
         start_s = time.monotonic()
         config, before, fragment = self.config, self.state(fragment_id), self.layout.fragments[fragment_id]
-        merged, record = self._accumulators[fragment_id].result()
+        merged, record = self._accumulators[fragment_id].close()
         step = OuterStep(
             lr=config.outer_lr,
             momentum=momentum_at(merge_index, config.outer_momentum, config.outer_momentum_warmup),
             last_share=last_share,
             wire_dtype=config.wire_dtype,
         )
-        published = take_step(fragment, before, merged, step, merge_index, flat=self._memory.flat, raw=self._memory.raw)
+        published = take_step(fragment, before, merged, step, merge_index, checksum=crc32, flat=self._memory.flat, raw=self._memory.raw)
         if not published.is_finite:
             _log.error("The outer step of fragment %d is not finite; the fragment stays as it was, without momentum.", fragment_id)
         state = self._states[fragment_id] = published.state
@@ -209,7 +232,7 @@ class SyncerStore:
             fragment_id=fragment_id,
             difference=published.difference,
             shadow=state.shadow,
-            crc=crc32(state.shadow),
+            crc=published.crc,
             merge_s=time.monotonic() - start_s,
             outer_momentum=published.momentum,
             norms=norms,

@@ -138,6 +138,7 @@ def test_a_line_is_fitted_from_two_learners_on_and_the_bound_is_every_byte_once(
     assert max(distances([*rows, {"learners": 16, "merge_s": 99.0}]).values()) > 0.1
     full = {"learners": 3, "num_params": 100, "payload_bytes": 200, "copy_bytes_per_s": 1000.0}
     assert bound_s(full) == (3 * 200 + 2400) / 1000 and formula_bytes(full) == 2800 + 400
+    assert formula_bytes(full | {"learners": 1}) == 2400 + 400
 
 
 def test_the_99th_percentile_is_exceeded_by_one_of_a_hundred():

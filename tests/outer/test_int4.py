@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_diloco.config import INT4_GROUP, payload_bytes
-from lightning_diloco.outer import blocks, bytes_of, contribution_norm, decode, encode, encode_in_place
+from lightning_diloco.outer import Encoded, Fragment, TensorSlice, blocks, bytes_of, decode, encode, encode_in_place, measure
 from lightning_diloco.outer.int4 import SECTION_ELEMENTS
 from lightning_diloco.outer.memory import BLOCK_ELEMENTS
 
@@ -19,6 +19,12 @@ FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 NEAR_ONE = st.floats(-1.0, 1.0, width=32)
 """Values of one size: those of all of float32 leave one level of a group for all but the largest."""
 SIZES = [1, 2, 3, 63, 64, 65, 127, 128, 1000, SECTION_ELEMENTS - 1, SECTION_ELEMENTS + 1, SECTION_ELEMENTS + 66, 2 * SECTION_ELEMENTS]
+
+
+def norm_of(values):
+    size = values.numel()
+    part = TensorSlice(name="t", dtype="float32", global_shape=(size,), offset=0, length=size)
+    return measure(Fragment(fragment_id=0, kind="parameters", slices=(part,)), Encoded.plain(values)).whole
 
 
 def bits(tensor):
@@ -125,7 +131,7 @@ def test_a_value_that_is_not_finite_makes_its_group_nan_and_no_other(bad, place)
     x[place] = bad
     y = there_and_back(x)
     group = slice(place // 64 * 64, place // 64 * 64 + 64)
-    assert bool(y[group].isnan().all()) and not math.isfinite(contribution_norm(y))
+    assert bool(y[group].isnan().all()) and not math.isfinite(norm_of(y))
     clean[group] = math.nan
     assert torch.equal(bits(y[~y.isnan()]), bits(clean[~clean.isnan()]))
 
@@ -141,7 +147,7 @@ def test_what_strangers_send_is_decoded_without_an_error_and_found_if_it_is_not_
     for scale, is_finite in ((1.0, True), (-1.0, True), (0.0, True), (1e-40, True), (3e38, False), (math.inf, False), (math.nan, False)):
         scales = torch.full((8,), scale, dtype=torch.bfloat16).view(torch.uint8)
         y = decode(torch.cat((scales, codes)), 512, "int4")
-        assert math.isfinite(contribution_norm(y)) is is_finite
+        assert math.isfinite(norm_of(y)) is is_finite
         if scale == 1.0:
             assert y[:16].tolist() == list(range(-8, 8))
             assert y[256:].tolist() == [i // 16 - (16 if i >= 128 else 0) for i in range(256)]

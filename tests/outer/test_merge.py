@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_diloco.errors import LocalProtocolError
-from lightning_diloco.outer import Fragment, MergeAccumulator, TensorSlice
+from lightning_diloco.outer import BLOCK_ELEMENTS, Encoded, Fragment, MergeAccumulator, TensorSlice, blocks, decode, encode
 
 BOUND = 1e-6
+NORM_BOUND = 130 * 2.0**-24
+"""That of `outer.norms`: rows of float32 squares."""
 
 
 def fragment_of(*tensors):
@@ -160,7 +163,7 @@ def test_slices_of_one_tensor_share_the_norm_of_the_whole():
     split = Fragment(fragment_id=0, kind="parameters", slices=tuple(parts))
     ds = contributions(8, 3, size=64)
     record = MergeAccumulator(split).fold(ds[0], 1.0)
-    assert record.norms[0] == record.norms[1] == pytest.approx(float(ds[0].double().norm()), rel=1e-12)
+    assert record.norms[0] == record.norms[1] == pytest.approx(float(ds[0].double().norm()), rel=NORM_BOUND)
     assert relative(merged(split, ds, [1.0, 2.0, 3.0]), merged(ONE, ds, [1.0, 2.0, 3.0])) < BOUND
 
 
@@ -263,3 +266,41 @@ def test_recorded_values_of_another_fragment_are_refused():
     accumulator.fold(d, 1.0)
     with pytest.raises(LocalProtocolError, match="4 recorded scales"):
         accumulator.result(scales=(1.0,) * 4)
+
+
+LARGE = fragment_of((BLOCK_ELEMENTS - 9, "rda"), (300, "mean"), (BLOCK_ELEMENTS // 2, "rda"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "int4"])
+def test_payloads_that_wait_give_the_same_bits_as_contributions_that_are_added_at_once(wire, count):
+    size = LARGE.num_params
+    payloads = [encode(d, wire) for d in contributions(19, count, size=size)]
+    waiting, at_once = MergeAccumulator(LARGE), MergeAccumulator(LARGE)
+    for i, payload in enumerate(payloads):
+        weight = 10.0 ** (i % 5)
+        record = waiting.fold(Encoded.of(payload, size, wire), weight)
+        assert at_once.fold(decode(payload, size, wire), weight) == record
+    (found, record), (expected, same) = waiting.close(), at_once.result()
+    assert record == same
+    scratch = torch.empty(BLOCK_ELEMENTS)
+    parts = torch.cat([found.part(part, scratch).clone() for part in blocks(size)])
+    assert torch.equal(parts.view(torch.int32), expected.view(torch.int32))
+    assert torch.equal(found.whole().view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize(("wire", "most"), [("fp32", 1), ("bf16", 1), ("int4", 7)])
+def test_no_more_than_four_bytes_an_element_wait(wire, most):
+    size, accumulator, held = LARGE.num_params, MergeAccumulator(LARGE), []
+    for d in contributions(20, 18, size=size):
+        payload = encode(d, wire)
+        accumulator.fold(Encoded.of(payload, size, wire), 1.0)
+        held.append(weakref.ref(payload))
+        del payload
+    assert sum(payload() is not None for payload in held) <= most
+    assert all(payload() is None for payload in held[: -most or None])
+
+
+def test_a_payload_of_another_fragment_is_refused():
+    with pytest.raises(LocalProtocolError, match="66 elements"):
+        MergeAccumulator(MIXED).fold(Encoded.of(encode(torch.zeros(66), "bf16"), 66, "bf16"), 1.0)

@@ -77,7 +77,7 @@ class HandmadeRun:
             raw = encode(0.1 * torch.randn(size, generator=self.random), "bf16")
             key = PayloadKey(kind="contribution", fragment_id=fragment_id, learner_id=learner_id, incarnation=2, seq=self.seq)
             at = self.payloads.append(key, buffer_of(raw))
-            d, norm, _ = self.store.decode_contribution(fragment_id, buffer_of(raw), crc32(raw))
+            d = self.store.measure_contribution(fragment_id, buffer_of(raw), crc32(raw))
             self.store.fold(fragment_id, d, 8.0 + self.seq)
             members.append(Member(learner_id=learner_id, incarnation=2, seq=self.seq, steps=1, tokens=1, weight=8.0 + self.seq))
             told = ContributionRecord(
@@ -89,7 +89,7 @@ class HandmadeRun:
                 steps=1,
                 tokens=1,
                 weight=members[-1].weight,
-                norm=norm,
+                norm=d.norms.whole,
                 payload_bytes=raw.numel(),
                 outcome="folded",
                 payload_at=at,

@@ -79,7 +79,7 @@ def test_a_payload_arrives_intact(pair: Pair, size: int, way: str) -> None:
     (event,) = pair.received()
     assert (event.peer, event.header, event.payload.nbytes) == (expected, b"head", size)
     assert event.payload == payload
-    assert isinstance(event.payload.obj, bytearray)
+    assert not event.payload.readonly and event.payload.format == "B"
     for stats in (pair.learner.stats, pair.syncer.stats):
         assert (stats.bytes_up, stats.bytes_down) == ((size, 0) if way == "up" else (0, size))
         assert stats.drops == {}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.outer import buffer_of, encode, plan_layout
+from lightning_diloco.outer import Encoded, buffer_of, encode, plan_layout
 from lightning_diloco.protocol.messages import Resolved
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.healing import MAX_NORM, Remedy
@@ -68,11 +68,12 @@ def test_a_learner_whose_own_values_are_too_large_though_finite_heals_and_goes_o
 
 
 def test_a_heal_keeps_what_is_on_its_way_only_if_the_syncer_will_take_it():
+    fragment = plan_layout(nn.Linear(4, 1, bias=False), num_fragments=1, merge="mean", mean_patterns=()).fragments[0]
     base, sound = torch.ones(4), torch.full((4,), 0.25)
-    assert torch.equal(Remedy(base, encode(sound, "bf16"), "bf16").values(), base - sound)
+    assert torch.equal(Remedy(fragment, base, Encoded.of(encode(sound, "bf16"), 4, "bf16")).values(), base - sound)
     for refused in (float("nan"), float("inf"), MAX_NORM):
-        assert torch.equal(Remedy(base, encode(torch.full((4,), refused), "fp32"), "fp32").values(), base)
-    assert torch.equal(Remedy(base, None, "bf16").values(), base)
+        assert torch.equal(Remedy(fragment, base, Encoded.plain(torch.full((4,), refused))).values(), base)
+    assert torch.equal(Remedy(fragment, base, None).values(), base)
 
 
 def test_an_outer_step_that_overflows_leaves_the_fragment_as_it_was_and_the_next_one_goes_on(caplog):

@@ -278,7 +278,7 @@ class Transport(ABC):
                 parts: list[bytes | memoryview] = [encode_frame(item.frame)]
                 if item.data is not None:
                     parts.append(item.data)
-                if self._bulk is None or not send_parts(self._bulk, self._address(peer, parts, is_bulk=True)):
+                if self._bulk is None or not send_parts(self._bulk, self._address(peer, parts, is_bulk=True), is_shared=True):
                     outgoing.mark_blocked(now_s)
                     break
                 outgoing.mark_sent(now_s)

@@ -2,13 +2,18 @@
 
 A peer occupies memory only after one of its offers was accepted, so strangers cost nothing. A forgotten peer keeps its short
 memory of delivered ids, so that it does not deliver twice when it wakes up; at most `MAX_FORGOTTEN` peers, oldest out first.
+
+All peers share the memory of payloads: `buffers` keeps what one has used for the next, for as long as payloads come.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
+
+from lightning_diloco.runtime.blocks import Blocks
 
 from .frames import Begin, Cancel, Chunk
 from .receiving import IncomingTransfers, Reaction
@@ -17,6 +22,9 @@ __all__ = ["MAX_FORGOTTEN", "Accept", "IncomingPeers"]
 
 MAX_FORGOTTEN: Final = 256
 """How many forgotten peers are remembered."""
+
+KEEP_S: Final = 60.0
+"""Memory that no payload was written to for so long goes back to the operating system."""
 
 Accept = Callable[[bytes, bytes, int], bool | str]
 """Decides on an offered payload (peer, header, total_bytes) before memory is allocated: True, or False, or a reason."""
@@ -39,6 +47,9 @@ class IncomingPeers:
         self._abandon_after_s = abandon_after_s
         self._present: dict[bytes, IncomingTransfers] = {}
         self._forgotten: OrderedDict[bytes, IncomingTransfers] = OrderedDict()
+        self._last_offer_s = -math.inf
+        self.buffers = Blocks()
+        """Memory of payloads in assembly, and of those that were delivered and are still held by somebody."""
 
     @property
     def buffer_bytes(self) -> int:
@@ -62,6 +73,7 @@ class IncomingPeers:
         incoming = self._present.get(peer) or self._forgotten.get(peer) or self._new(peer)
         reaction = Reaction()
         if isinstance(frame, Begin):
+            self._last_offer_s = now_s
             reaction = incoming.on_begin(frame, now_s)
         elif isinstance(frame, Chunk):
             reaction = incoming.on_chunk(frame, data, now_s)
@@ -86,22 +98,26 @@ class IncomingPeers:
                 self._forgotten.popitem(last=False)
 
     def expire(self, now_s: float) -> None:
-        """Free payloads in assembly that nothing was added to for too long.
+        """Free payloads in assembly that nothing was added to for too long, and memory that is kept for nobody.
 
         Args:
             now_s: the caller's clock in seconds.
         """
         for incoming in self._present.values():
             incoming.abandon_silent(now_s - self._abandon_after_s)
+        if now_s > self._last_offer_s + KEEP_S:
+            self.buffers.trim()
 
     def clear(self) -> None:
         """Free everything."""
         self._present.clear()
         self._forgotten.clear()
+        self.buffers.trim()
 
     def _new(self, peer: bytes) -> IncomingTransfers:
         return IncomingTransfers(
             accept=lambda header, total_bytes: self._accept(peer, header, total_bytes),
             count=self._count,
             window_chunks=self._window_chunks,
+            memory=self.buffers,
         )

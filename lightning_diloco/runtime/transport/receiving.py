@@ -2,7 +2,9 @@
 
 One `IncomingTransfers` per peer, with at most one payload in assembly. Memory: one payload buffer, allocated only after the
 ``accept`` callback agreed to its header and size, and what the peer may have under way, `window_chunks` chunks. Chunks are
-written to their place in the buffer, in any order inside the granted window; the checksum follows the gapless prefix.
+written to their place in the buffer, in any order inside the granted window; the checksum follows the gapless prefix. The buffer's memory
+is used again when nobody holds a view of it any more (`runtime/blocks.py`). It is not cleared: every byte was written before a payload is
+delivered, or it is not.
 
 Delivery is idempotent: what became of the last `DONE_MEMORY` transfers is remembered, and a repeated offer gets the same
 answer and no second delivery. An id below the newest accepted one of the same boot belongs to a transfer that its sender has
@@ -16,13 +18,13 @@ Garbage is counted by name and changes nothing: chunks of other transfers, beyon
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from lightning_diloco.runtime.blocks import Blocks
 from lightning_diloco.runtime.checksum import crc32
 
 from .frames import (
@@ -42,8 +44,6 @@ __all__ = ["DONE_MEMORY", "MAX_DAMAGED", "AcceptPayload", "Delivery", "IncomingT
 
 _LOGGER = logging.getLogger(__name__)
 
-_new_bytearray = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t)(("PyByteArray_FromStringAndSize", ctypes.pythonapi))
-
 DONE_MEMORY: Final = 256
 """How many ended transfers are remembered per peer, to answer a repeated offer as the first one."""
 
@@ -60,7 +60,7 @@ class Delivery:
 
     Args:
         header: as the sender gave it.
-        payload: the bytes, writable, owned by whoever takes them; None when refused.
+        payload: the bytes, writable, owned by whoever holds this view, a slice of it or a tensor on it; None when refused.
         reason: why it was refused; None when delivered.
     """
 
@@ -129,13 +129,23 @@ class IncomingTransfers:
         count: called with a word for each frame that was ignored.
         window_chunks: how many chunks beyond the gapless prefix the peer may send.
         chunk_bytes: length of a full chunk; other than the default only in tests.
+        memory: where payload buffers come from; None: blocks of its own.
     """
 
-    def __init__(self, *, accept: AcceptPayload, count: Callable[[str], None], window_chunks: int, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self,
+        *,
+        accept: AcceptPayload,
+        count: Callable[[str], None],
+        window_chunks: int,
+        chunk_bytes: int = CHUNK_BYTES,
+        memory: Blocks | None = None,
+    ) -> None:
         self._accept = accept
         self._count = count
         self._window_chunks = window_chunks
         self._chunk_bytes = chunk_bytes
+        self._buffers = Blocks() if memory is None else memory
         self._assembly: _Assembly | None = None
         self._memory = _Memory()
         self._newest_id = -1
@@ -173,7 +183,7 @@ class IncomingTransfers:
         if reason is not None:
             return self._refuse(begin, reason)
         try:
-            buffer = memoryview(_allocate(begin.total_bytes))
+            buffer = self._buffers.view(begin.total_bytes)
             held = bytearray(begin.num_chunks)
         except (MemoryError, OverflowError):
             self._count("no_memory")
@@ -312,18 +322,6 @@ class IncomingTransfers:
             delivery = Delivery(begin.header, assembly.buffer, None)
         self._memory.add(begin.transfer_id, _Done(_fingerprint(begin), reply))
         return Reaction(reply, delivery)
-
-
-def _allocate(num_bytes: int) -> bytearray:
-    """Return a bytearray whose bytes are not set; a payload is delivered only after each of them was written.
-
-    ``bytearray(n)`` clears its memory at once, 30 ms for 64 MiB, during which no control message would be answered; this way
-    the pages come one by one as the chunks are written.
-    """
-    if num_bytes < CHUNK_BYTES:
-        return bytearray(num_bytes)
-    buffer: bytearray = _new_bytearray(None, num_bytes)
-    return buffer
 
 
 def _fingerprint(begin: Begin) -> tuple[int, int, int]:

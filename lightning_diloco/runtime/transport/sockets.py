@@ -70,21 +70,20 @@ def make_socket(
     return sock
 
 
-def send_parts(sock: zmq.Socket[bytes], parts: list[bytes | memoryview]) -> bool:
+def send_parts(sock: zmq.Socket[bytes], parts: list[bytes | memoryview], *, is_shared: bool = False) -> bool:
     """Send one message without blocking.
-
-    The bytes are copied: a zero-copy send would let the I/O thread read the user's buffer after a cancellation, and was about
-    a tenth faster only (docs/transport.md).
 
     Args:
         sock: any of ours.
         parts: the message.
+        is_shared: long parts are not copied. ZeroMQ holds their memory until they have left or were dropped, also after their transfer
+            has ended; if they change then, the receiver gets what it ignores: a chunk of a transfer that has ended.
 
     Returns:
         False when the peer is unknown, gone, or its queue is full; nothing was sent then.
     """
     try:
-        sock.send_multipart(parts, flags=zmq.NOBLOCK, copy=True)
+        sock.send_multipart(parts, flags=zmq.NOBLOCK, copy=not is_shared)
     except zmq.ZMQError as error:
         if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
             return False
