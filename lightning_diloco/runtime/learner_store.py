@@ -127,8 +127,7 @@ class LearnerStore:
         # A fragment on its way takes a snapshot, a version, its momentum and a difference, and gives as many back.
         due = math.ceil(count / config.sync_interval_steps)
         self._copies = DeviceCopies.of(self.views)
-        max_free_bytes = 4 * 4 * sum(sorted(view.num_params for view in self.views)[-due:])
-        self._memory = Pool(max_free_bytes, is_page_locked=self._copies.is_needed)
+        self._memory = Pool(4 * 4 * sum(sorted(view.num_params for view in self.views)[-due:]))
         self._versions = [0] * count
         self.momentum = momentum
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_diloco.outer import buffer_of
-from lightning_diloco.runtime.blocks import Block, Blocks
+from lightning_diloco.runtime.blocks import Blocks
 
 __all__ = ["Pool"]
 
@@ -20,12 +19,7 @@ class Pool(Blocks):
 
     Args:
         max_free_bytes: see `Blocks`.
-        is_page_locked: whether a GPU is to reach the blocks by itself.
     """
-
-    def __init__(self, max_free_bytes: int, *, is_page_locked: bool = False) -> None:
-        super().__init__(max_free_bytes)
-        self._is_page_locked = is_page_locked
 
     def flat(self, num_elements: int) -> Tensor:
         """A tensor whose values are not set.
@@ -53,8 +47,3 @@ class Pool(Blocks):
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         return torch.frombuffer(self._lend(num_bytes), dtype=torch.uint8)
-
-    def _fresh(self, num_bytes: int) -> Block:
-        if not self._is_page_locked:
-            return super()._fresh(num_bytes)
-        return buffer_of(torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True))

@@ -28,7 +28,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,7 +41,6 @@ from lightning_diloco.errors import RemoteProtocolError
 from lightning_diloco.outer.memory import raw
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.runtime.checksum import crc32
-from lightning_diloco.runtime.device_copies import page_locked
 from lightning_diloco.runtime.tensor_file import parts_of, read_tensors, write_tensors
 from lightning_diloco.runtime.threads import never_interrupt_others
 
@@ -52,6 +51,7 @@ _log = logging.getLogger(__name__)
 FOLDER: Final = "rejoin"
 _ENTRY: Final = "rejoin"
 Numbers = dict[str, int | float | bool | None]
+Fetch = Callable[[], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,26 +100,26 @@ class RejoinFiles:
         """Fragments that are on the disk, each time that one was written."""
         self._has_failed = False
 
-    def write(self, state: InnerState, wait: Callable[[], None] | None = None) -> None:
+    def write(self, state: InnerState, fetch: Fetch | None = None) -> None:
         """Begin to write one fragment; returns at once. Only while it is not busy.
 
         Args:
             state: its tensors are read until it is not busy any more.
-            wait: called on the thread; returns when the tensors have their values. None: they have.
+            fetch: called on the thread for the tensors, which are then not in the state.
         """
         self.is_busy = True
-        self._thread.submit(self._write, state, wait)
+        self._thread.submit(self._write, state, fetch)
 
-    def pack(self, state: InnerState, then: Callable[[Tensor | None], None], wait: Callable[[], None] | None = None) -> None:
+    def pack(self, state: InnerState, then: Callable[[Tensor | None], None], fetch: Fetch | None = None) -> None:
         """Begin to pack one fragment's state; returns at once. Only while it is not busy.
 
         Args:
             state: as for `write`.
             then: called on the thread with what `pack` gives, or None if it cannot be packed.
-            wait: as for `write`.
+            fetch: as for `write`.
         """
         self.is_busy = True
-        self._thread.submit(self._pack, state, then, wait)
+        self._thread.submit(self._pack, state, then, fetch)
 
     def close(self, *, removes: bool) -> None:
         """End the thread; `removes`: this learner is done, and will not come back."""
@@ -127,11 +127,11 @@ class RejoinFiles:
         if removes and self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _pack(self, state: InnerState, then: Callable[[Tensor | None], None], wait: Callable[[], None] | None) -> None:
+    def _pack(self, state: InnerState, then: Callable[[Tensor | None], None], fetch: Fetch | None) -> None:
         packed = None
         try:
-            if wait is not None:
-                wait()
+            if fetch is not None:
+                state = replace(state, tensors=fetch())
             packed = pack(state)
         except Exception as error:  # whatever it is, somebody waits for an answer
             _log.warning("The inner optimizer state of fragment %d could not be packed for a peer: %s", state.fragment_id, error)
@@ -139,11 +139,11 @@ class RejoinFiles:
             self.is_busy = False
             then(packed)
 
-    def _write(self, state: InnerState, wait: Callable[[], None] | None) -> None:
+    def _write(self, state: InnerState, fetch: Fetch | None) -> None:
         assert self._folder is not None
         try:
-            if wait is not None:
-                wait()
+            if fetch is not None:
+                state = replace(state, tensors=fetch())
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"fragment_{state.fragment_id:04d}.safetensors"
             temporary = path.with_suffix(".tmp")
@@ -293,7 +293,7 @@ def staging(tensors: list[Tensor], memory: Tensor) -> tuple[list[Tensor], Tensor
         at += -(-tensor.numel() * tensor.element_size() // 8) * 8
         ends.append(at)
     if memory.numel() < at:
-        memory = page_locked(at) if any(tensor.is_cuda for tensor in tensors) else raw(at)
+        memory = raw(at)
     starts = [0, *ends[:-1]]
     places = [
         memory[start : start + t.numel() * t.element_size()].view(t.dtype).view(t.shape) for start, t in zip(starts, tensors, strict=True)

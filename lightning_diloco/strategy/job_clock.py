@@ -31,6 +31,7 @@ class JobClock:
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self._skipped_batches = 0
+        self._epoch = 0
 
     def advance(self, job_step: int) -> None:
         """Advance counters and schedules by `job_step` inner steps; call it in ``on_train_start``.
@@ -58,12 +59,13 @@ class JobClock:
         """This epoch's data begin behind so many batches, and not at their start; call it in ``on_train_start``, after `advance`."""
         length = self._trainer.num_training_batches
         if not math.isinf(length):
-            self._skipped_batches = min(max(self._skipped_batches, batches), int(length) - 1)
+            self._skipped_batches, self._epoch = min(max(self._skipped_batches, batches), int(length) - 1), self._trainer.current_epoch
 
     def on_first_batch(self) -> None:
         """Set the position inside the epoch; call it in ``on_train_batch_start``. Later calls do nothing."""
         skipped, self._skipped_batches = self._skipped_batches, 0
-        if skipped:
+        # An epoch whose data turn out to be at their end has no first batch.
+        if skipped and self._trainer.current_epoch == self._epoch:
             progress = self._trainer.fit_loop.epoch_loop.batch_progress
             _move(progress.current, skipped)
             _move(progress.total, skipped)
@@ -78,6 +80,7 @@ class JobClock:
         self._skipped_batches = min(rest * accumulate, int(batches) - 1)
         _move(self._trainer.fit_loop.epoch_progress.current, epochs)
         _move(self._trainer.fit_loop.epoch_progress.total, epochs)
+        self._epoch = self._trainer.current_epoch
         return epochs
 
     def _advance_schedules(self, job_step: int, epochs: int) -> None:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import io
 import logging
 import math
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -44,7 +43,7 @@ __all__ = ["LoaderPosition"]
 
 _log = logging.getLogger(__name__)
 
-_FIELDS: Final = ("lineage", "share", "epoch", "batches", "loaders")
+_FIELDS: Final = {"lineage": str, "share": list, "epoch": int, "batches": int, "loaders": list}
 
 
 class LoaderPosition(Callback):
@@ -96,8 +95,12 @@ class LoaderPosition(Callback):
             return
         if len(saved["loaders"]) != len(loaders) or not (is_endless or saved["epoch"] == trainer.current_epoch):
             return
-        for loader, state in zip(loaders, saved["loaders"], strict=True):
-            loader.load_state_dict(state)
+        try:
+            for loader, state in zip(loaders, saved["loaders"], strict=True):
+                loader.load_state_dict(state)
+        except Exception as error:  # the user's loader; it may have changed since
+            _log.warning("A training loader does not take its position back (%s: %s).", type(error).__name__, error)
+            return
         if is_endless:
             move_epochs(trainer, saved["epoch"] - trainer.current_epoch)
         elif self._sync.clock is not None:
@@ -115,10 +118,10 @@ class LoaderPosition(Callback):
         assert self._path is not None
         try:
             saved: dict[str, Any] = torch.load(self._path, weights_only=True)
-            if not isinstance(saved, dict) or set(saved) != set(_FIELDS):
+            if {name: type(saved[name]) for name in _FIELDS} != _FIELDS:
                 raise ValueError("it is none of this version")
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            _log.warning("%s is not used: %s. The training data begin anew.", self._path, error)
+        except Exception as error:  # what a damaged file raises is not documented
+            _log.warning("%s is not used (%s: %s). The training data begin anew.", self._path, type(error).__name__, error)
             return None
         return saved
 
@@ -131,12 +134,13 @@ class LoaderPosition(Callback):
         self._steps += has_stepped
         is_ahead = bool(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
         if has_stepped and self._steps >= self._every_steps and not self._is_busy:
-            data = before if is_ahead else self._pack(trainer, batch_idx + 1)
+            # At an epoch's end there is no position in it.
+            data = before if is_ahead else self._pack(trainer, batch_idx + 1) if batch_idx + 1 < trainer.num_training_batches else None
             if data is not None:
                 self._steps, self._is_busy = 0, True
                 self._thread.submit(self._write, data)
                 return
-        if is_ahead and self._steps + 1 >= self._every_steps:
+        if is_ahead and self._steps + 1 >= self._every_steps and not self._is_busy:
             self._before = self._pack(trainer, batch_idx + 2)
 
     def _pack(self, trainer: pl.Trainer, batches: int) -> bytes | None:
@@ -173,9 +177,9 @@ class LoaderPosition(Callback):
         _log.warning("The position in the training data is not saved (%s). If this learner is killed, its data begin anew.", reason)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """This learner is done."""
+        """This learner has left."""
         self._close()
-        if self._path is not None:
+        if self._path is not None and self._sync.is_done:
             self._path.unlink(missing_ok=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

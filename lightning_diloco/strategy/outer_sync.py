@@ -78,9 +78,9 @@ class OuterSync(Callback):
         """What the syncer said at the join."""
         self._tokens = 0
         self._depth = 0
-        self._has_left = False
-        self._has_asked = False
-        self._is_validating = False
+        self._has_left = self._has_asked = self._is_validating = False
+        self.is_done = False
+        """Whether it has left and will not come back."""
         self._showing: Showing | None = None
         self._saver: InnerStateSaver | None = None
         self._resumed = Resumed()
@@ -370,10 +370,10 @@ class OuterSync(Callback):
         assert self._client is not None
         self._client.leave(reason)
         self.figures = self._client.figures
-        self._has_left = True
+        # Who was sent away comes back; who has reached the end does not.
+        self._has_left, self.is_done = True, reason != "signal"
         if self._saver is not None:
-            # Who was sent away comes back; who has reached the end does not.
-            self._saver.close(is_done=reason != "signal")
+            self._saver.close(is_done=self.is_done)
             self._saver = None
 
     def _obey(self, trainer: pl.Trainer) -> None:

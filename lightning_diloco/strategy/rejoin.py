@@ -14,7 +14,7 @@ that is asked copies the fragment aside at its next boundary, as for its own rej
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_diloco.outer.memory import raw
-from lightning_diloco.runtime.device_copies import wait_for
-from lightning_diloco.runtime.rejoin import InnerState, Numbers, RejoinFiles, read_freshest, staging
+from lightning_diloco.runtime.device_copies import fetch_later
+from lightning_diloco.runtime.rejoin import Fetch, InnerState, Numbers, RejoinFiles, read_freshest, staging
 from lightning_diloco.strategy.healing import reset_nonfinite_moments
 from lightning_diloco.strategy.peer_state import PeerStateTaker, missing_states
 
@@ -65,7 +65,6 @@ class InnerStateSaver:
         self._due = {i * self._period // len(self._ids) for i in range(len(self._ids))} if folder is not None else set()
         self._steps = self._turn = 0
         self._memory = raw(0)
-        self._wait: Callable[[], None] | None = None
         self._is_off = not all(_is_torchs(optimizer) for optimizer in optimizers)
         self._has_given = False
         client.peers.can_give = not self._is_off
@@ -87,23 +86,24 @@ class InnerStateSaver:
             self._save()
 
     def _save(self) -> None:
-        state = self._copy_aside(self._ids[self._turn % len(self._ids)])
+        copied = self._copy_aside(self._ids[self._turn % len(self._ids)])
         if self._is_off:
             return
         self._turn += 1
-        if state is not None:
-            self._files.write(state, self._wait)
+        if copied is not None:
+            self._files.write(*copied)
 
     def _give(self, wanted: PeerStateWanted) -> None:
         peers = self._client.peers
-        state = self._copy_aside(wanted.fragment_id) if wanted.optimizers == self._kinds else None
-        if state is None:
+        copied = self._copy_aside(wanted.fragment_id) if wanted.optimizers == self._kinds else None
+        if copied is None:
             peers.give(wanted, None)
         else:
-            self._files.pack(state, lambda packed: peers.give(wanted, packed), self._wait)
+            state, fetch = copied
+            self._files.pack(state, lambda packed: peers.give(wanted, packed), fetch)
 
-    def _copy_aside(self, fragment_id: int) -> InnerState | None:
-        """The state of a fragment, in memory that is used again; None if there is none."""
+    def _copy_aside(self, fragment_id: int) -> tuple[InnerState, Fetch | None] | None:
+        """The state of a fragment, in memory that is used again; of one on a GPU what fetches its tensors. None if there is none."""
         tensors, numbers = dict[str, Tensor](), Numbers()
         for name, value in self._entries(fragment_id):
             if isinstance(value, Tensor):
@@ -116,20 +116,24 @@ class InnerStateSaver:
                 return None
         if not tensors and not numbers:
             return None
-        places, self._memory = staging(list(tensors.values()), self._memory)
-        with torch.no_grad():
-            for place, value in zip(places, tensors.values(), strict=True):
-                place.copy_(value, non_blocking=True)
-        self._wait = wait_for(list(tensors.values()))
-        return InnerState(
+        fetch = fetch_later(tensors) if any(tensor.is_cuda for tensor in tensors.values()) else None
+        state = InnerState(
             lineage=self._lineage,
             optimizers=self._kinds,
             fragment_id=fragment_id,
             version=self._client.version(fragment_id),
             inner_step=self._steps,
             numbers=numbers,
-            tensors=dict(zip(tensors, places, strict=True)),
+            tensors=self._staged(tensors) if fetch is None else {},
         )
+        return state, fetch
+
+    def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        places, self._memory = staging(list(tensors.values()), self._memory)
+        with torch.no_grad():
+            for place, value in zip(places, tensors.values(), strict=True):
+                place.copy_(value)
+        return dict(zip(tensors, places, strict=True))
 
     def close(self, *, is_done: bool) -> None:
         """Stop; `is_done`: this learner has left for good, and its files go."""

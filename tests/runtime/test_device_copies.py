@@ -18,8 +18,6 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 class LateCopies:
     """Host memory holds no value before it was waited for, and what is brought lies elsewhere."""
 
-    is_needed = False
-
     def __init__(self) -> None:
         self.num_waits = self.num_brought = 0
 
@@ -82,7 +80,7 @@ def test_without_a_gpu_values_are_copied_at_once_and_stay_where_they_are():
     layout = plan_layout(module, num_fragments=2, merge="rda", mean_patterns=(), include_frozen=False)
     views = [FragmentView(module, fragment) for fragment in layout.fragments]
     copies, host = DeviceCopies.of(views), torch.empty(views[0].num_params)
-    assert not copies.is_needed and copies.take(views[0], host) is None
+    assert copies.outwards is None and copies.take(views[0], host) is None
     expected = torch.empty_like(host)
     views[0].copy_to(expected)
     assert torch.equal(host, expected) and copies.bring(host) is host
@@ -104,4 +102,4 @@ def test_a_gpu_and_a_host_in_one_job_end_with_the_same_model_and_no_boundary_wai
         clients[1].boundary = strict
         summary = train_and_leave(job, clients, 60)
     assert is_the_model_of(tmp_path, clients[1]._module)
-    assert summary["tokens_discarded"] == 0 and all(learner["merges"] > 0 for learner in summary["learners"])
+    assert summary["tokens_discarded"] == 0 and all(learner["rounds_merged"] > 0 for learner in summary["learners"])

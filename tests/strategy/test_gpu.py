@@ -59,7 +59,7 @@ def test_a_learner_on_a_gpu_and_one_on_the_host_train_one_model(tmp_path):
             syncer.kill()
     summary = summary_of(tmp_path / "run")
     assert devices_of(tmp_path / "run") == {0: "cuda:0", 1: "cpu"}
-    assert all(learner["merges"] > 0 for learner in summary["learners"]) and summary["tokens_discarded"] == 0
+    assert all(learner["rounds_merged"] > 0 for learner in summary["learners"]) and summary["tokens_discarded"] == 0
 
 
 def test_a_job_of_all_gpus_of_this_machine(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from lightning.pytorch import Trainer
 from torch.utils.data import Dataset, DistributedSampler
 
 from lightning_diloco import DecoupledDiLoCoStrategy
+from lightning_diloco.runtime.client_options import JoinInfo
+from lightning_diloco.strategy.loader_position import LoaderPosition
 from tests.strategy.kit import TinyModel, latest, quiet
-
-pytestmark = [pytest.mark.process]
 
 FAST = {"num_fragments": 2, "sync_interval_steps": 4, "heartbeat_s": 0.2, "rejoin_every_steps": 4}
 END = 12
@@ -95,6 +96,7 @@ def seen_by_both_lives(tmp_path, loader) -> list[list[list[int]]]:
     return [[json.loads(line) for line in (latest(tmp_path) / f"seen_{life}.jsonl").read_text().splitlines()] for life in (0, 1)]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("loader", [Numbers(5000), pytest.param(Sized(5000), marks=pytest.mark.slow)], ids=["unsized", "sized"])
 def test_what_was_fetched_and_not_trained_comes_again_and_nothing_is_passed_over(tmp_path, loader):
     first, second = seen_by_both_lives(tmp_path, loader)
@@ -105,6 +107,7 @@ def test_what_was_fetched_and_not_trained_comes_again_and_nothing_is_passed_over
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_a_state_that_is_no_plain_data_is_named_and_the_data_begin_anew(tmp_path):
     first, second = seen_by_both_lives(tmp_path, Secretive(5000))
     assert first[0] == second[0] == [0, 0]
@@ -112,7 +115,68 @@ def test_a_state_that_is_no_plain_data_is_named_and_the_data_begin_anew(tmp_path
     assert log.count("The position in the training data is not saved") == 2, "once in each life"
 
 
+def position(folder, loader, *, length: float = 8) -> tuple[LoaderPosition, SimpleNamespace]:
+    """A callback that has joined, and the little of a Trainer that it asks for."""
+    info = JoinInfo(learner_id=1, incarnation=1, role="joiner", job_step=0, lineage="ours")
+    clock = SimpleNamespace(begun=[], begin_at=lambda batches: clock.begun.append(batches))
+    loop = SimpleNamespace(_should_accumulate=lambda: False, _data_fetcher=None, _combined_loader=SimpleNamespace(flattened=[loader]))
+    loop.is_resuming, loop.epoch_loop = True, SimpleNamespace(restarting=False)
+    trainer = SimpleNamespace(
+        fit_loop=loop,
+        num_training_batches=length,
+        current_epoch=0,
+        distributed_sampler_kwargs={"rank": 1, "num_replicas": 2},
+        strategy=SimpleNamespace(assignment=SimpleNamespace(rejoin_path=lambda: folder)),
+    )
+    return LoaderPosition(SimpleNamespace(info=info, clock=clock, is_done=False), every_steps=4), trainer
+
+
+def train_on(callback: LoaderPosition, trainer, batches: int) -> None:
+    (loader,) = trainer.fit_loop._combined_loader.flattened
+    callback.on_train_start(trainer, None)
+    for batch_idx, _ in zip(range(batches), loader, strict=False):
+        callback.on_train_batch_end(trainer, None, None, None, batch_idx)
+        while callback._is_busy:
+            time.sleep(0.001)
+    callback.on_exception(trainer, None, KeyboardInterrupt())
+
+
+@pytest.mark.parametrize(("trained", "found"), [(3, None), (4, 4), (7, 4), (8, 4)])
+def test_a_position_is_saved_every_so_many_steps_and_not_at_the_end_of_an_epoch(tmp_path, trained, found):
+    train_on(*position(tmp_path, Numbers(8)), trained)
+    callback, trainer = position(tmp_path, again := Numbers(8))
+    callback.on_train_start(trainer, None)
+    assert callback._sync.clock.begun == ([] if found is None else [found]) and again.at == (found or 0)
+
+
+@pytest.mark.parametrize("other", [{"current_epoch": 1}, {"distributed_sampler_kwargs": {"rank": 1, "num_replicas": 3}}])
+def test_a_position_of_another_epoch_or_share_is_none(tmp_path, other):
+    train_on(*position(tmp_path, Numbers(8)), 5)
+    callback, trainer = position(tmp_path, again := Numbers(8))
+    vars(trainer).update(other)
+    callback.on_train_start(trainer, None)
+    assert callback._sync.clock.begun == [] and again.at == 0
+
+
+def test_a_damaged_file_and_a_loader_that_refuses_cost_a_warning(tmp_path, caplog):
+    train_on(*position(tmp_path, Numbers(8)), 5)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for cut in range(0, len(whole), 7):
+        file.write_bytes(whole[:cut] + bytes([whole[cut] ^ 255]) + whole[cut + 1 :])
+        callback, trainer = position(tmp_path, again := Numbers(8))
+        callback.on_train_start(trainer, None)
+        assert again.at in (0, 4), "what is read is a position or none"
+    assert "The training data begin anew" in caplog.text
+    file.write_bytes(whole)
+    callback, trainer = position(tmp_path, again := Numbers(8))
+    again.load_state_dict = lambda state: 1 / 0
+    callback.on_train_start(trainer, None)
+    assert "does not take its position back (ZeroDivisionError" in caplog.text
+
+
 @pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.extras
 @pytest.mark.skipif(find_spec("torchdata") is None, reason="torchdata is not installed; `make extras` brings it")
 @pytest.mark.parametrize("workers", [0, 2])
