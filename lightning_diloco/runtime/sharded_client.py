@@ -303,6 +303,8 @@ class ShardedPeers:
     def __init__(self, parts: Sequence[PeerStates]) -> None:
         self._parts = parts
         self._turn = 0
+        self._shown: PeerStates | None = None
+        """Whose state `arrived` has answered: before `took` another part's may arrive, on its own thread."""
 
     @property
     def can_give(self) -> bool:
@@ -322,7 +324,8 @@ class ShardedPeers:
     @property
     def arrived(self) -> InnerState | None:
         """A fragment's state that can be put in place; then `took` is to be called."""
-        return next((part.arrived for part in self._parts if part.arrived is not None), None)
+        self._shown = next((part for part in self._parts if part.arrived is not None), None)
+        return None if self._shown is None else self._shown.arrived
 
     @property
     def num_taken(self) -> int:
@@ -337,10 +340,10 @@ class ShardedPeers:
                 part.ask(wanted, lineage=lineage, optimizers=optimizers)
 
     def took(self, *, is_useful: bool) -> None:
-        """What arrived is in place, or is of no use."""
-        state = self.arrived
-        if state is not None:
-            self._parts[state.fragment_id % len(self._parts)].took(is_useful=is_useful)
+        """What `arrived` has answered last is in place, or is of no use."""
+        shown, self._shown = self._shown, None
+        if shown is not None:
+            shown.took(is_useful=is_useful)
 
     def stop(self) -> None:
         """Ask for nothing any more."""
