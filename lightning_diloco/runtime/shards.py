@@ -19,7 +19,16 @@ from typing import Final
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.addresses import MAX_PORT, split
 
-__all__ = ["SHARDS_NAME", "endpoints_of", "is_founded", "num_shards_of", "refuse_lost_folders", "shard_dir", "shard_dirs", "write_num_shards"]
+__all__ = [
+    "SHARDS_NAME",
+    "endpoints_of",
+    "is_founded",
+    "num_shards_of",
+    "refuse_lost_folders",
+    "shard_dir",
+    "shard_dirs",
+    "write_num_shards",
+]
 
 SHARDS_NAME: Final = "shards.json"
 _FOLDER: Final = "shards"
@@ -54,7 +63,7 @@ def num_shards_of(run_dir: Path) -> int:
         if not found:
             return 1
         raise ConfigurationError(
-            f'{path}: is not there, and {run_dir / _FOLDER} has folders of shards ({", ".join(sorted(found))}). '
+            f"{path}: is not there, and {run_dir / _FOLDER} has folders of shards ({', '.join(sorted(found))}). "
             'Put it back: {"num_shards": S}, with the number that the job has.'
         ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
