@@ -17,12 +17,14 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from lightning_diloco.errors import ConfigurationError
 
-__all__ = ["INT4_GROUP", "SyncConfig", "WireDtype", "need_int", "payload_bytes"]
+__all__ = ["INT4_GROUP", "MAX_SHARDS", "SyncConfig", "WireDtype", "need_int", "payload_bytes"]
 
 WireDtype = Literal["fp32", "bf16", "int4"]
 
 INT4_GROUP = 64
 """Elements of an int4 payload that share one scale, which has two bytes."""
+MAX_SHARDS = 64
+"""Processes of one syncer."""
 
 
 def payload_bytes(num_elements: int, wire_dtype: str) -> int:

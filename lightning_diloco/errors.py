@@ -9,6 +9,7 @@ for invariants of a single function.
 from __future__ import annotations
 
 __all__ = [
+    "CannotListenError",
     "ConfigurationError",
     "DiLoCoError",
     "FencedError",
@@ -29,6 +30,10 @@ class DiLoCoError(Exception):
 
 class ConfigurationError(DiLoCoError, ValueError):
     """A value given by the user breaks a rule; the sentence names the value, the rule and the remedy."""
+
+
+class CannotListenError(ConfigurationError):
+    """An address cannot be listened at: it is taken, or none of this machine. It may be free again in a while."""
 
 
 class ProtocolError(DiLoCoError):

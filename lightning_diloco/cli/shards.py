@@ -11,16 +11,15 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+from lightning_diloco.config import MAX_SHARDS
 from lightning_diloco.errors import ConfigurationError
-from lightning_diloco.runtime.shards import endpoints_of, num_shards_of, refuse_lost_folders
+from lightning_diloco.runtime.shards import endpoints_of, is_founded, num_shards_of, refuse_lost_folders
 
 if TYPE_CHECKING:
     from lightning_diloco.runtime.keys import SyncerKeys
     from lightning_diloco.runtime.sharded_syncer import ShardedSyncer
 
 __all__ = ["refuse_shards", "run_shards"]
-
-_MAX_SHARDS = 64
 
 
 def refuse_shards(args: argparse.Namespace) -> int:
@@ -34,17 +33,16 @@ def refuse_shards(args: argparse.Namespace) -> int:
     """
     said = _number(args.shards)
     there = num_shards_of(args.run_dir)
-    if args.resume is None and there > 1:
-        raise ConfigurationError(
-            f"{args.run_dir}: holds an earlier job. Give a new directory, or go on with that job by --resume {args.run_dir}."
-        )
-    if args.resume is not None:
+    if args.resume is None:
+        _refuse_a_job_with_shards(args, there, said)
+        count = 1 if said is None else said
+    else:
         refuse_lost_folders(args.run_dir)
-    if args.resume is not None and said is not None and said != there:
-        raise ConfigurationError(
-            f"--shards {said}: the job in {args.run_dir} has {there}, and its fragments stay where they are. Leave --shards out."
-        )
-    count = there if said is None else said
+        if said is not None and said != there:
+            raise ConfigurationError(
+                f"--shards {said}: the job in {args.run_dir} has {there}, and its fragments stay where they are. Leave --shards out."
+            )
+        count = there
     if count > 1 and args.rebuild:
         raise ConfigurationError(
             f"--rebuild --shards {count}: a lost folder is rebuilt for a syncer without shards only; each shard would ask its learners by "
@@ -54,12 +52,25 @@ def refuse_shards(args: argparse.Namespace) -> int:
     return count
 
 
+def _refuse_a_job_with_shards(args: argparse.Namespace, there: int, said: int | None) -> None:
+    """A new job needs a folder without one. A start that failed, or was broken off, has left none: the same number may be said again."""
+    if is_founded(args.run_dir):
+        raise ConfigurationError(
+            f"{args.run_dir}: holds an earlier job. Give a new directory, or go on with that job by --resume {args.run_dir}."
+        )
+    if there > 1 and said != there:
+        raise ConfigurationError(
+            f"{args.run_dir}: a syncer of {there} shards was started here, and no learner has founded a job. Say --shards {there}, or give "
+            "a new directory."
+        )
+
+
 def _number(text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isdecimal() or not 1 <= int(text) <= _MAX_SHARDS:
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MAX_SHARDS):
         raise ConfigurationError(
-            f"--shards {text}: must be a whole number from 1 to {_MAX_SHARDS}, and at most the number of fragments. Say --shards 2."
+            f"--shards {text}: must be a whole number from 1 to {MAX_SHARDS}, and at most the number of fragments. Say --shards 2."
         )
     return int(text)
 
@@ -89,15 +100,23 @@ def run_shards(args: argparse.Namespace, num_shards: int, keys: SyncerKeys | Non
             from lightning_diloco.runtime.alone import open_metrics
 
             metrics = open_metrics(args.metrics_port, syncer.live)
+
+        def stop() -> None:
+            """End the job or, if it has ended, the wait for the last scrape."""
+            if not syncer.has_ended:
+                syncer.stop()
+            elif metrics is not None:
+                metrics.hurry()
+
         try:
             syncer.start()
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: threading.Thread(target=syncer.stop, daemon=True).start())
+                signal.signal(number, lambda *_: threading.Thread(target=stop, daemon=True).start())
             _announce(args, syncer, keys, "" if metrics is None else metrics.url)
             return 1 if syncer.run() == "failed" else 0
         finally:
             if metrics is not None:
-                metrics.close(linger=True)
+                metrics.close(linger=syncer.has_ended)
 
 
 def _refuse_a_job_without_shards(args: argparse.Namespace) -> None:

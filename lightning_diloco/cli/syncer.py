@@ -14,14 +14,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lightning_diloco.cli.shards import refuse_shards, run_shards
-from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.errors import CannotListenError, ConfigurationError
 from lightning_diloco.runtime.addresses import bulk_after, is_loopback, split
+from lightning_diloco.runtime.shard_process import CANNOT_LISTEN
 
 if TYPE_CHECKING:
     from lightning_diloco.runtime.keys import SyncerKeys
@@ -88,6 +89,16 @@ def run(args: argparse.Namespace) -> int:
     if num_shards > 1:
         _make_dir(args.run_dir)
         return run_shards(args, num_shards, keys)
+    try:
+        return _serve(args, keys)
+    except CannotListenError as error:
+        if not args.as_shard:
+            raise
+        sys.stderr.write(f"lightning-diloco syncer: {error}\n")
+        return CANNOT_LISTEN
+
+
+def _serve(args: argparse.Namespace, keys: SyncerKeys | None) -> int:
     has_parent = args.supervised or args.as_shard
     lines = _stdin_lines() if has_parent else iter(())
     hello = _first_line(lines) if has_parent else {}
@@ -121,10 +132,7 @@ def run(args: argparse.Namespace) -> int:
     lone = None if args.supervised else LoneSyncer(options, _STARTED_S, args.metrics_port, shown=_shown(options))
     service = SyncerService(options) if lone is None else lone.service
     endpoint = service.bind() if lone is None else lone.bind()
-    stop = functools.partial(service.finish, "stopped") if lone is None else lone.stop
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # On a thread: the handler may run while this one holds the lock that `stop` needs.
-        signal.signal(number, lambda *_: threading.Thread(target=stop, daemon=True).start())
+    _heed_signals(functools.partial(service.finish, "stopped") if lone is None else lone.stop, is_shard=args.as_shard)
     _announce(args, endpoint, service, "" if lone is None else lone.metrics_url, keys)
     if has_parent:
         threading.Thread(target=_obey, args=(service, lines), name="diloco-supervisor", daemon=True).start()
@@ -135,6 +143,13 @@ def run(args: argparse.Namespace) -> int:
     except Exception:  # the service has logged it
         return 1
     return 0
+
+
+def _heed_signals(stop: Callable[[], object], *, is_shard: bool) -> None:
+    """End the job on SIGTERM and Ctrl-C; a shard ends by its life line only, or the job would be over at it and not at the others."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # On a thread: the handler may run while this one holds the lock that `stop` needs.
+        signal.signal(number, signal.SIG_IGN if is_shard else lambda *_: threading.Thread(target=stop, daemon=True).start())
 
 
 def _shown(options: ServiceOptions) -> LiveSummary | None:

@@ -29,7 +29,7 @@ from lightning_diloco.outer.norms import Norms, measure
 from lightning_diloco.outer.optimizer import FragmentState, last_step, momentum_at, outer_step, recovered_momentum
 from lightning_diloco.outer.pseudo_gradient import pseudo_gradient
 from lightning_diloco.outer.publishing import OuterStep, Published, take_step
-from lightning_diloco.outer.shards import MAX_SHARDS, global_id, part_of, parts_of, whole
+from lightning_diloco.outer.shards import global_id, part_of, parts_of, whole
 from lightning_diloco.outer.spec import Fragment, Layout, TensorSlice, TensorSpec
 from lightning_diloco.outer.static import load_static, pack_static, static_bytes
 from lightning_diloco.outer.views import FragmentView
@@ -42,7 +42,6 @@ __all__ = [
     "FragmentState",
     "FragmentView",
     "Layout",
-    "MAX_SHARDS",
     "MergeAccumulator",
     "MergeRecord",
     "Merged",

@@ -15,13 +15,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lightning_diloco.config import MAX_SHARDS
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.outer.spec import Layout
 
-__all__ = ["MAX_SHARDS", "global_id", "part_of", "parts_of", "whole"]
+__all__ = ["global_id", "part_of", "parts_of", "whole"]
 
-MAX_SHARDS = 64
-"""Processes of one syncer."""
 _PART = re.compile(r"(\d{1,3})/(\d{1,3})/[0-9a-f]{64}", re.ASCII)
 
 

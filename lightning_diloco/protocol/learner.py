@@ -169,6 +169,11 @@ class LearnerMachine:
             batch_size=self.state.batch_size,
         )
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the join waits for another learner, which founds the job."""
+        return self.state.stage == "greeting" and self._welcome is not None and self._welcome.role == "waiting"
+
     # ---- joining ------------------------------------------------------------------------------------------------------------
 
     def _say_hello(self) -> list[LearnerAction]:

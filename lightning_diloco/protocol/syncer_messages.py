@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from lightning_diloco.config import MAX_SHARDS
 from lightning_diloco.protocol.identity import Count, DataSpec, MergedThrough, Refusal, Seconds, Version
 from lightning_diloco.protocol.learner_messages import PeerState
 from lightning_diloco.protocol.message_base import Kinds, Message, Name, PerFragment, Ranges, Sentence
@@ -88,7 +89,7 @@ class Sharded(Message, frozen=True, kw_only=True):
     The one that answers is the lead, shard 0; these are the control endpoints of the others, by number.
     """
 
-    endpoints: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=63)]
+    endpoints: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=MAX_SHARDS - 1)]
 
 
 class SendState(Message, frozen=True, kw_only=True):

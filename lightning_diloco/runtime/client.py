@@ -37,7 +37,7 @@ from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.messages import BatchChosen
 from lightning_diloco.runtime.client_loop import ClientLoop
 from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOptions, JoinInfo, learner_options, planned_layout
-from lightning_diloco.runtime.client_waiting import wait_for_join, wait_for_lease
+from lightning_diloco.runtime.client_waiting import FounderWatch, wait_for_join, wait_for_lease
 from lightning_diloco.runtime.counters import CounterFile
 from lightning_diloco.runtime.figures import Figures, StepTimes
 from lightning_diloco.runtime.global_state import MomentumTracker
@@ -126,8 +126,11 @@ class LearnerClient:
 
     # ---- joining ------------------------------------------------------------------------------------------------------------
 
-    def join(self) -> JoinInfo:
+    def join(self, meanwhile: Callable[[], None] = lambda: None) -> JoinInfo:
         """Join the job; on return the module's parameters are the global ones.
+
+        Args:
+            meanwhile: called again and again while this waits; what it raises ends the wait.
 
         Raises:
             JoinRefusedError: the syncer said no; the sentence says why.
@@ -140,7 +143,8 @@ class LearnerClient:
             self._loop.reports.heard_s = time.monotonic()
             self._loop.start()
             self._loop.handle(JoinRequested())
-            wait_for_join(self._loop, self._transport, self._options, self._patience_s)
+            founder = FounderWatch(self._machine, self.layout)
+            wait_for_join(self._loop, self._transport, self._options, self._patience_s, founder.look, meanwhile)
         except BaseException:
             self.close()
             raise

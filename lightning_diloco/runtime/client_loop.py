@@ -122,7 +122,7 @@ class ClientLoop:
             founding=founding,
         )
         self.peers = PeerStates(store.layout, send=self.send, send_payload=self._send_once, wake=transport.wake)
-        self.reports = Reports(machine, self.lock, times, config, self.send)
+        self.reports = Reports(machine, self.lock, times, config, self.send, store.layout)
         self.leave_again: Literal["limit", "signal", "stopped"] | None = None
         self._complaints = Complaints(_log)
         self._is_over = False

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
 
 from lightning_diloco.errors import ShardedSyncerError, SyncerUnavailableError
+from lightning_diloco.outer import Layout
 from lightning_diloco.protocol.identity import DataSpec
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.runtime.client_loop import ClientLoop
@@ -13,10 +16,39 @@ from lightning_diloco.runtime.leases import Link
 from lightning_diloco.runtime.transport import LearnerTransport
 from lightning_diloco.runtime.unanswered import explain
 
-__all__ = ["wait_for_join", "wait_for_lease"]
+__all__ = ["FounderWatch", "wait_for_join", "wait_for_lease"]
+
+_log = logging.getLogger(__name__)
+
+COMPLAIN_S = 30.0
+"""A founder that is waited for is named so often."""
 
 
-def wait_for_join(loop: ClientLoop, transport: LearnerTransport, options: ClientOptions, patience_s: float) -> None:
+class FounderWatch:
+    """Says from time to time that a join waits for the learner that founds the job: it may be dead.
+
+    Args:
+        machine: of the learner that waits.
+        layout: what it joins: a model, or a shard's part of one.
+    """
+
+    def __init__(self, machine: LearnerMachine, layout: Layout) -> None:
+        self._machine, self._begun_s = machine, time.monotonic()
+        self._due_s = self._begun_s + COMPLAIN_S
+        self._name = "The syncer" if layout.num_shards == 1 else f"Shard {layout.shard} of the syncer"
+
+    def look(self) -> None:
+        """Complain if it is time."""
+        now_s = time.monotonic()
+        if now_s >= self._due_s and self._machine.is_waiting:
+            self._due_s = now_s + COMPLAIN_S
+            text = "%s waits for learner 0 to found the job, for %.0f s now: start that learner if it is not running."
+            _log.warning(text, self._name, now_s - self._begun_s)
+
+
+def wait_for_join(
+    loop: ClientLoop, transport: LearnerTransport, options: ClientOptions, patience_s: float, *looks: Callable[[], None]
+) -> None:
     """Wait until the learner is a member. A syncer that answers is waited for without limit: a slow founder may need minutes.
 
     Args:
@@ -24,11 +56,14 @@ def wait_for_join(loop: ClientLoop, transport: LearnerTransport, options: Client
         transport: the loop's.
         options: of this process.
         patience_s: silence of the syncer after which it is given up.
+        looks: called again and again meanwhile; what they raise ends the wait.
 
     Raises:
         DiLoCoError: the syncer said no, is silent, or has several shards (`ShardedSyncerError`).
     """
     while not loop.settled.wait(0.05):
+        for look in looks:
+            look()
         if time.monotonic() - loop.reports.heard_s > patience_s:
             why = explain(transport.failed_handshakes, options.keys)
             raise SyncerUnavailableError(f"No syncer answered at {options.endpoint} for {patience_s:g} s. {why}")

@@ -37,20 +37,22 @@ class Opening:
     resumption: Resumption | None = None
 
 
-def open_job(run_dir: Path, snapshots: SnapshotStore, *, resume: bool) -> Opening:
+def open_job(run_dir: Path, snapshots: SnapshotStore, *, resume: bool, part: tuple[int, int] = (0, 1)) -> Opening:
     """Find out what the directory holds, and write down that a syncer was started in it.
 
     Args:
         run_dir: locked by the caller.
         snapshots: of this directory.
         resume: whether the job in it goes on.
+        part: number of the shard that is to serve it, and of how many.
 
     Raises:
-        ConfigurationError: the directory holds a job and `resume` was not said, or the other way round, or the job cannot be read.
+        ConfigurationError: the directory holds a job and `resume` was not said, or the other way round, or the job cannot be read,
+            or it is another part of one.
         OSError: the disk failed.
     """
     try:
-        opening = _go_on(run_dir, snapshots) if resume else _begin(run_dir, snapshots)
+        opening = _go_on(run_dir, snapshots, part) if resume else _begin(run_dir, snapshots)
     except (SnapshotError, TapeError, LocalProtocolError) as error:
         raise ConfigurationError(f"The job in {run_dir} cannot be gone on with: {error}") from error
     snapshots.write_identity(opening.identity)
@@ -65,7 +67,7 @@ def _begin(run_dir: Path, snapshots: SnapshotStore) -> Opening:
     return Opening(identity=identity, elapsed_s=0.0)
 
 
-def _go_on(run_dir: Path, snapshots: SnapshotStore) -> Opening:
+def _go_on(run_dir: Path, snapshots: SnapshotStore, part: tuple[int, int]) -> Opening:
     identity = snapshots.read_identity()
     if identity is None:
         raise ConfigurationError(f"--resume: {run_dir} holds no job. Give the run directory of an earlier syncer, or leave --resume out.")
@@ -74,6 +76,8 @@ def _go_on(run_dir: Path, snapshots: SnapshotStore) -> Opening:
     # The wall clock counts the time in between; should it have been set back, the tape's own last second is the least.
     elapsed_s = max(time.time() - identity.started_unix_s, lines[-1].t_s if lines else 0.0)
     founding = snapshots.read_founding()
+    if founding is not None:
+        _refuse_another_part(run_dir, founding, part)
     history = _read_history(lines, founding, snapshots)
     job = history[0].job
     if job is not None and (founding is None or len(job.fragments) != len(founding.layout.fragments)):
@@ -98,6 +102,18 @@ def _go_on(run_dir: Path, snapshots: SnapshotStore) -> Opening:
         origins=tuple(f.origin if f is not None and f.version.epoch > history[0].epoch else None for f in history[1]),
     )
     return Opening(identity=identity, elapsed_s=elapsed_s, founding=founding, fragments=history[1], resumption=resumption)
+
+
+def _refuse_another_part(run_dir: Path, founding: Founding, part: tuple[int, int]) -> None:
+    """A shard's folder by itself is no job, and another shard's is not this one's."""
+    held = (founding.layout.shard, founding.layout.num_shards)
+    if held != part:
+        wanted = "a syncer without shards" if part == (0, 1) else f"shard {part[0]} of {part[1]}"
+        holds = "a whole model" if held == (0, 1) else f"the part of shard {held[0]} of {held[1]}"
+        raise ConfigurationError(
+            f"{run_dir}: holds {holds}, and {wanted} was to go on with it. Leave the folders of shards where their syncer has made them, "
+            f"and resume its run directory{'' if held == (0, 1) else f': --resume {run_dir.parent.parent}'}."
+        )
 
 
 def _read_history(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import msgspec
 
 from lightning_diloco.config import SyncConfig
+from lightning_diloco.outer import Layout
 from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.protocol.messages import FromSyncer, Heartbeat, LeaseGrant, Leave, Message, Ping, Pong, StopRequest
 from lightning_diloco.runtime.figures import StepTimes
@@ -33,10 +34,17 @@ class Reports:
         times: of the steps.
         config: of the job.
         send: sends a control message; whether the socket took it.
+        layout: what its syncer merges: a model, or a shard's part of one.
     """
 
     def __init__(
-        self, machine: LearnerMachine, lock: threading.Lock, times: StepTimes, config: SyncConfig, send: Callable[[Message], bool]
+        self,
+        machine: LearnerMachine,
+        lock: threading.Lock,
+        times: StepTimes,
+        config: SyncConfig,
+        send: Callable[[Message], bool],
+        layout: Layout,
     ) -> None:
         self.leave: Leave | None = None
         """Said once, it is the report that is repeated: its figures are the last ones."""
@@ -45,6 +53,10 @@ class Reports:
         self.leases: Leases | None = None
         """The learner's data leases, if it has any."""
         self._machine, self._lock, self._times, self._config, self._send = machine, lock, times, config, send
+        self._name = "the syncer" if layout.num_shards == 1 else f"shard {layout.shard} of the syncer"
+        self._goes_on = "training goes on with local steps"
+        if layout.num_shards > 1:
+            self._goes_on = "training goes on, and its fragments stay as they are; those of other shards are merged"
         self._due_s = 0.0
         self._is_taken = True
         self._pings = 0
@@ -71,7 +83,7 @@ class Reports:
         steps = inner_step - self._heard_step
         # Steps may be much shorter than the time between two words of a syncer that is well: it has to count as lost first.
         if limit is not None and self.lost_syncer and self.offline_stop is None and steps >= limit:
-            self.offline_stop = f"no syncer for {steps} inner steps (max_offline_steps={limit})"
+            self.offline_stop = f"no {self._name.removeprefix('the ')} for {steps} inner steps (max_offline_steps={limit})"
             _log.error("This learner ends: %s. It keeps the published parameters that it has.", self.offline_stop)
 
     def is_heard(self, now_s: float) -> bool:
@@ -112,7 +124,7 @@ class Reports:
         silent_s = max(SILENT_S, SILENT_HEARTBEATS * self._config.heartbeat_s)
         if not self.lost_syncer and now_s - self.heard_s > silent_s:
             self.lost_syncer = True
-            _log.warning("Nothing was heard from the syncer for %.0f s; training goes on with local steps.", silent_s)
+            _log.warning("Nothing was heard from %s for %.0f s; %s.", self._name, silent_s, self._goes_on)
         elif self.lost_syncer and now_s - self.heard_s <= silent_s:
             self.lost_syncer = False
-            _log.warning("The syncer is back.")
+            _log.warning("%s is back.", self._name[0].upper() + self._name[1:])

@@ -134,14 +134,15 @@ class SyncerService:
         run_dir, options = self.options.run_dir, self.options
         if options.rebuild:
             refuse_a_folder_in_use(run_dir)
-            self._transport.bind()
+        # First: an address that is taken must not leave anything in the folder, nor have a snapshot read for nothing.
+        self._transport.bind()
+        if options.rebuild:
             self._rebuilding = Rebuilding(self._transport, token=options.token, num_slots=options.num_slots)
             self._rebuilding.run(run_dir)
             self._rebuilding = None
-        opening = open_job(run_dir, SnapshotStore(run_dir), resume=options.resume or options.rebuild)
+        part = (options.shard, options.num_shards)
+        opening = open_job(run_dir, SnapshotStore(run_dir), resume=options.resume or options.rebuild, part=part)
         (run_dir / "counters").mkdir(exist_ok=True)
-        if not options.rebuild:
-            self._transport.bind()
         self._tape = TapeWriter(run_dir / TAPE_NAME, t0_s=self._start_s - opening.elapsed_s)
         self._performer = Performer(
             options=self.options,

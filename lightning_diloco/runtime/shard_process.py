@@ -1,7 +1,9 @@
 """The process of one shard, over its lives: started, watched, and started again where a signal has ended it.
 
-A shard that was killed goes on from its own snapshots and tape (`--resume`) at the same ports, where its learners redial. One that ends
-with an error of its own would end so again: then the job is over. Its standard input is its life line: when that closes it ends itself.
+A shard that was killed goes on from its own snapshots and tape (`--resume`) at the same ports, where its learners redial. If somebody has
+taken a port meanwhile, or the system has no process to give, it is tried again until there is one. A shard that ends with another error
+would end so again: then the job is over. Its standard input is its life line: when that closes it ends itself. Signals that ask it to
+end it does not heed, for only whoever looks after all of them can end a job.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from typing import Any, Literal
 from lightning_diloco.errors import SyncerUnavailableError
 from lightning_diloco.runtime.children import Child, child_environment, start_child
 
-__all__ = ["ShardProcess"]
+__all__ = ["CANNOT_LISTEN", "ShardProcess"]
 
 _log = logging.getLogger(__name__)
 
+CANNOT_LISTEN = 75
+"""Exit code of a shard whose address is taken (`EX_TEMPFAIL` of sysexits.h: it may be otherwise in a while)."""
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 10.0
 """Between the end of a shard and its next start; doubled each time, until one has served for `QUIET_S`."""
@@ -47,13 +51,19 @@ class ShardProcess:
         self._run_dir, self._arguments, self._bind, self._hello = run_dir, arguments, bind, hello
         self._child: Child | None = None
         self._was_ready = False
+        self._is_shut_out = False
+        """Whether its ports were taken when it was started last."""
         self._started_s = 0.0
         self._pause_s = FIRST_PAUSE_S
         self._start_at_s: float | None = None
         self._finish: dict[str, Any] | None = None
 
     def start(self) -> None:
-        """Start a process for it; what there is of the job in its folder goes on."""
+        """Start a process for it; what there is of the job in its folder goes on.
+
+        Raises:
+            OSError: the disk failed, or the system has no process to give.
+        """
         self._run_dir.mkdir(parents=True, exist_ok=True)
         (self._run_dir / "syncer.json").unlink(missing_ok=True)
         is_old = (self._run_dir / "snapshots" / "identity.json").exists()
@@ -62,9 +72,13 @@ class ShardProcess:
             self.is_done = self.has_failed = True
             return
         folder = ["--resume" if is_old else "--run-dir", str(self._run_dir)]
-        arguments = ["syncer", "--as-shard", "--bind", self._bind, *folder, *self._arguments]
+        bind, hello = self._bind, self._hello
+        if self._is_shut_out and self._finish is not None:
+            # Nobody is to dial it any more: any port will do for writing its model.
+            bind, hello = f"{bind.rpartition(':')[0]}:0", {**hello, "bulk": ""}
+        arguments = ["syncer", "--as-shard", "--bind", bind, *folder, *self._arguments]
         self._child = start_child("lightning_diloco", arguments, log=None, environment=_environment())
-        self._child.send_line(self._hello)
+        self._child.send_line(hello)
         if self._finish is not None:
             self._child.send_line(self._finish)
         self._started_s, self._start_at_s = time.monotonic(), None
@@ -107,29 +121,41 @@ class ShardProcess:
         return None if self._child is None else self._child.pid
 
     def look_after(self) -> None:
-        """Start it again if a signal has ended it, after a pause."""
+        """Start it again, after a pause, if a signal has ended it or its ports were taken."""
         if self.is_done:
             return
         if self._start_at_s is not None:
             if time.monotonic() >= self._start_at_s:
-                self.restarts += 1
-                self.start()
+                self._start_again()
             return
         status = None if self._child is None else self._child.poll()
         if status is None:
             return
-        if status.signal_name is None:
+        self._is_shut_out = self._was_ready and status.code == CANNOT_LISTEN
+        if self._is_shut_out:
+            self.restarts -= 1  # it was none
+            self._wait(f"cannot listen at {self._bind}")
+        elif status.signal_name is not None:
+            self._wait(f"was ended by {status.signal_name}")
+        else:
             self.is_done, self.has_failed = True, status.code != 0
-            return
-        if time.monotonic() - self._started_s > QUIET_S:
+
+    def _start_again(self) -> None:
+        try:
+            self.start()
+        except OSError as error:
+            self._wait(f"could not be started ({error})")
+        else:
+            self.restarts += not self.is_done
+
+    def _wait(self, why: str) -> None:
+        """Start it again after a pause, which grows."""
+        now_s = time.monotonic()
+        if now_s - self._started_s > QUIET_S:
             self._pause_s = FIRST_PAUSE_S
-        _log.warning(
-            "Shard %d was ended by %s and is started again in %g s. Its fragments stay as they are until then; the others go on.",
-            self.shard,
-            status.signal_name,
-            self._pause_s,
-        )
-        self._start_at_s = time.monotonic() + self._pause_s
+        text = "Shard %d %s and is started again in %g s. Its fragments stay as they are until then; the others go on."
+        _log.warning(text, self.shard, why, self._pause_s)
+        self._start_at_s = now_s + self._pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 
     def finish(self, status: Literal["finished", "stopped", "failed"]) -> None:

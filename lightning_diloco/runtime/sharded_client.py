@@ -15,6 +15,7 @@ trains, and a founder that dies in between is replaced by its next life.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from typing import Any, Literal, TypeVar
 import zmq
 from torch import Tensor, nn
 
-from lightning_diloco.errors import FencedError, LearnerIdInUseError, ShardedSyncerError
+from lightning_diloco.errors import FencedError, JoinRefusedError, LearnerIdInUseError, ShardedSyncerError
 from lightning_diloco.outer import global_id, parts_of
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.members import SILENT_HEARTBEATS, SILENT_S
@@ -71,6 +72,9 @@ def join_job(
         return client, client.join()
     except ShardedSyncerError as sharded:
         endpoints = (options.endpoint, *(reach(options.endpoint, told) for told in sharded.endpoints))
+    # It has host copies of the whole model, and its parts refer to one another: free it before the shards' clients take as much again.
+    del client
+    gc.collect()
     all_of_them = ShardedClient(module, options, endpoints, context=context)
     return all_of_them, all_of_them.join()
 
@@ -132,13 +136,27 @@ class ShardedClient:
             layout = self._parts_of_layout[shard]
             part = LearnerClient(self._module, options, context=self._context, layout=layout, nonce=self._lead.nonce)
             try:
-                part.join()
+                part.join(self._heed_lead)
             except LearnerIdInUseError:
                 if time.monotonic() >= until_s:
                     raise
+                self._heed_lead()
                 time.sleep(AGAIN_S)
             else:
                 return part
+
+    def _heed_lead(self) -> None:
+        """What the lead says while another shard is joined: there may be nothing to wait for any more.
+
+        Raises:
+            FencedError: another process has this id, or the lead has closed the session.
+            JoinRefusedError: the job ends for all.
+        """
+        if self._lead.fenced is not None:
+            raise self._lead.fenced
+        if self._lead.stop_reason is not None:
+            leave_all(self._parts, "stopped", self._options.config.drain_timeout_s)
+            raise JoinRefusedError(f"ended: This job ends ({self._lead.stop_reason}). Start a new syncer for a new job.")
 
     # ---- training -----------------------------------------------------------------------------------------------------------
 
@@ -303,6 +321,8 @@ class ShardedPeers:
     def __init__(self, parts: Sequence[PeerStates]) -> None:
         self._parts = parts
         self._turn = 0
+        self._shown: PeerStates | None = None
+        """Whose state `arrived` has answered: before `took` another part's may arrive, on its own thread."""
 
     @property
     def can_give(self) -> bool:
@@ -322,7 +342,8 @@ class ShardedPeers:
     @property
     def arrived(self) -> InnerState | None:
         """A fragment's state that can be put in place; then `took` is to be called."""
-        return next((part.arrived for part in self._parts if part.arrived is not None), None)
+        self._shown = next((part for part in self._parts if part.arrived is not None), None)
+        return None if self._shown is None else self._shown.arrived
 
     @property
     def num_taken(self) -> int:
@@ -337,10 +358,10 @@ class ShardedPeers:
                 part.ask(wanted, lineage=lineage, optimizers=optimizers)
 
     def took(self, *, is_useful: bool) -> None:
-        """What arrived is in place, or is of no use."""
-        state = self.arrived
-        if state is not None:
-            self._parts[state.fragment_id % len(self._parts)].took(is_useful=is_useful)
+        """What `arrived` has answered last is in place, or is of no use."""
+        shown, self._shown = self._shown, None
+        if shown is not None:
+            shown.took(is_useful=is_useful)
 
     def stop(self) -> None:
         """Ask for nothing any more."""

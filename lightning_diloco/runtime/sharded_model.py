@@ -1,4 +1,7 @@
-"""The whole model of a syncer with several shards, from what each has left in its folder."""
+"""The whole model of a syncer with several shards, from what each has left in its folder.
+
+Tensors lie in the shards' mapped files and are written from there, block by block: no copy of the model is in memory.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_diloco.errors import ConfigurationError
@@ -15,6 +17,7 @@ from lightning_diloco.runtime.global_state import OUTER_NAME
 from lightning_diloco.runtime.performer import GLOBAL_NAME
 from lightning_diloco.runtime.shards import shard_dirs
 from lightning_diloco.runtime.snapshot import Founding, SnapshotStore
+from lightning_diloco.runtime.tensor_file import write_tensors
 
 __all__ = ["put_together", "read_founding"]
 
@@ -92,5 +95,5 @@ def _versions(paths: list[Path]) -> dict[str, str]:
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata)
+    write_tensors(temporary, tensors, metadata or {}, is_durable=False)
     temporary.replace(path)

@@ -15,12 +15,14 @@ a learner that has died in between: it is told to end.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_diloco.errors import DiLoCoError
 from lightning_diloco.protocol.members import GIVEN_UP_S
 from lightning_diloco.runtime.shard_process import ShardProcess
 from lightning_diloco.runtime.sharded_live import ShardedLive
@@ -49,11 +51,13 @@ class ShardedSyncer:
 
     def __init__(self, run_dir: Path, num_shards: int, bind: str, arguments: list[str]) -> None:
         self.live = ShardedLive(run_dir, num_shards)
+        self.has_ended = False
+        """Whether the job is over, and written down."""
         self._run_dir = run_dir
         self._keeper = SummaryKeeper(run_dir, live=self.live)
         self._stop = threading.Event()
         self._drain_s: float | None = None
-        """How long the job's learners wait at their end, by its configuration; looked up when it is over somewhere."""
+        """How long the job's learners wait at their end, by its configuration; None until a tape has told."""
         self._shards = []
         for shard in range(num_shards):
             control, bulk = endpoints_of(bind, shard, num_shards)
@@ -133,10 +137,16 @@ class ShardedSyncer:
         if over_s is None:
             return None
         # Whoever has left one shard leaves the others within the same drain. Without the lead's word somebody may come back.
-        if self._drain_s is None:
-            self._drain_s = float(self.live.result("running", is_strict=False)["config"].get("drain_timeout_s", 0.0))
-        patience_s = self._drain_s + _MARGIN_S + (0.0 if self._shards[0].is_done else GIVEN_UP_S)
+        patience_s = self._look_for_drain() + _MARGIN_S + (0.0 if self._shards[0].is_done else GIVEN_UP_S)
         return "finished" if now_s > over_s + patience_s else None
+
+    def _look_for_drain(self) -> float:
+        if self._drain_s is None:
+            # What the tapes tell is folded every few seconds only. One that cannot be read is the keeper's to complain of.
+            with contextlib.suppress(OSError, DiLoCoError):
+                self.live.feed()
+            self._drain_s = self.live.result("running", is_strict=False)["config"].get("drain_timeout_s")
+        return self._drain_s or 0.0
 
     @property
     def _restarts(self) -> dict[str, int]:
@@ -156,6 +166,7 @@ class ShardedSyncer:
             status = "failed"
         self._keeper.known = {"status": status, "restarts": self._restarts, "global_sha256": sha256}
         self._keeper.finish()
+        self.has_ended = True
         return status
 
     def _kill_all(self) -> None:

@@ -96,6 +96,7 @@ def test_version_is_that_of_the_package(capsys):
         (["syncer", "--run-dir", "x", "--shards", "0"], "--shards 0: must be a whole number from 1 to 64"),
         (["syncer", "--run-dir", "x", "--shards", "65"], "--shards 65: must be a whole number from 1 to 64"),
         (["syncer", "--run-dir", "x", "--shards", "two"], "--shards two: must be a whole number from 1 to 64"),
+        (["syncer", "--run-dir", "x", "--shards", "\u0663"], "--shards \u0663: must be a whole number from 1 to 64"),
         (["syncer", "--run-dir", "x", "--shards=-1"], "--shards -1: must be a whole number from 1 to 64"),
         (["syncer", "--run-dir", "x", "--shards", "3", "--bind", "tcp://127.0.0.1:65531"], "Give a port of at most 65530."),
         (["syncer", "--run-dir", "x", "--shards", "2", "--rebuild", "--bind", "tcp://127.0.0.1:7"], "--rebuild --shards 2: a lost folder"),
@@ -139,8 +140,12 @@ def test_a_job_keeps_its_number_of_shards(tmp_path, capsys):
     assert "has 3, and its fragments stay where they are. Leave --shards out." in refuse(
         capsys, "syncer", "--resume", there, "--shards", "1"
     )
+    assert "a syncer of 3 shards was started here" in refuse(capsys, "syncer", "--run-dir", there)
+    (tmp_path / "there" / "shards" / "0" / "snapshots").mkdir(parents=True)
+    (tmp_path / "there" / "shards" / "0" / "snapshots" / "founding.json").write_text("{}")
     assert "holds an earlier job" in refuse(capsys, "syncer", "--run-dir", there)
     assert "holds an earlier job" in refuse(capsys, "syncer", "--run-dir", there, "--shards", "3")
+    (tmp_path / "there" / "shards" / "0" / "snapshots" / "founding.json").unlink()
     (tmp_path / "there" / "shards.json").write_text("{}")
     assert "cannot be read (KeyError('num_shards'))" in refuse(capsys, "syncer", "--resume", there)
     (tmp_path / "there" / "shards.json").write_text('{"num_shards": 1}')
@@ -150,7 +155,8 @@ def test_a_job_keeps_its_number_of_shards(tmp_path, capsys):
 def test_a_shard_does_not_begin_anew_while_the_others_hold_a_job(tmp_path, capsys):
     write_num_shards(tmp_path, 2)
     (tmp_path / "shards" / "0" / "snapshots").mkdir(parents=True)
-    (tmp_path / "shards" / "0" / "snapshots" / "identity.json").write_text("{}")
+    for name in ("identity.json", "founding.json"):
+        (tmp_path / "shards" / "0" / "snapshots" / name).write_text("{}")
     assert "1: this shard's part of the job is lost" in refuse(capsys, "syncer", "--resume", str(tmp_path))
 
 
@@ -185,6 +191,7 @@ def test_a_port_that_is_taken_is_refused(tmp_path, capsys):
         taken.listen()
         port = taken.getsockname()[1]
         assert "cannot listen on" in refuse(capsys, "syncer", "--run-dir", str(tmp_path), "--bind", f"tcp://127.0.0.1:{port}")
+    assert not (tmp_path / "snapshots").exists() and not (tmp_path / "tape.jsonl").exists(), "the folder is as good as new"
     lock_run_dir(tmp_path).close()
 
 

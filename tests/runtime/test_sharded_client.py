@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,19 @@ import torch
 import zmq
 from torch import nn
 
-from lightning_diloco.errors import ConfigurationError, JoinRefusedError, ShardedSyncerError
+from lightning_diloco.errors import ConfigurationError, FencedError, JoinRefusedError, ShardedSyncerError
+from lightning_diloco.outer import buffer_of, parts_of
 from lightning_diloco.protocol.identity import Version
-from lightning_diloco.protocol.messages import Sharded
+from lightning_diloco.protocol.messages import PeerState, Sharded
+from lightning_diloco.runtime import client_waiting, reporting, sharded_client
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
+from lightning_diloco.runtime.client_options import planned_layout
+from lightning_diloco.runtime.opening import open_job
+from lightning_diloco.runtime.peer_state import PeerStates
 from lightning_diloco.runtime.rejoin import InnerState, pack
 from lightning_diloco.runtime.service import ServiceOptions, SyncerService
-from lightning_diloco.runtime.sharded_client import ShardedClient, join_job
+from lightning_diloco.runtime.sharded_client import ShardedClient, ShardedPeers, join_job
+from lightning_diloco.runtime.snapshot import SnapshotStore
 from tests.runtime.job_helpers import CONFIG, Background, make_module, step, sum_up, train, until
 
 PLAIN = dataclasses.replace(CONFIG, wire_dtype="fp32", norm_gate=None)
@@ -239,12 +246,118 @@ def test_sharded_messages_after_the_join_change_nothing(tmp_path):
         client = syncer.join(0)
         member = syncer.services[0]._machine.job.members.by_id(0)
         syncer.services[0]._on_loop(lambda: syncer.services[0]._performer.say(member.session, Sharded(endpoints=("tcp://1.2.3.4:5",))))
+        until(lambda: client._lead._loop.sharded is not None)
         train_for(client, 10)
         assert client.fenced is None and client.stop_reason is None
+        before = client.figures.merges
+        until(lambda: train_for(client, 1) is None and client.figures.merges > before)
 
 
 def train_for(client: ShardedClient, count: int) -> None:
     inner_steps(client, client._module, torch.optim.SGD(client._module.parameters(), lr=0.02), count)
+
+
+def test_learners_that_wait_for_a_founder_say_so_and_heed_the_leads_end(tmp_path, monkeypatch, caplog):
+    """The founder has founded the lead, and is gone: the other one waits in shard 1."""
+    monkeypatch.setattr(client_waiting, "COMPLAIN_S", 0.3)
+    with shards(tmp_path) as syncer:
+        half = ShardedClient(make_module(0), syncer.options(0), tuple(syncer.endpoints), context=syncer.context)
+        half._lead.join()
+        waiting = Background(lambda: syncer.join(1, make_module(1)))
+        until(lambda: caplog.text.count("Shard 1 of the syncer waits for learner 0 to found the job, for ") >= 2)
+        assert "Shard 0" not in caplog.text
+        half._lead.request_stop("enough")
+        with pytest.raises(JoinRefusedError, match="ended: This job ends .enough."):
+            waiting.result()
+        until(lambda: syncer.services[0]._machine.job.members.by_id(1) is None)
+        half.close()
+
+
+def test_a_fence_by_the_lead_ends_the_wait_for_another_shard(tmp_path):
+    with shards(tmp_path) as syncer:
+        half = ShardedClient(make_module(0), syncer.options(0), tuple(syncer.endpoints), context=syncer.context)
+        half._lead.join()
+        waiting = Background(lambda: syncer.join(1, make_module(1)))
+        lead = syncer.services[0]
+        until(lambda: lead._machine.job.members.by_id(1) is not None and syncer.services[1]._machine.job.members.by_id(1) is not None)
+        session = lead._machine.job.members.by_id(1).session
+        lead._on_loop(lambda: lead._performer.refuse(session, "wrong_layout", "This one is not wanted."))
+        with pytest.raises(FencedError, match="not wanted"):
+            waiting.result()
+        half.close()
+
+
+def test_the_copies_of_the_whole_model_are_freed_before_the_shards_are_joined(tmp_path, monkeypatch):
+    """A client of the whole model finds out that there are shards; it has a residual and host copies for all of it."""
+    made: list[weakref.ref] = []
+
+    def making(*args, **options) -> LearnerClient:
+        if made:
+            assert made[0]() is None
+        client = LearnerClient(*args, **options)
+        made.append(weakref.ref(client))
+        return client
+
+    with shards(tmp_path) as syncer:
+        monkeypatch.setattr(sharded_client, "LearnerClient", making)
+        client, _ = join_job(make_module(), syncer.options(0), context=syncer.context)
+        assert len(made) == 3 and all(made[i]() is not None for i in (1, 2))
+        client.close()
+
+
+def test_silence_is_said_of_the_shard_that_is_silent(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(reporting, "SILENT_S", 0.5)
+    with shards(tmp_path) as syncer:
+        client = syncer.join(0, config=dataclasses.replace(PLAIN, heartbeat_s=0.05))
+        syncer.services[1]._transport.poll = lambda wait_s: time.sleep(0.05) or []
+        until(lambda: client.lost_syncer)
+        assert "Nothing was heard from shard 1 of the syncer for 0 s; training goes on, and its fragments stay as they are" in caplog.text
+        del syncer.services[1]._transport.poll
+        until(lambda: not client.lost_syncer)
+        assert "Shard 1 of the syncer is back." in caplog.text and "shard 0" not in caplog.text.lower()
+        client.close()
+
+
+def test_a_shards_folder_is_gone_on_with_by_that_shard_alone(tmp_path):
+    with shards(tmp_path) as syncer:
+        client = syncer.join(0)
+        client.leave("limit")
+        client.close()
+        syncer.finish()
+    for part, words in (((0, 1), "a syncer without shards was to"), ((0, 2), "shard 0 of 2 was to"), ((1, 3), "shard 1 of 3 was to")):
+        with pytest.raises(ConfigurationError, match=f"1: holds the part of shard 1 of 2, and {words} go on .* --resume {tmp_path.parent}"):
+            open_job(tmp_path / "1", SnapshotStore(tmp_path / "1"), resume=True, part=part)
+    assert open_job(tmp_path / "1", SnapshotStore(tmp_path / "1"), resume=True, part=(1, 2)).founding is not None
+
+
+def test_what_was_put_in_place_is_of_the_part_that_was_looked_at(tmp_path):
+    """The state of a fragment of a lower shard may arrive between the look and the last word, on another thread."""
+    layouts = parts_of(planned_layout(make_module(), PLAIN), 2)
+    parts = [PeerStates(part, send=lambda m: True, send_payload=lambda h, p: 0, wake=lambda: None) for part in layouts]
+    peers = ShardedPeers(parts)
+    peers.ask({0: None, 1: None}, lineage="lead", optimizers=("SGD",))
+
+    def arrive(fragment_id: int) -> None:
+        state = InnerState(
+            lineage="lead",
+            optimizers=("SGD",),
+            fragment_id=fragment_id,
+            version=Version(0, 1),
+            inner_step=5,
+            tensors={"0/weight/momentum_buffer": torch.ones(3)},
+        )
+        parts[fragment_id].take(PeerState(ticket=1, fragment_id=0), memoryview(bytearray(buffer_of(pack(state)))))
+
+    for part in parts:
+        part.tick(0.0)
+    arrive(1)
+    assert peers.arrived is parts[1].arrived is not None
+    arrive(0)
+    peers.took(is_useful=True)
+    assert [part.num_taken for part in parts] == [0, 1] and parts[1].arrived is None
+    assert peers.arrived is parts[0].arrived is not None
+    peers.took(is_useful=False)
+    assert peers.arrived is None and peers.num_taken == 1
 
 
 def test_a_peers_inner_state_comes_by_the_shard_of_its_fragment(tmp_path):

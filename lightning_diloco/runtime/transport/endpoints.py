@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import zmq
 
-from lightning_diloco.errors import ConfigurationError, LocalProtocolError
+from lightning_diloco.errors import CannotListenError, ConfigurationError, LocalProtocolError
 from lightning_diloco.runtime.addresses import is_ipv6_only, reach, split
 from lightning_diloco.runtime.keys import SyncerKeys
 
@@ -82,7 +82,7 @@ class SyncerTransport(Transport):
         """Open both sockets.
 
         Raises:
-            ConfigurationError: an address cannot be bound.
+            CannotListenError: an address cannot be bound.
             LocalProtocolError: already bound or closed.
         """
         if self._bound is not None:
@@ -93,7 +93,7 @@ class SyncerTransport(Transport):
         control, control_endpoint = self._listen(context, self._wanted[0], is_bulk=False)
         try:
             self._bulk, bulk_endpoint = self._listen(context, self._wanted[1], is_bulk=True)
-        except ConfigurationError:
+        except CannotListenError:
             self._stop_watching()
             self._poller.unregister(control)
             control.close()
@@ -134,7 +134,7 @@ class SyncerTransport(Transport):
             if self._gate is not None:
                 self._watches.pop().close()
             sock.close()
-            raise ConfigurationError(f"cannot listen on {endpoint}: {error}; choose a free port of this machine") from error
+            raise CannotListenError(f"cannot listen on {endpoint}: {error}; choose a free port of this machine") from error
         self._poller.register(sock, zmq.POLLIN)
         # Sockets are dual-stack: an IPv4 address comes back mapped into IPv6.
         return sock, _MAPPED.sub(r"\1", sock.getsockopt_string(zmq.LAST_ENDPOINT))
