@@ -35,7 +35,8 @@ class JobOptions:
         is_supervised: the end is decided from outside (`Finish`), not by the last leaver.
         epoch: of this start of a syncer.
         may_found: whether the job may still be empty.
-        starts_together: the first lives of all learners are started at once (local mode), so that none of them is a late joiner.
+        starts_together: the first lives of all learners are started at once (local mode, a number of learners that is configured), so
+            that none of them is a late joiner.
         versions: package versions for the tape.
         shard: which of a syncer's shards this is.
         num_shards: how many it has.

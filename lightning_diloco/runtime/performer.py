@@ -141,7 +141,7 @@ class Performer:
             takeover_token=self._options.takeover_token,
             num_slots=self._options.num_slots,
             is_supervised=self._options.supervised,
-            starts_together=self._options.supervised,
+            starts_together=self._options.supervised and self._options.num_slots is not None,
             shards=(ShardAddress(bulk_endpoint=self._transport.bulk_endpoint),),
             versions=package_versions(),
             shard=self._options.shard,

@@ -291,3 +291,13 @@ def test_the_configuration_of_the_options_is_the_jobs(tmp_path):
     with running_job(tmp_path, config=config) as job:
         job.client(0).join()
         assert job.machine.job.config == config and job.machine.job.num_fragments == 3, "two, and the running statistics"
+
+
+@pytest.mark.parametrize(("num_slots", "is_late"), [(None, True), (2, False)])
+def test_a_newcomer_starts_at_the_jobs_step_unless_all_were_started_together(tmp_path, num_slots, is_late):
+    with running_job(tmp_path, num_slots=num_slots) as job:
+        first, second = job.client(0), job.client(1)
+        first.join()
+        train(first, 30)
+        until(lambda: job.machine.job.members.by_id(0).inner_step == 30)
+        assert second.join().job_step == (30 if is_late else 0)

@@ -91,8 +91,6 @@ def young_learner(job: Job, folder=None, **options):
 def late_job(tmp_path) -> Iterator[Job]:
     tmp_path.mkdir()
     with running_job(tmp_path, "tcp", LATE) as job:
-        # By hand: nobody's first life starts with the others'.
-        job.machine.job.options = dataclasses.replace(job.machine.job.options, starts_together=False)
         yield job
 
 
