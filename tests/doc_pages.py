@@ -92,7 +92,7 @@ def shell_lines() -> list[tuple[str, str]]:
 
 
 @cache
-def test_names(path: str) -> frozenset[str]:
+def names_of_tests(path: str) -> frozenset[str]:
     """Names of the test functions of a file, those of classes included."""
     tree = ast.parse((ROOT / path).read_text("utf-8"))
     return frozenset(n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.startswith("test_"))

@@ -176,7 +176,7 @@ def test_files_and_tests_that_are_named_exist(page):
         found = ROOT / (path if path.startswith(tops) else f"lightning_diloco/{path}")
         assert found.exists(), f"{page} names {path}"
         if test:
-            assert test in docs.test_names(path), f"{page} names {span}"
+            assert test in docs.names_of_tests(path), f"{page} names {span}"
 
 
 def test_every_invariant_names_where_it_is_enforced_and_a_test_that_shows_it():
@@ -187,7 +187,7 @@ def test_every_invariant_names_where_it_is_enforced_and_a_test_that_shows_it():
         assert tests, invariant
         for test in tests:
             path, _, name = test.partition("::")
-            assert name in docs.test_names(path), f"{invariant}: {test}"
+            assert name in docs.names_of_tests(path), f"{invariant}: {test}"
 
 
 def all_commands() -> Iterator[tuple[str, str]]:

@@ -94,20 +94,23 @@ class DeviceCopies:
             brought.record_stream(torch.cuda.current_stream(self.device))
 
 
-def fetch_later(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """Training thread: copy tensors aside where they are, some of them on a GPU.
+def fetch_later(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]] | None:
+    """Training thread: copy tensors aside where they are.
 
     Args:
         tensors: by name.
 
     Returns:
-        What another thread calls to get them, in host memory; it waits for them.
-
-    Raises:
-        torch.OutOfMemoryError: there is no room aside.
+        What another thread calls to get them, in host memory; it waits for them. None if all of them are there, or there is no room aside.
     """
-    asides = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    queued = {tensor.device: _mark(tensor.device) for tensor in tensors.values() if tensor.is_cuda}
+    devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    if not devices:
+        return None
+    try:
+        asides = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    except torch.OutOfMemoryError:
+        return None
+    queued = {device: _mark(device) for device in devices}
 
     def fetch() -> dict[str, Tensor]:
         """Wait for the copies aside, then for those to the host."""

@@ -116,7 +116,7 @@ class InnerStateSaver:
                 return None
         if not tensors and not numbers:
             return None
-        fetch = fetch_later(tensors) if any(tensor.is_cuda for tensor in tensors.values()) else None
+        fetch = fetch_later(tensors)
         state = InnerState(
             lineage=self._lineage,
             optimizers=self._kinds,

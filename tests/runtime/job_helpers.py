@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -113,6 +114,21 @@ def train(client: LearnerClient, num_steps: int, *, sleep_s: float = 0.002, opti
         step(module, optimizer, inner_step)
         time.sleep(sleep_s)
         client.boundary(tokens=16)
+
+
+def poison(client: Any, module: nn.Module, healed: list[int]) -> int:
+    """Fill a learner's parameters with NaN; pass boundaries until `healed` has an entry more. Returns the number before."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(math.nan)
+    client.boundary(tokens=16)
+    count = len(healed)
+    for _ in range(400):
+        if len(healed) > count:
+            break
+        time.sleep(0.002)
+        client.boundary(tokens=0)
+    return count
 
 
 class Background:

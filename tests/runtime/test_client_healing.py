@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
 
 import torch
 from torch import nn
 
 from lightning_diloco.protocol.actions import Heal
 from lightning_diloco.runtime.healing import describe
-from tests.runtime.job_helpers import CONFIG, running_job, step, train
+from tests.runtime.job_helpers import CONFIG, poison, running_job, step, train
 from tests.tape_checker import load_tape
 
 
@@ -27,16 +25,7 @@ def test_no_tokens_of_poisoned_work_are_handed_over_under_the_values_of_a_healed
         for _ in range(6):
             train(client, 12, sleep_s=0.006, optimizer=optimizer)
             step(module, optimizer, 0)
-            with torch.no_grad():
-                for parameter in module.parameters():
-                    parameter.fill_(math.nan)
-            client.boundary(tokens=16)
-            count = len(healed)
-            for _ in range(400):
-                if len(healed) > count:
-                    break
-                time.sleep(0.002)
-                client.boundary(tokens=0)
+            count = poison(client, module, healed)
             assert len(healed) == count + 4, "all fragments are mended at one boundary"
             assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
         train(client, 12, sleep_s=0.006, optimizer=optimizer)

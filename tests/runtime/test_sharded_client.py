@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 import weakref
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from lightning_diloco.runtime.rejoin import InnerState, pack
 from lightning_diloco.runtime.service import ServiceOptions, SyncerService
 from lightning_diloco.runtime.sharded_client import ShardedClient, ShardedPeers, join_job
 from lightning_diloco.runtime.snapshot import SnapshotStore
-from tests.runtime.job_helpers import CONFIG, Background, make_module, step, sum_up, train, until
+from tests.runtime.job_helpers import CONFIG, Background, make_module, poison, step, sum_up, train, until
 
 PLAIN = dataclasses.replace(CONFIG, wire_dtype="fp32", norm_gate=None)
 
@@ -93,16 +92,8 @@ def test_one_shards_refusal_of_nan_mends_the_fragments_of_all_at_one_boundary(tm
         optimizer = torch.optim.SGD(module.parameters(), lr=0.02)
         for _ in range(3):
             inner_steps(client, module, optimizer, 12)
-            with torch.no_grad():
-                for parameter in module.parameters():
-                    parameter.fill_(math.nan)
-            client.boundary(tokens=16)
-            count = len(healed)
-            for _ in range(400):
-                if len(healed) > count:
-                    break
-                time.sleep(0.002)
-                client.boundary(tokens=0)
+            count = poison(client, module, healed)
+            assert len(healed) > count
             for _ in range(50):  # a part whose lock was taken at that boundary follows at the next one that finds it free
                 time.sleep(0.002)
                 client.boundary(tokens=0)
