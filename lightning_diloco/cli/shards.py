@@ -48,7 +48,8 @@ def refuse_shards(args: argparse.Namespace) -> int:
             f"--rebuild --shards {count}: a lost folder is rebuilt for a syncer without shards only; each shard would ask its learners by "
             "itself, and nobody could say whether all have. Start a new job from a checkpoint: fit(ckpt_path=...)."
         )
-    endpoints_of(args.bind, 0, count) if count > 1 else None
+    if count > 1:
+        endpoints_of(args.bind, 0, count)  # refuses an address that leaves no room for the ports of all
     return count
 
 
