@@ -45,8 +45,15 @@ TABLES: dict[str, dict[str, list[str]]] = {
         **{f"H = P = {h}": [f"strategy.sync_interval_steps={h}", f"strategy.num_fragments={h}"] for h in (8, 48, 96)},
         "H = 24, P = 8": ["strategy.num_fragments=8"],
         "H = 8, P = 24": ["strategy.sync_interval_steps=8"],
+        "H = P = 8, outer_lr 0.4, v / (v + 15), at most 0.7": [
+            "strategy.sync_interval_steps=8",
+            "strategy.num_fragments=8",
+            "+strategy.outer_lr=0.4",
+            "+strategy.outer_momentum=0.7",
+            "+strategy.outer_momentum_warmup=15",
+        ],
     },
-    "wire": {"bf16 (default)": [], "fp32": ["strategy.wire_dtype=fp32"]},
+    "wire": {"bf16 (default)": [], **{wire: [f"strategy.wire_dtype={wire}"] for wire in ("fp32", "int4")}},
     "events": {
         "nothing, K = 4": [],
         "nothing, K = 1": ["strategy.min_quorum=1"],
@@ -55,7 +62,9 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "one at half speed, K = 1, no grace": ["event=slow", "strategy.min_quorum=1", "+strategy.grace_fraction=0"],
         "one comes at half time, job's clock": ["event=late"],
         "one comes at half time, its own clock": ["event=late", "+strategy.lr_clock=local"],
-        "one killed at half time, fresh inner optimizer": ["event=killed"],
+        "one killed at half time, kept inner state": ["event=killed"],
+        # A period that no life of the job reaches: nothing is written, and nobody is asked.
+        "one killed at half time, fresh inner optimizer": ["event=killed", "+strategy.rejoin_every_steps=100000"],
     },
 }
 
