@@ -20,9 +20,9 @@ most 1/45 of `ddp`'s in bf16 and 1/165 in int4 (with M = 4: 1/68 and 1/250), cou
 
 `alone` are the same processes on the same cores at once, as plain Trainers that do not talk: jobs of it stand before and after each of
 ours, so that the machine's slow drift falls out. `ddp` is timed over 30 steps behind the limited links; its loss comes from the same job
-without limits, which computes the same. `--delay-ms` puts a relay (`wan/relay.py`) between our learners and the syncer, and none into
-`ddp`: that favours `ddp`. Without root there are no namespaces: our links are then relays with a rate, what a link carries is not counted,
-and `ddp` is left out.
+without limits, which computes the same; so do those of post-local SGD. `--delay-ms` puts a relay (`wan/relay.py`) between our learners and
+the syncer, and none into `ddp`: that favours `ddp`. Without root there are no namespaces: our links are then relays with a rate, what a
+link carries is not counted, and `ddp` is left out.
 
 `--torchft` adds torchft's DiLoCo and streaming DiLoCo to `ratio` (`wan/torchft_learner.py`), each between two `alone`, over as many steps
 as ours and behind the same limited links; its loss at equal wall time comes from a job without limits, as `ddp`'s. It is off by default
@@ -164,8 +164,8 @@ def run_ratio(bench: Bench) -> list[str]:
     print(f"Rate of a learner's link: {8e-6 * rate:.2f} Mbit/s")
     if bench.net is not None:
         ddp = bench.get("ddp", "ddp", max_steps=DDP_FIRST + arguments.ddp_steps, first_step=DDP_FIRST, bytes_per_s=rate)
-        # The first average comes at the first step already; two whole intervals count.
-        bench.get("post_local_sgd", "post_local_sgd", max_steps=3 * INTERVAL, first_step=INTERVAL, bytes_per_s=rate)
+        # Two whole intervals count, each with its average.
+        post_local = bench.get("post_local_sgd", "post_local_sgd", max_steps=3 * INTERVAL, first_step=INTERVAL, bytes_per_s=rate)
     first, last = 2 * INTERVAL, 2 * INTERVAL + arguments.steps
     number, ours = 0, {}
     for i in range(arguments.rounds):
@@ -181,6 +181,8 @@ def run_ratio(bench: Bench) -> list[str]:
             bench.get(f"ddp, equal tokens, {factor:g}", "ddp", max_steps=last, first_step=DDP_FIRST, **options)
             steps = max(2, int(ours["wall_s"] / ddp["step_s"]))
             bench.get(f"ddp, equal time, {factor:g}", "ddp", max_steps=steps, first_step=1, **options)
+        bench.get("post_local_sgd, equal tokens", "post_local_sgd", max_steps=last, first_step=1)
+        bench.get("post_local_sgd, equal time", "post_local_sgd", max_steps=whole_intervals(ours["wall_s"], post_local), first_step=1)
     return ratio(bench.jobs, arguments.wire, arguments.rounds, bench.num_params, setting.num_learners)
 
 
@@ -193,8 +195,12 @@ def run_torchft(bench: Bench, rate: float, wall_s: float) -> None:
         row = bench.get(method, method, max_steps=last, first_step=first, bytes_per_s=rate, sync=sync)
         bench.alone(method)
         if not bench.arguments.no_losses:
-            steps = INTERVAL * max(1, int(wall_s / row["step_s"]) // INTERVAL)
-            bench.get(f"{method}, equal time", method, max_steps=steps, first_step=1, sync=sync)
+            bench.get(f"{method}, equal time", method, max_steps=whole_intervals(wall_s, row), first_step=1, sync=sync)
+
+
+def whole_intervals(wall_s: float, row: dict[str, Any]) -> int:
+    """Steps that the job of this row does in a time, to the last exchange in it."""
+    return INTERVAL * max(1, int(wall_s / row["step_s"]) // INTERVAL)
 
 
 def one_job(

@@ -104,7 +104,9 @@ def make_callback(told: dict[str, Any], strategy: Any) -> Any:
                 self.watch = Watch(strategy._outer_sync._client)
             if told["method"] == "post_local_sgd":
                 trainer.model.require_backward_grad_sync = False
-                self.averager = PeriodicModelAverager(period=told["sync"]["sync_interval_steps"], warmup_steps=1)
+                period = told["sync"]["sync_interval_steps"]
+                # It counts from 0: so the first average ends the first interval, and the last one the job.
+                self.averager = PeriodicModelAverager(period=period, warmup_steps=period - 1)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             if told["method"] == "post_local_sgd":

@@ -148,15 +148,16 @@ def _print_losses(jobs: dict[str, dict[str, Any]], wires: list[str]) -> None:
     if not all(found.values()):
         return
     # A job of torchft behind its limited links is as long as ours: equal tokens.
-    theirs = {name: title for name, title in TORCHFT.items() if name in jobs and f"{name}, equal time" in jobs}
+    theirs = {title: (name, f"{name}, equal time") for name, title in TORCHFT.items()}
+    theirs = {"post-local SGD": ("post_local_sgd, equal tokens", "post_local_sgd, equal time"), **theirs}
+    theirs = {title: names for title, names in theirs.items() if all(name in jobs for name in names)}
     ours = [f"{statistics.mean(row['val_loss'] for name, row in jobs.items() if name.startswith(f'{wire} ')):.3f}" for wire in wires]
     cells = []
-    for title, names in found.items():
-        suffix = "" if title == "equal tokens" else ", equal time"
-        rows = [min((jobs[name] for name in names), key=lambda row: row["val_loss"]), *(jobs[name + suffix] for name in theirs)]
+    for place, (title, names) in enumerate(found.items()):
+        rows = [min((jobs[name] for name in names), key=lambda row: row["val_loss"]), *(jobs[names[place]] for names in theirs.values())]
         cells.append([title, *(f"{row['val_loss']:.3f} ({row['max_steps']} steps)" for row in rows), *ours])
     print("\nValidation loss of the one model, nats per byte:\n")
-    print(table(["at", "`ddp`, the better of two rates", *theirs.values(), *(f"ours, {wire}" for wire in wires)], cells))
+    print(table(["at", "`ddp`, the better of two rates", *theirs, *(f"ours, {wire}" for wire in wires)], cells))
 
 
 def answers_text(answers_s: list[float]) -> str:
