@@ -62,6 +62,7 @@ class Settings:
     """What is tried beside, NAME:NUMBER joined by ``+``.
 
     ``cool:F``: momentum falls to 0 over the last share F of the run.
+    ``rise``: momentum rises from 0 to its highest over the whole run.
     ``average:F``: also validate a running average of the published fragments, with weight F for the newest.
     ``smooth:N``: an adopted difference is added in N equal parts, one a step.
     ``agree:G``: every element of the merge is weighted by (its agreement)^G, (sum d)^2 / (M sum d^2), and each tensor keeps its length.
@@ -275,6 +276,8 @@ class Outer:
         self.on_way[p] = (done + s.delay, contributions)
 
     def _momentum(self, merge: int, done: int) -> float:
+        if "rise" in self.ideas:
+            return self.s.outer_momentum * done / self.s.steps
         momentum = momentum_at(merge, self.s.outer_momentum, self.s.warmup)
         if "cool" in self.ideas:
             # Momentum falls to 0 over the last share of the run.
