@@ -7,13 +7,14 @@ syncer. What synchronization costs a learner is the difference of the first two.
 
 | process | float32 copies | bytes per parameter |
 |---|---|---|
-| learner 0 while it trains | base and momentum; blocks for fragments under way (16 n), payload buffers (2 n) | 8 + 18 / P * (1 to 3) |
-| another learner | no momentum | 4 less |
-| syncer meanwhile | Theta, momentum, shadow, newest difference; blocks for merges (18 n), payload buffers (4 n) | 14 + 22 / P * (1 to 3) |
+| learner 0 while it trains | base, momentum; under way: blocks 16 n, payload buffers 2 n; aside 8 n | 8 + 18 / P * (1 to 3) + 8 / P |
+| another learner (not measured) | no momentum | 4 less |
+| syncer meanwhile | Theta, momentum, shadow, newest difference; merges: blocks 18 n, payload buffers 4 n | 14 + 22 / P * (1 to 3) |
 
-Blocks and buffers are used again (`runtime/blocks.py`): those of one fragment are kept, so there are never fewer.
-While it trains: the highest of the second half of the steps. The highest of the whole run is beside it: at its beginning the whole model is
-sent at once, and at its end all fragments are under way at once.
+"Aside" is one fragment's AdamW moments on their way to a file, as in a supervised job (`rejoin_every_steps`). Blocks and buffers are used
+again (`runtime/blocks.py`): those of one fragment are kept, so there are never fewer. While it trains: the highest of the second half of
+the steps. The highest of the whole run is beside it: at its beginning the whole model is sent at once, and at its end all fragments are
+under way at once.
 
 The line through the sizes gives the bytes per parameter; its start, at no parameters, is what the process is. The exit code is 1 if a slope
 of the training is outside its formula (with the largest fragment's real share) by more than 15 %. Rows that the JSON file holds are not run
@@ -157,7 +158,7 @@ def train(address: str, out: Path, size: int) -> None:
 
     trainer = Trainer(
         callbacks=[Marks()],
-        strategy="auto" if address == "none" else DecoupledDiLoCoStrategy(syncer=address),
+        strategy="auto" if address == "none" else DecoupledDiLoCoStrategy(syncer=address, run_dir=out.with_name("learner")),
         max_steps=STEPS,
         **QUIET,
     )
@@ -185,7 +186,7 @@ def report(rows: list[dict[str, float]]) -> int:
     if len(rows) < 2:
         return 0
     share, missed = rows[-1]["share"], False
-    processes = {"learner 0, beside the plain Trainer": ("learner", "plain", 8, 18), "syncer": ("syncer", "", 14, 22)}
+    processes = {"learner 0, beside the plain Trainer": ("learner", "plain", 8 + 8 * share, 18), "syncer": ("syncer", "", 14, 22)}
     print(
         "\n| process | bytes per parameter while it trains | formula | at no parameters, MB | bytes per parameter, highest |\n"
         + "|---" * 5

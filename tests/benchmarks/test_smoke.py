@@ -37,6 +37,20 @@ def test_merge(tmp_path):
 
 
 @two_cores
+def test_stall(tmp_path):
+    said, rows = run(tmp_path, "stall.py", "--params", "1", "--blocks", "3")
+    (row,) = rows.values()
+    assert "| 1 M, 3 blocks (854,272) |" in said and row["merges"] > 24 and len(row["step_by_block_s"]) == 6
+    assert row["parts_s"]["inner state aside"] > 0.0 and row["bytes_per_boundary"] > 0
+
+
+def test_memory(tmp_path):
+    said, rows = run(tmp_path, "memory.py", "--params", "1")
+    (row,) = rows.values()
+    assert "| 854,272 |" in said and row["learner_training"] > row["plain_training"] and row["syncer_training"] > 0
+
+
+@two_cores
 def test_transport(tmp_path):
     said, rows = run(tmp_path, "transport.py", "--rounds", "1", "--seconds", "0.5", "--mib", "4")
     assert "| up, keys |" in said and len(rows) == 13 and all(row["bytes_per_s"] > 0 for row in rows)
