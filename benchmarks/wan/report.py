@@ -80,8 +80,7 @@ def ratio(jobs: dict[str, dict[str, Any]], wires: list[str], rounds: int, num_pa
             missed += _against_ddp(wire, ours, ddp, num_params, num_learners)
     header = ["method", "jobs", "tokens/s", "over `ddp`", "of `alone`", "up + down a step, kB", "of it payload", "`ddp` over it"]
     print("\n" + table([*header, "peak, of the link", "merges, of those due", "syncer's CPU a step, ms", "loss at the end (steps)"], lines))
-    _print_losses(jobs, wires)
-    return missed
+    return missed + _losses(jobs, wires)
 
 
 def _line(title: str, rows: list[dict[str, Any]], ddp: dict[str, Any] | None, shares: list[float] | None = None) -> list[str]:
@@ -140,24 +139,28 @@ def _against_ddp(wire: str, ours: list[dict[str, Any]], ddp: dict[str, Any], num
     return missed
 
 
-def _print_losses(jobs: dict[str, dict[str, Any]], wires: list[str]) -> None:
+def _losses(jobs: dict[str, dict[str, Any]], wires: list[str]) -> list[str]:
+    """Print the losses at equal tokens and equal time; returns which wires are not ahead of all others at equal time."""
     found = {
         "equal tokens": [name for name in jobs if name.startswith("ddp, equal tokens")],
         "equal wall time": [name for name in jobs if name.startswith("ddp, equal time")],
     }
     if not all(found.values()):
-        return
+        return []
     # A job of torchft behind its limited links is as long as ours: equal tokens.
     theirs = {title: (name, f"{name}, equal time") for name, title in TORCHFT.items()}
     theirs = {"post-local SGD": ("post_local_sgd, equal tokens", "post_local_sgd, equal time"), **theirs}
     theirs = {title: names for title, names in theirs.items() if all(name in jobs for name in names)}
-    ours = [f"{statistics.mean(row['val_loss'] for name, row in jobs.items() if name.startswith(f'{wire} ')):.3f}" for wire in wires]
-    cells = []
+    ours = [statistics.mean(row["val_loss"] for name, row in jobs.items() if name.startswith(f"{wire} ")) for wire in wires]
+    cells, best = [], 0.0
     for place, (title, names) in enumerate(found.items()):
         rows = [min((jobs[name] for name in names), key=lambda row: row["val_loss"]), *(jobs[names[place]] for names in theirs.values())]
-        cells.append([title, *(f"{row['val_loss']:.3f} ({row['max_steps']} steps)" for row in rows), *ours])
+        cells.append([title, *(f"{row['val_loss']:.3f} ({row['max_steps']} steps)" for row in rows), *(f"{loss:.3f}" for loss in ours)])
+        best = min(row["val_loss"] for row in rows)
     print("\nValidation loss of the one model, nats per byte:\n")
     print(table(["at", "`ddp`, the better of two rates", *theirs, *(f"ours, {wire}" for wire in wires)], cells))
+    behind = [(wire, loss) for wire, loss in zip(wires, ours, strict=True) if loss >= best]
+    return [f"{wire}: a loss of {loss:.3f} at equal wall time, where another row has {best:.3f}" for wire, loss in behind]
 
 
 def answers_text(answers_s: list[float]) -> str:

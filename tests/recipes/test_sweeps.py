@@ -58,3 +58,14 @@ def test_the_sweeps_are_composed(recipe, devices, swept):
     assert set(cfg.hydra.sweeper.params or {}) == swept
     assert cfg.trainer.devices == cfg.strategy.min_quorum == devices
     assert cfg.name == "gpt_text" and cfg.model.num_layers == 2
+
+
+def test_the_ablation_has_the_job_of_its_benchmark(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    import ablation
+
+    with initialize_config_dir(str(ROOT / "recipes" / "conf"), version_base="1.3"):
+        cfg = compose("config", ["recipe=ablation"])
+    assert (cfg.trainer.devices, cfg.trainer.max_steps) == (ablation.LEARNERS, ablation.STEPS)
+    assert (cfg.data.batch_size, cfg.data.context, cfg.model.learning_rate) == (ablation.BATCH_SIZE, ablation.CONTEXT, ablation.RATE)
+    assert cfg.strategy.min_quorum == ablation.LEARNERS
