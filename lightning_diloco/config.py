@@ -78,7 +78,7 @@ class SyncConfig:
     """Outer learning rate."""
     outer_momentum: float = 0.9
     """Nesterov momentum of the outer optimizer, in [0, 1)."""
-    outer_momentum_warmup: int = 5
+    outer_momentum_warmup: int = 10
     """Momentum of a fragment's v-th merge (v from 1) is min(outer_momentum, v / (v + warmup)); 0 = constant."""
     wire_dtype: WireDtype = "bf16"
     """What contributions and publications are encoded as."""
