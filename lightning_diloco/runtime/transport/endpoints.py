@@ -101,6 +101,14 @@ class SyncerTransport(Transport):
         self._control = control
         self._bound = (control_endpoint, bulk_endpoint)
 
+    def is_admitted(self, peer: bytes) -> bool:
+        """Whether the site that a peer came from is let in, by the last look at the folder; without keys everybody is.
+
+        Args:
+            peer: of an event; one that was not heard for so long that it is forgotten is not known to be let in.
+        """
+        return self._gate is None or self._gate.knows(peer)
+
     def close(self) -> None:
         """Close the gate, the sockets and the wake-up; idempotent. Nothing that is pending is reported."""
         self._stop_watching()
