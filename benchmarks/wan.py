@@ -22,8 +22,8 @@ counted on the link.
 `alone` are the same processes on the same cores at once, as plain Trainers that do not talk: jobs of it stand before and after each of
 ours, so that the machine's slow drift falls out. `ddp` is timed over 30 steps behind the limited links; its loss comes from the same job
 without limits, which computes the same; so do those of post-local SGD. `--delay-ms` puts a relay (`wan/relay.py`) between our learners and
-the syncer, and none into `ddp`: that favours `ddp`. Without root there are no namespaces: our links are then relays with a rate, what a
-link carries is not counted, and `ddp` is left out.
+the syncer, and none into `ddp`: that favours `ddp`. Without root, or in a container without its rights, there are no namespaces: our links
+are then relays with a rate, what a link carries is not counted, and `ddp` is left out.
 
 `--torchft` adds torchft's DiLoCo and streaming DiLoCo to `ratio` (`wan/torchft_learner.py`), each between two `alone`, over as many steps
 as ours and behind the same limited links; its loss at equal wall time comes from a job without limits, as `ddp`'s. It is off by default
@@ -246,7 +246,7 @@ def run_control(bench: Bench) -> list[str]:
 def run_flap(bench: Bench) -> list[str]:
     """Links that go down and come up."""
     if bench.net is None:
-        raise SystemExit("--part flap needs network namespaces, and those need root.")
+        raise SystemExit("--part flap needs network namespaces.")
     flaps = Flaps(bench.net, last_step=3 * INTERVAL + bench.arguments.steps)
     # Half as much again as our payloads need.
     row = one_job(bench, 1.5 * our_bytes(bench.num_params, bench.arguments.wire[0]) / bench.alone(0)["step_s"], tick=flaps.tick)

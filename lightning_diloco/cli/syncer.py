@@ -50,7 +50,8 @@ def add_parser(commands: Any) -> None:
         "--bind",
         default="tcp://127.0.0.1:0",
         metavar="ENDPOINT",
-        help="control endpoint (default tcp://127.0.0.1:0, any free port); beyond loopback the port after it is taken too",
+        help="control endpoint, by an IP address or interface of this machine or * (default tcp://127.0.0.1:0, any free port); beyond "
+        "loopback the port after it is taken too",
     )
     parser.add_argument(
         "--keys", type=Path, metavar="DIR", help="folder made by keygen: links are encrypted, and only admitted sites are let in"

@@ -1,4 +1,4 @@
-"""Keys of both ends: files, their modes, and who is let in.
+"""Keys of both ends: what is in their folders, and who is let in.
 
 Every machine makes its own pair, and only public keys travel: to the site the syncer's, to the syncer the site's. A public key is 64
 hexadecimal digits, which survive a chat, a ticket and a shell; nobody who reads it can do anything with it, but it must come from whom
@@ -8,8 +8,10 @@ and whatever carried it.)
     at the syncer:  DIR/secret.key   DIR/admitted/NAME.key for every site that is let in (its public key)
     at a site:      DIR/secret.key   DIR/syncer.key (the syncer's public key)
 
-Secrets are written with mode 0600 in a folder of mode 0700, in one step, and never overwritten. A secret that others may read, and files
-that others may write, are refused. Public keys are derived from the secret (CURVE), so there is no second file that could differ.
+A folder is one end's: what only the other end has makes it the other's, and it is refused. (A syncer on a site's folder would show the
+site's key as its own, and let nobody in.) Secrets are written with mode 0600 in a folder of mode 0700, in one step, and never overwritten.
+A secret that others may read, and files that others may write, are refused (`key_files`). Public keys are derived from the secret (CURVE),
+so there is no second file that could differ.
 
 References:
     CurveZMQ, rfc.zeromq.org/spec/26.
@@ -18,10 +20,7 @@ References:
 from __future__ import annotations
 
 import errno
-import os
 import re
-import secrets
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,18 @@ import zmq
 from zmq.utils import z85
 
 from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.runtime.key_files import (
+    SECRET,
+    SUFFIX,
+    key_files,
+    make_folder,
+    parse_public,
+    read_public,
+    read_secret,
+    refuse_open_folder,
+    write_new,
+    write_once,
+)
 
 __all__ = [
     "ADMITTED",
@@ -45,13 +56,10 @@ __all__ = [
     "trust_syncer",
 ]
 
-SECRET = "secret.key"
 SYNCER = "syncer.key"
 ADMITTED = "admitted"
 
-_KEY_BYTES = 32
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_SUFFIX = ".key"
 _OUT_OF_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors of opening a file that say something of this process or machine, and nothing of the file."""
 
@@ -75,15 +83,16 @@ class SiteKeys:
         """Read a site's folder.
 
         Raises:
-            ConfigurationError: a file is not there, is no key, or is open to others.
+            ConfigurationError: it is a syncer's, or a file is not there, is no key, or is open to others.
         """
-        secret = _read_secret(folder)
+        secret = read_secret(folder)
+        _refuse_syncers(folder)
         if not (folder / SYNCER).exists():
             raise ConfigurationError(
                 f"{folder / SYNCER}: is not there: this folder does not know its syncer's public key. Run lightning-diloco keygen {folder} "
                 "--syncer KEY with the key that keygen printed at the syncer."
             )
-        return cls(public=_public_of(secret), secret=secret, syncer=_read_public(folder / SYNCER))
+        return cls(public=_public_of(secret), secret=secret, syncer=read_public(folder / SYNCER))
 
     def configure(self, sock: zmq.Socket[bytes]) -> None:
         """Give a socket its keys, before it dials."""
@@ -111,18 +120,19 @@ class SyncerKeys:
         """Read a syncer's folder.
 
         Raises:
-            ConfigurationError: a file is not there, is no key, or is open to others.
+            ConfigurationError: it is a site's, or a file is not there, is no key, or is open to others.
         """
-        secret = _read_secret(folder)
+        secret = read_secret(folder)
+        _refuse_sites(folder)
         keys = cls(folder=folder, public=_public_of(secret), secret=secret)
         if keys.admitted.exists():
-            _refuse_open_folder(keys.admitted, "admit itself")
+            refuse_open_folder(keys.admitted, "admit itself")
         try:
             paths = key_files(keys.admitted)
         except OSError as error:
             raise ConfigurationError(f"{keys.admitted}: cannot be read ({error.strerror}). Run this as the owner of {folder}.") from error
         for path in paths:
-            _read_public(path)
+            read_public(path)
         return keys
 
     @property
@@ -141,9 +151,9 @@ def make_pair(folder: Path) -> bytes:
         raise ConfigurationError(
             f"{folder / SECRET}: is there already, and keys are never overwritten. Its public key is {own_public(folder).hex()}"
         )
-    _make_folder(folder)
+    make_folder(folder)
     secret = z85.decode(zmq.curve_keypair()[1])
-    _write_new(folder / SECRET, f"# Secret: whoever has this is this machine. It stays here.\n{secret.hex()}\n", 0o600)
+    write_new(folder / SECRET, f"# Secret: whoever has this is this machine. It stays here.\n{secret.hex()}\n", 0o600)
     return _public_of(secret)
 
 
@@ -153,23 +163,24 @@ def own_public(folder: Path) -> bytes:
     Raises:
         ConfigurationError: there is no pair, or it is open to others.
     """
-    return _public_of(_read_secret(folder))
+    return _public_of(read_secret(folder))
 
 
 def trust_syncer(folder: Path, key: str) -> bytes:
     """Make this site's pair if there is none, and note its syncer's public key; returns the site's own.
 
     Raises:
-        ConfigurationError: `key` is none, or another syncer's is noted.
+        ConfigurationError: `key` is none, another syncer's is noted, or the folder is a syncer's.
     """
     syncer = parse_public(key)
+    _refuse_syncers(folder)
     own = own_public(folder) if (folder / SECRET).exists() else make_pair(folder)
     if syncer == own:
         raise ConfigurationError(
             f"--syncer {key}: is the key of {folder} itself. Give the one that keygen printed at the syncer; on the syncer's "
             "own machine a site has another folder than the syncer."
         )
-    _write_once(folder / SYNCER, syncer)
+    write_once(folder / SYNCER, syncer)
     return own
 
 
@@ -177,33 +188,35 @@ def admit(folder: Path, name: str, key: str) -> None:
     """Let a site in, from now on, also into a job that runs.
 
     Raises:
-        ConfigurationError: the name or the key is none, or one of them is in use.
+        ConfigurationError: the name or the key is none, one of them is in use, or the folder is a site's.
     """
     _check_name(name)
-    public = parse_public(key)
-    if public == own_public(folder):
+    public, own = parse_public(key), own_public(folder)
+    _refuse_sites(folder)
+    if public == own:
         raise ConfigurationError(f"--admit {name} {key}: is the key of this syncer. Give the one that keygen printed at the site.")
-    _make_folder(folder / ADMITTED)
+    make_folder(folder / ADMITTED)
     for path in key_files(folder / ADMITTED):
-        if path.stem != name and _read_public(path) == public:
+        if path.stem != name and read_public(path) == public:
             raise ConfigurationError(
                 f"--admit {name}: this key is admitted as {path.stem}. One site has one key, or revoking would leave it another."
             )
-    _write_once(folder / ADMITTED / f"{name}{_SUFFIX}", public)
+    write_once(folder / ADMITTED / f"{name}{SUFFIX}", public)
 
 
 def revoke(folder: Path, name: str) -> None:
     """Shut a site out, from now on, also from a job that runs.
 
     Raises:
-        ConfigurationError: no site of this name is admitted, or its key still is, under another name.
+        ConfigurationError: no site of this name is admitted, or its key still is, under another name; or the folder is a site's.
     """
     _check_name(name)
-    path = folder / ADMITTED / f"{name}{_SUFFIX}"
+    path = folder / ADMITTED / f"{name}{SUFFIX}"
     try:
         sites = read_sites(folder / ADMITTED)
         path.unlink()
     except FileNotFoundError:
+        _refuse_sites(folder)
         known = ", ".join(path.stem for path in key_files(folder / ADMITTED)) or "none"
         raise ConfigurationError(f"--revoke {name}: no such site is admitted in {folder}. Admitted: {known}.") from None
     except OSError as error:
@@ -240,7 +253,7 @@ def read_sites(folder: Path) -> dict[str, bytes | ConfigurationError]:
     found: dict[str, bytes | ConfigurationError] = {}
     for path in key_files(folder):
         try:
-            found[path.stem] = _read_public(path)
+            found[path.stem] = read_public(path)
         except ConfigurationError as error:
             cause = error.__cause__
             if isinstance(cause, FileNotFoundError):
@@ -249,37 +262,6 @@ def read_sites(folder: Path) -> dict[str, bytes | ConfigurationError]:
                 raise cause from None
             found[path.stem] = error
     return found
-
-
-def key_files(folder: Path) -> list[Path]:
-    """The key files of a folder, by name; none if it is not there.
-
-    Raises:
-        OSError: what is in it cannot be told.
-    """
-    try:
-        return sorted(path for path in folder.iterdir() if path.suffix == _SUFFIX and not path.name.startswith("."))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def parse_public(text: str) -> bytes:
-    """Read a public key as keygen prints it.
-
-    Raises:
-        ConfigurationError: it is none.
-    """
-    key = _parse(text)
-    if key is None:
-        raise ConfigurationError(f"{text[:80]!r}: is no public key. It has {2 * _KEY_BYTES} hexadecimal digits; keygen prints it.")
-    return key
-
-
-def _parse(text: str) -> bytes | None:
-    text = text.strip()
-    if not re.fullmatch(f"[0-9a-fA-F]{{{2 * _KEY_BYTES}}}", text, re.ASCII):
-        return None
-    return bytes.fromhex(text)
 
 
 def _public_of(secret: bytes) -> bytes:
@@ -291,99 +273,21 @@ def _check_name(name: str) -> None:
         raise ConfigurationError(f"{name[:80]!r}: is no name of a site. Use up to 64 letters, digits, dots, dashes and underscores.")
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------------------
-
-
-def _read_secret(folder: Path) -> bytes:
-    if not folder.is_dir():
-        raise ConfigurationError(f"{folder}: there is no such folder. Make the keys with lightning-diloco keygen {folder}.")
-    _refuse_open_folder(folder, "put another key in the place of yours")
-    path = folder / SECRET
-    key = _parse(_content(path, is_secret=True))
-    if key is None:
-        # What it holds instead is not repeated: it may be a secret all the same.
-        raise ConfigurationError(f"{path}: holds no key. Move it away and make new keys with lightning-diloco keygen {folder}.")
-    return key
-
-
-def _read_public(path: Path) -> bytes:
-    key = _parse(_content(path))
-    if key is None:
-        raise ConfigurationError(f"{path}: holds no public key ({2 * _KEY_BYTES} hexadecimal digits). Remove it, and add the key again.")
-    return key
-
-
-def _content(path: Path, *, is_secret: bool = False) -> str:
-    """A key file without its comments, if nobody else could have written it (or read it, if it is the secret)."""
-    try:
-        # Nothing that is no file, such as a pipe, makes us wait.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            # Of what is open: under its name another file may stand a moment later.
-            _refuse_open(path, os.fstat(fd), "put another key in its place", is_secret=is_secret)
-            data = os.read(fd, 4096)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        remedy = f"Make keys with lightning-diloco keygen {path.parent}." if is_secret else "Run this as the owner of the file."
-        raise ConfigurationError(f"{path}: cannot be read ({error.strerror}). {remedy}") from error
-    return "\n".join(line for line in data.decode("ascii", "replace").splitlines() if not line.startswith("#"))
-
-
-def _refuse_open_folder(folder: Path, harm: str) -> None:
-    """Others who may write to a folder may exchange what is in it, or (the sticky bit does not hinder that) add to it."""
-    _refuse_open(folder, folder.stat(), harm)
-
-
-def _refuse_open(path: Path, about: os.stat_result, harm: str, *, is_secret: bool = False) -> None:
-    """Refuse what others may write to, its owner included if that is neither this user nor root, and a secret that they may read."""
-    mode = stat.S_IMODE(about.st_mode)
-    if about.st_uid not in (0, os.geteuid()):
+def _refuse_sites(folder: Path) -> None:
+    """For the syncer's end: refuse the folder of a site."""
+    if (folder / SYNCER).exists():
         raise ConfigurationError(
-            f"{path}: belongs to another user (uid {about.st_uid}), who could {harm}. Run this as that user, or chown {os.geteuid()} {path}"
+            f"{folder}: is the folder of a site, for {SYNCER} in it names the syncer that it speaks to. A syncer and a site have a folder "
+            f"each, on one machine too. Give the syncer's (lightning-diloco keygen DIR makes one), or remove {SYNCER} if this is the "
+            "syncer's."
         )
-    if is_secret and mode & 0o077:
+
+
+def _refuse_syncers(folder: Path) -> None:
+    """For a site's end: refuse the folder of a syncer."""
+    if (folder / ADMITTED).exists():
         raise ConfigurationError(
-            f"{path}: mode {mode:04o} opens the secret to others of this machine. Make new keys if somebody may have read it; otherwise "
-            f"chmod 600 {path}"
+            f"{folder}: is the folder of a syncer, for {ADMITTED} in it names the sites that are let in. A syncer and a site have a folder "
+            f"each, on one machine too. Give the site's (lightning-diloco keygen DIR --syncer KEY makes one), or remove {ADMITTED} if this "
+            "is the site's."
         )
-    if mode & 0o022:
-        raise ConfigurationError(f"{path}: mode {mode:04o} lets others of this machine write to it: one could {harm}. chmod go-w {path}")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"{folder}: cannot be created ({error.strerror}). Give a directory that can be written to.") from error
-    _refuse_open_folder(folder, "put another key in the place of yours")
-
-
-def _write_once(path: Path, public: bytes) -> None:
-    """Write a public key; one that is there already must be the same."""
-    if path.exists():
-        if _read_public(path) != public:
-            raise ConfigurationError(f"{path}: holds another key, and keys are never overwritten. Remove it first if it is out of use.")
-        return
-    _write_new(path, f"{public.hex()}\n", 0o644)
-
-
-def _write_new(path: Path, text: str, mode: int) -> None:
-    """Write a file that is not there yet, whole or not at all."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        try:
-            os.fchmod(fd, mode)
-            os.write(fd, text.encode("ascii"))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        # Unlike a rename, a link fails where something stands already.
-        os.link(temporary, path)
-    except FileExistsError as error:
-        raise ConfigurationError(f"{path}: is there already, and keys are never overwritten. Give another folder.") from error
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be written ({error.strerror}). Give a directory that can be written to.") from error
-    finally:
-        temporary.unlink(missing_ok=True)

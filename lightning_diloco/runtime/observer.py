@@ -2,10 +2,14 @@
 
 A question is said again every `AGAIN_S` until the answer is here: either may be lost, and a syncer that many ask drops some. The answer
 is a peer's word like any other: it is validated before it is believed.
+
+A syncer that starts again may have no `syncer.json` for a while, and a new token in the next one. Neither is an error to an observer that
+has asked before: without an address it asks at the last one, and a refusal of the token is then one of a question from before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import time
@@ -91,7 +95,7 @@ class Observer:
     """Asks one syncer, again and again.
 
     Args:
-        target: see `find_syncer`; a run directory is looked at anew for every question, for a syncer that starts again has a new token.
+        target: see `find_syncer`; a run directory is looked at anew for every question, as long as it tells an address.
         keys: of this site, if the syncer has keys.
 
     Raises:
@@ -100,8 +104,9 @@ class Observer:
 
     def __init__(self, target: str, keys: SiteKeys | None = None) -> None:
         self._target, self._keys = target, keys
-        self._endpoint = find_syncer(target).endpoint
-        self._link = open_link(self._endpoint, keys)
+        self._address = find_syncer(target)
+        self._was_told = False
+        self._link = open_link(self._address.endpoint, keys)
 
     def __enter__(self) -> Observer:
         return self
@@ -126,7 +131,7 @@ class Observer:
                 return status
         failed = self._link.failed_handshakes
         why = explain(failed, self._keys) if failed else "Is it running, is the address right, and does it run this release?"
-        raise SyncerUnavailableError(f"No syncer answered at {self._endpoint} in {timeout_s:g} s. {why}")
+        raise SyncerUnavailableError(f"No syncer answered at {self._address.endpoint} in {timeout_s:g} s. {why}")
 
     def listen(self, duration_s: float) -> Status | None:
         """What the syncer says within this time, None if nothing: it tells the end of its job unasked.
@@ -138,20 +143,23 @@ class Observer:
         while True:
             for event in self._link.poll(max(0.0, end_s - time.monotonic())):
                 answer = _decoded(event.data) if isinstance(event, ControlReceived) else None
-                if isinstance(answer, StatusRefused):
-                    raise ConfigurationError(answer.detail)
-                if answer is not None:
+                if isinstance(answer, Status):
+                    self._was_told = True
                     return answer
+                if answer is not None and not (self._was_told and answer.reason == "token"):
+                    raise ConfigurationError(answer.detail)
             if time.monotonic() >= end_s:
                 return None
 
     def _say(self) -> None:
-        address = find_syncer(self._target)
-        if address.endpoint != self._endpoint:
-            link = open_link(address.endpoint, self._keys)
-            self._link.close()
-            self._link, self._endpoint = link, address.endpoint
-        request = StatusRequest(protocol_version=PROTOCOL_VERSION, token=address.token)
+        with contextlib.suppress(ConfigurationError):
+            address = find_syncer(self._target)
+            if address.endpoint != self._address.endpoint:
+                link = open_link(address.endpoint, self._keys)
+                self._link.close()
+                self._link = link
+            self._address = address
+        request = StatusRequest(protocol_version=PROTOCOL_VERSION, token=self._address.token)
         self._link.send_control(SYNCER, encode(_NOBODY, request))
 
 

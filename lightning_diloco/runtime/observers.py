@@ -9,7 +9,8 @@ Nothing of this reaches `SyncerMachine`, and nothing here writes to it. A thousa
 into the waiting room is dropped, and its sender asks again. The loop's own part of an answer is a few attributes for each of `MAX_TOLD`
 learners; the next answer comes no sooner than `REST` times what that took.
 
-At the end of the job those who asked last are told so unasked, for after it there is nobody to ask.
+At the end of the job those who asked last are told so unasked, for after it there is nobody to ask. A site whose key was revoked meanwhile
+is told nothing, although its connection stays open.
 """
 
 from __future__ import annotations
@@ -214,8 +215,9 @@ class Observers:
     def _say(self, sessions: list[str], message: Message) -> None:
         options = self._machine.job.options
         data = encode(Envelope(options.job_id, options.lineage, options.epoch, 0), message)
-        for session in sessions:
-            self._transport.send_control(bytes.fromhex(session), data)
+        for peer in map(bytes.fromhex, sessions):
+            if self._transport.is_admitted(peer):
+                self._transport.send_control(peer, data)
 
     # ---- one learner --------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +18,7 @@ from benchmarks.wan.progress import ProgressFile, read_progress
 from benchmarks.wan.relay import relay
 from benchmarks.wan.report import FEWER_BYTES, ddp_bytes, our_bytes, p99, ratio
 from benchmarks.wan.sampler import peak_bytes_per_s
+from tests.doc_pages import ROOT
 
 NUM_PARAMS = 854_272
 
@@ -98,6 +102,30 @@ def test_a_link_is_limited_and_counted_and_namespaces_are_removed_on_an_error():
         assert net.name(0) in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
         raise ZeroDivisionError
     assert net.name(0) not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("program", ["ip", "tc"])
+def test_a_trial_that_fails_is_the_reason_why_there_are_no_namespaces(program, tmp_path, monkeypatch):
+    for name in ("ip", "tc"):
+        said = "echo Operation not permitted >&2; echo more >&2; exit 1" if name == program else "exit 0"
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} $1 $2 $3 >> {tmp_path}/said\n{said}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    why = is_possible.__wrapped__()  # not what was found out for this machine
+    assert re.fullmatch(rf"a trial failed: {program} .*: Operation not permitted", why)
+    said = (tmp_path / "said").read_text().splitlines()
+    made, gone = (sum(line.startswith(f"ip netns {word} wan{os.getpid()}") for line in said) for word in ("add", "del"))
+    assert (made, gone) == ((1, 0) if program == "ip" else (2, 2)), said
+
+
+@pytest.mark.skipif(is_possible() is not None or shutil.which("setpriv") is None, reason=f"no root to take rights from: {is_possible()}")
+def test_root_without_its_rights_has_no_namespaces_and_is_told_so():
+    tell = "from benchmarks.wan.net import is_possible; print(is_possible())"
+    command = ["setpriv", "--bounding-set=-sys_admin,-net_admin", sys.executable, "-c", tell]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"a trial failed: ip netns add wan\d+h: .*Operation not permitted\n", done.stdout)
 
 
 def row(tokens_per_s, step_s, link, **more):

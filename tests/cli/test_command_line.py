@@ -15,6 +15,7 @@ from lightning_diloco.cli.main import main
 from lightning_diloco.cli.syncer import _first_line
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.rundir import lock_run_dir
+from lightning_diloco.runtime.shard_process import CANNOT_LISTEN
 from lightning_diloco.runtime.shards import write_num_shards
 
 COMMANDS = ["syncer", "status", "keygen", "replay", "export", "simulate", "plan", "report"]
@@ -193,6 +194,25 @@ def test_a_port_that_is_taken_is_refused(tmp_path, capsys):
         assert "cannot listen on" in refuse(capsys, "syncer", "--run-dir", str(tmp_path), "--bind", f"tcp://127.0.0.1:{port}")
     assert not (tmp_path / "snapshots").exists() and not (tmp_path / "tape.jsonl").exists(), "the folder is as good as new"
     lock_run_dir(tmp_path).close()
+
+
+@pytest.mark.parametrize("host", ["no-such-host.example", "nosuch0"])
+def test_where_a_hosts_name_stands_for_an_address_it_is_said_what_may_stand_there(tmp_path, capsys, host):
+    sentence = refuse(capsys, "syncer", "--run-dir", str(tmp_path), "--insecure", "--bind", f"tcp://{host}:7911")
+    assert f"cannot listen on tcp://{host}:7911: {host} is no interface of this machine" in sentence
+    assert "Give an IP address of this machine, the name of an interface, or * for all of them." in sentence and "free port" not in sentence
+    assert not (tmp_path / "snapshots").exists() and not (tmp_path / "tape.jsonl").exists()
+
+
+@pytest.mark.parametrize(("host", "code"), [("127.0.0.1", CANNOT_LISTEN), ("198.51.100.1", CANNOT_LISTEN), ("no-such-host", 2)])
+def test_of_a_shard_that_cannot_listen_the_exit_code_says_whether_it_may_be_otherwise_in_a_while(tmp_path, capsys, monkeypatch, host, code):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        bind = f"tcp://{host}:{taken.getsockname()[1]}"
+        monkeypatch.setattr("lightning_diloco.cli.syncer._stdin_lines", lambda: iter([b'{"shard": 0, "num_shards": 2}']))
+        assert main(["syncer", "--as-shard", "--insecure", "--bind", bind, "--run-dir", str(tmp_path)]) == code
+    assert f"cannot listen on {bind}: " in capsys.readouterr().err
 
 
 @pytest.mark.process

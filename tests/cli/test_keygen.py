@@ -55,6 +55,24 @@ def test_a_second_keygen_changes_nothing_and_shows_the_public_key(tmp_path, caps
     assert (keys.folder / SECRET).read_bytes() == before
 
 
+def test_each_end_has_a_folder_of_its_own(tmp_path, capsys):
+    keys = Keys(tmp_path)
+    keys.site("paris")
+    syncer, site, run_dir = str(keys.folder), str(keys.site_folder("paris")), tmp_path / "run"
+    for argv, whose in (
+        (["keygen", site, "--admit", "oslo", "12" * 32], "site"),
+        (["keygen", site, "--revoke", "oslo"], "site"),
+        (["syncer", "--keys", site, "--run-dir", str(run_dir)], "site"),
+        (["syncer", "--keys", site, "--run-dir", str(run_dir), "--shards", "2"], "site"),
+        (["keygen", syncer, "--syncer", "12" * 32], "syncer"),
+        (["status", "tcp://127.0.0.1:1", "--keys", syncer], "syncer"),
+    ):
+        assert main(argv) == 2, argv
+        out, err = capsys.readouterr()
+        assert out == "" and f"is the folder of a {whose}, for" in err and err.count("\n") == 1
+    assert not run_dir.exists()
+
+
 def test_the_invitation_names_host_ports_and_keys(tmp_path):
     keys = Keys(tmp_path)
     assert invite("tcp://127.0.0.1:7777", "tcp://127.0.0.1:4", None) == (

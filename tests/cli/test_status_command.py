@@ -25,9 +25,11 @@ from lightning_diloco.protocol.observer_messages import Status
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
 from lightning_diloco.runtime.rundir import lock_run_dir
 from lightning_diloco.runtime.service import ServiceOptions, SyncerService
+from lightning_diloco.runtime.shards import shard_dir
 from tests.cli.test_command_line import is_one_sentence, refuse
 from tests.runtime.job_helpers import CONFIG, Background, make_module, running_job, train, until, whole_life
 from tests.runtime.metrics_reading import assert_equals_summary, samples_of, scrape
+from tests.runtime.shard_helpers import sharded_run
 from tests.runtime.test_service_process import syncer
 from tests.tape_checker import check_run
 
@@ -179,6 +181,23 @@ def test_a_syncer_that_is_killed_and_starts_again_is_watched_on(tmp_path):
         serving.process.wait(30)
         out, _ = watching.communicate(timeout=30)
     assert epochs[0] == 0 and json.loads(out.splitlines()[-1])["status"] == "finished" and watching.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_a_shard_that_is_killed_and_starts_again_is_watched_on_by_its_folder(tmp_path):
+    """Between the two there is no address in the folder."""
+    run_dir, folder = tmp_path / "run", shard_dir(tmp_path / "run", 1)
+    with sharded_run(run_dir) as run:
+        with process("status", str(folder), "--watch", "0.3", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watching:
+            assert json.loads(watching.stdout.readline())["epoch"] == 0
+            os.kill(run.said(1)["pid"], signal.SIGKILL)
+            until(lambda: json.loads(watching.stdout.readline())["epoch"] == 1, 60)
+            run.process.terminate()
+            assert run.end()[0] == 0
+            out, err = watching.communicate(timeout=30)
+    assert json.loads(out.splitlines()[-1])["status"] == "stopped" and watching.returncode == 0
+    assert all(line.startswith("Nothing was heard from the syncer for") for line in err.splitlines())
 
 
 @pytest.mark.slow

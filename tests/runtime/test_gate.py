@@ -45,6 +45,21 @@ def gate(keys, paris) -> Gate:
     return gate
 
 
+def test_whose_key_is_not_known_to_be_admitted_is_told_nothing(gate, keys, paris):
+    assert gate.knows(PEER) and not gate.knows(OTHER)
+    keys.revoke("paris")
+    assert gate.look() == [PEER] and not gate.knows(PEER)
+
+
+def test_a_peer_that_its_own_site_makes_the_gate_forget_before_it_is_revoked_is_not_known(gate, keys, paris):
+    """No look names it, so whoever relied on that would go on telling it."""
+    for number in range(MAX_PEERS_PER_KEY):
+        assert gate.admits(number.to_bytes(16, "big"), Frame(paris))
+    assert not gate.knows(PEER)
+    keys.revoke("paris")
+    assert PEER not in gate.look() and not gate.knows(PEER)
+
+
 @contextmanager
 def no_descriptor_is_left() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

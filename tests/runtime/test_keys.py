@@ -65,7 +65,7 @@ def test_both_ends_know_each_other_and_every_pair_is_another_one(tmp_path):
 
 
 def test_nothing_is_ever_overwritten(tmp_path):
-    keys = Keys(tmp_path)
+    keys, bare = Keys(tmp_path), Keys(tmp_path / "bare")
     paris, oslo = keys.site("paris"), keys.site("oslo")
     before = content(tmp_path)
     with pytest.raises(ConfigurationError, match=f"is there already, and keys are never overwritten. Its public key is {keys.public}"):
@@ -79,7 +79,7 @@ def test_nothing_is_ever_overwritten(tmp_path):
     with pytest.raises(ConfigurationError, match="is the key of this syncer"):
         admit(keys.folder, "lyon", keys.public)
     with pytest.raises(ConfigurationError, match="itself"):
-        trust_syncer(keys.folder, keys.public)
+        trust_syncer(bare.folder, bare.public)
     assert content(tmp_path) == before
     # Said again, what is so already is no error.
     assert trust_syncer(keys.site_folder("paris"), keys.public) == paris.public
@@ -200,6 +200,43 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="cannot be created"):
         make_pair(tmp_path / "file")
+
+
+def test_a_sites_folder_is_no_syncers(tmp_path):
+    """It would let nobody in, and show the site's key as the syncer's."""
+    keys = Keys(tmp_path)
+    keys.site("paris")
+    site, before = keys.site_folder("paris"), content(tmp_path)
+    for use in (SyncerKeys.read, lambda folder: admit(folder, "oslo", "12" * 32), lambda folder: revoke(folder, "oslo")):
+        with pytest.raises(ConfigurationError, match=rf"{site}: is the folder of a site, for syncer\.key in it.*Give the syncer's"):
+            use(site)
+    assert content(tmp_path) == before and not (site / ADMITTED).exists()
+
+
+@pytest.mark.parametrize("has_secret", [True, False])
+def test_a_syncers_folder_is_no_sites(tmp_path, has_secret):
+    keys = Keys(tmp_path)
+    keys.site("paris")
+    if not has_secret:
+        (keys.folder / SECRET).unlink()
+    before = content(tmp_path)
+    for use in (lambda folder: trust_syncer(folder, "12" * 32), *([SiteKeys.read] if has_secret else [])):
+        with pytest.raises(ConfigurationError, match=f"{keys.folder}: is the folder of a syncer, for admitted in it.*Give the site's"):
+            use(keys.folder)
+    assert content(tmp_path) == before
+
+
+def test_a_folder_with_marks_of_both_ends_is_neither_until_one_is_removed(tmp_path):
+    """Until this was refused a slip of the keyboard made one. Who is admitted in it can be shut out all the same."""
+    keys = Keys(tmp_path)
+    keys.site("paris")
+    (keys.folder / SYNCER).write_text("12" * 32)
+    for read in (SyncerKeys.read, SiteKeys.read):
+        with pytest.raises(ConfigurationError, match="remove (syncer.key|admitted) if this is"):
+            read(keys.folder)
+    revoke(keys.folder, "paris")
+    (keys.folder / SYNCER).unlink()
+    assert read_admitted(SyncerKeys.read(keys.folder).admitted) == {}
 
 
 def test_a_secret_is_in_no_representation(tmp_path):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,6 +26,18 @@ from tests.runtime.key_helpers import Keys
 
 SEED = 20251128
 NOBODY = Envelope("", "", 0, 0)
+
+
+@contextmanager
+def serving(run_dir: Path, **options: Any) -> Iterator[str]:
+    """A syncer that waits for its founder; yields its address, and stops it at the end."""
+    run_dir.mkdir()
+    service = SyncerService(ServiceOptions(run_dir=run_dir, **options))
+    try:
+        yield service.start()
+    finally:
+        service.finish("stopped")
+        assert service.join(30.0) and service.error is None
 
 
 def test_where_nobody_is_the_observer_gives_up_with_a_sentence():
@@ -49,6 +66,45 @@ def test_a_file_without_an_address_is_a_sentence(tmp_path, text):
 def test_a_folder_without_a_syncer_is_a_sentence(tmp_path):
     with pytest.raises(ConfigurationError, match="no syncer has said its address there"):
         find_syncer(str(tmp_path))
+
+
+def test_while_a_syncer_starts_again_its_last_address_holds_and_its_last_token_is_no_error(tmp_path):
+    """A shard has no `syncer.json` until it serves again; a syncer of local mode has another token, and is asked with the old one."""
+    said = tmp_path / "syncer.json"
+    with ExitStack() as stack:
+        with serving(tmp_path / "first", observer_token="one") as endpoint:
+            said.write_text(json.dumps({"endpoint": endpoint, "observer_token": "none"}))
+            with Observer(str(tmp_path)) as stranger, pytest.raises(ConfigurationError, match="tells only who can read"):
+                stranger.ask(30.0)
+            said.write_text(json.dumps({"endpoint": endpoint, "observer_token": "one"}))
+            observer = stack.enter_context(Observer(str(tmp_path)))
+            assert observer.ask(30.0).status == "waiting"
+        assert observer.listen(10.0).status == "stopped"
+        for gone in (said.unlink, lambda: said.write_text('{"endpoint":'), lambda: said.write_text('{"endpoint": "nonsense"}')):
+            gone()
+            with pytest.raises(SyncerUnavailableError, match=f"No syncer answered at {endpoint} in 0.3 s"):
+                observer.ask(0.3)
+        with serving(tmp_path / "second", observer_token="two", bind=endpoint):
+            with pytest.raises(SyncerUnavailableError):
+                observer.ask(2.0)
+            said.write_text(json.dumps({"endpoint": endpoint, "observer_token": "two"}))
+            assert observer.ask(30.0).status == "waiting"
+        with serving(tmp_path / "third", observer_token="three") as elsewhere:
+            said.write_text(json.dumps({"endpoint": elsewhere, "observer_token": "three"}))
+            assert elsewhere != endpoint and observer.ask(30.0).status == "waiting"
+
+
+def test_a_site_that_is_revoked_while_it_watches_is_not_told_the_end(tmp_path, caplog):
+    """Its connection stays open, and there is no question of it to be dropped."""
+    keys = Keys(tmp_path / "keys")
+    sites = [keys.site("home"), keys.site("away")]
+    with ExitStack() as stack:
+        with serving(tmp_path / "run", keys=keys.syncer) as endpoint:
+            home, away = (stack.enter_context(Observer(endpoint, site)) for site in sites)
+            assert home.ask(30.0).status == away.ask(30.0).status == "waiting"
+            keys.revoke("away")
+            until(lambda: "The key of site away is revoked" in caplog.text)
+        assert home.listen(10.0).status == "stopped" and away.listen(1.0) is None
 
 
 def test_a_syncer_with_keys_tells_those_that_it_admits(tmp_path):

@@ -23,7 +23,7 @@ from lightning_diloco.runtime.keys import SiteKeys, admit, make_pair, trust_sync
 from lightning_diloco.runtime.shards import shard_dir
 from tests.doc_pages import ROOT
 from tests.runtime.job_helpers import CONFIG, Background, make_module, until
-from tests.runtime.metrics_reading import scrape
+from tests.runtime.metrics_reading import assert_equals_summary, scrape
 from tests.runtime.shard_helpers import Learner, ShardedRun, check_sharded, free_ports, is_running, sharded_run
 from tests.runtime.test_service_process import learner_process
 
@@ -46,6 +46,23 @@ def check_model(run_dir: Path, learner: Learner) -> None:
     assert not saved
 
 
+def metrics_url(run: ShardedRun) -> str:
+    lines = iter(lambda: run.process.stdout.readline().decode(), "")
+    return next(line for line in lines if line.startswith("Metrics: ")).split()[1]
+
+
+def last_scrape(run: ShardedRun, url: str) -> str:
+    """What the endpoint says before its process ends."""
+    told = ""
+    while run.process.poll() is None:
+        try:
+            told = scrape(url)
+        except OSError:
+            break
+        time.sleep(0.05)
+    return told
+
+
 def check_replay(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> dict:
     summary = json.loads((run_dir / "summary.json").read_text())
     capsys.readouterr()
@@ -58,17 +75,21 @@ def check_replay(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> dict:
 
 def test_two_learners_train_with_two_shards_and_the_model_is_put_together(tmp_path, capsys):
     run_dir = tmp_path / "run"
-    with sharded_run(run_dir) as run:
+    with sharded_run(run_dir, 2, "--metrics-port", "0") as run:
+        url = metrics_url(run)
         first, second = join_two(run)
         training = [Background(lambda: first.train(60)), Background(lambda: second.train(120))]
         training[0].result()
         first.leave()
         training[1].result()
         second.leave()
-        assert run.end() == (0, "")
+        told = last_scrape(run, url)
+        code, err = run.end()
+        assert code == 0 and [line for line in err.splitlines() if "for the last scrape" not in line] == []
     summary = check_sharded(run_dir, 2)
     assert summary["status"] == "finished" and summary["tokens"] == summary["tokens_merged"] == 180 * 16
     assert [x["learner_id"] for x in summary["learners"]] == [0, 1] and len(summary["fragments"]) == 4
+    assert_equals_summary(told, summary)
     check_model(run_dir, second)
     assert check_replay(run_dir, capsys)["merges"] > 0
     assert main(["export", str(run_dir), str(tmp_path / "model.safetensors")]) == 0
@@ -81,7 +102,8 @@ def test_two_learners_train_with_two_shards_and_the_model_is_put_together(tmp_pa
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_shard_comes_back_and_the_fragments_of_the_other_go_on_meanwhile(tmp_path, capsys, victim):
     run_dir, other = tmp_path / "run", 1 - victim
-    with sharded_run(run_dir) as run:
+    with sharded_run(run_dir, 2, "--metrics-port", "0") as run:
+        url = metrics_url(run)
         learners = join_two(run)
         stop = []
         training = [Background(lambda x=x: [x.train(10, sleep_s=0.01) for _ in iter(lambda: bool(stop), True)]) for x in learners]
@@ -100,6 +122,7 @@ def test_a_killed_shard_comes_back_and_the_fragments_of_the_other_go_on_meanwhil
         for learner, life in zip(learners, training, strict=True):
             life.result()
             learner.leave()
+        told = last_scrape(run, url)
         code, err = run.end()
         assert code == 0 and f"Shard {victim} was ended by SIGKILL" in err
     for learner, steps in zip(learners, quiet, strict=True):
@@ -111,6 +134,7 @@ def test_a_killed_shard_comes_back_and_the_fragments_of_the_other_go_on_meanwhil
         assert statistics.median(learner.step_s[steps:]) < 5 * statistics.median(learner.step_s[:steps])
     summary = check_sharded(run_dir, 2)
     assert summary["status"] == "finished" and summary["restarts"]["syncer"] == 1
+    assert_equals_summary(told, summary)
     assert [sum(line["event"] == "restart" for line in run.tape(k)) for k in range(2)] == [int(k == victim) for k in range(2)]
     assert summary["tokens_pending"] <= 1
     check_model(run_dir, learners[1])
@@ -214,7 +238,7 @@ def test_every_shard_is_behind_the_same_keys(tmp_path):
 def test_sigterm_stops_all_shards_and_another_one_the_wait_for_the_last_scrape(tmp_path):
     run_dir = tmp_path / "run"
     with sharded_run(run_dir, 2, "--metrics-port", "0") as run:
-        url = next(line for line in iter(lambda: run.process.stdout.readline().decode(), "") if line.startswith("Metrics: ")).split()[1]
+        url = metrics_url(run)
         learner = Learner(make_module(0), run.options(0))
         learner.train(60)
         scrape(url)

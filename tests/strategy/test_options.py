@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.compile import from_compiled, to_uncompiled
 
 from lightning_diloco import ConfigurationError, DecoupledDiLoCoStrategy, SyncConfig
-from lightning_diloco.runtime.keys import make_pair, trust_syncer
+from lightning_diloco.runtime.keys import admit, make_pair, trust_syncer
 from lightning_diloco.strategy import checks
 from lightning_diloco.strategy.payload import InterpreterState, Payload, load_payload, save_payload
 from tests.strategy.kit import ROOT, TinyModel, loader, quiet
@@ -61,6 +61,9 @@ def test_keys_are_a_folder_or_the_word_for_none(tmp_path):
     link = {"syncer": "tcp://10.0.0.1:5555"}
     assert DecoupledDiLoCoStrategy(**link, keys=str(tmp_path / "site")).process_options.keys == tmp_path / "site"
     assert DecoupledDiLoCoStrategy(**link, keys="insecure").process_options.keys is None
+    admit(tmp_path / "syncer", "paris", "12" * 32)
+    with pytest.raises(ConfigurationError, match="is the folder of a syncer"):
+        DecoupledDiLoCoStrategy(**link, keys=tmp_path / "syncer")
 
 
 def test_sync_options_reach_the_configuration():

@@ -8,6 +8,7 @@ the learner makes a new transport.
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ class SyncerTransport(Transport):
     """The syncer's end: two ROUTER sockets; a peer is the nonce of a learner's process.
 
     Args:
-        control_endpoint: where to listen; port 0 takes a free one.
+        control_endpoint: where to listen: an IP address, an interface by name, or ``*``; port 0 takes a free one.
         bulk_endpoint: None takes the same host and a free port (``inproc://name-bulk`` for ``inproc://name``).
         accept: see `Transport`.
         context: see `Transport`.
@@ -82,7 +83,8 @@ class SyncerTransport(Transport):
         """Open both sockets.
 
         Raises:
-            CannotListenError: an address cannot be bound.
+            CannotListenError: an address cannot be bound now.
+            ConfigurationError: a host's name stands in its place, which never can.
             LocalProtocolError: already bound or closed.
         """
         if self._bound is not None:
@@ -93,13 +95,21 @@ class SyncerTransport(Transport):
         control, control_endpoint = self._listen(context, self._wanted[0], is_bulk=False)
         try:
             self._bulk, bulk_endpoint = self._listen(context, self._wanted[1], is_bulk=True)
-        except CannotListenError:
+        except ConfigurationError:
             self._stop_watching()
             self._poller.unregister(control)
             control.close()
             raise
         self._control = control
         self._bound = (control_endpoint, bulk_endpoint)
+
+    def is_admitted(self, peer: bytes) -> bool:
+        """Whether the site that a peer came from is let in, by the last look at the folder; without keys everybody is.
+
+        Args:
+            peer: of an event; one that was not heard for so long that it is forgotten is not known to be let in.
+        """
+        return self._gate is None or self._gate.knows(peer)
 
     def close(self) -> None:
         """Close the gate, the sockets and the wake-up; idempotent. Nothing that is pending is reported."""
@@ -134,7 +144,7 @@ class SyncerTransport(Transport):
             if self._gate is not None:
                 self._watches.pop().close()
             sock.close()
-            raise CannotListenError(f"cannot listen on {endpoint}: {error}; choose a free port of this machine") from error
+            raise _cannot_listen(endpoint, error) from error
         self._poller.register(sock, zmq.POLLIN)
         # Sockets are dual-stack: an IPv4 address comes back mapped into IPv6.
         return sock, _MAPPED.sub(r"\1", sock.getsockopt_string(zmq.LAST_ENDPOINT))
@@ -328,6 +338,18 @@ class LearnerTransport(Transport):
             self.stats.bytes_up += num_bytes
         else:
             self.stats.bytes_down += num_bytes
+
+
+def _cannot_listen(endpoint: str, error: zmq.ZMQError) -> ConfigurationError:
+    """The error for an endpoint that ZeroMQ does not bind."""
+    if error.errno == errno.ENODEV:
+        # ZeroMQ asks no name service where to listen: it took the host for an interface.
+        host = endpoint.rpartition(":")[0].removeprefix("tcp://")
+        return ConfigurationError(
+            f"cannot listen on {endpoint}: {host} is no interface of this machine, and a host's name is for those who dial. Give an IP "
+            "address of this machine, the name of an interface, or * for all of them."
+        )
+    return CannotListenError(f"cannot listen on {endpoint}: {error}; choose a free port at an address of this machine")
 
 
 def _beside(control_endpoint: str) -> str:

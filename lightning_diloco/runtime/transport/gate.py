@@ -140,6 +140,14 @@ class Gate:
             del self._key_of[peers.popitem(last=False)[0]]
         return True
 
+    def knows(self, peer: bytes) -> bool:
+        """Whether a peer came with a key that is admitted.
+
+        Args:
+            peer: false for one that was forgotten (`MAX_PEERS_PER_KEY`): nothing can be told of its key any more.
+        """
+        return self._key_of.get(peer) in self._admitted
+
     def look(self) -> list[bytes]:
         """Look at the folder of admitted keys; returns the peers that are shut out from here on."""
         self._revive()
