@@ -76,7 +76,7 @@ class SyncConfig:
     """``rebase`` keeps the local progress that is not merged yet; ``overwrite`` is the paper's rule."""
     outer_lr: float = 0.7
     """Outer learning rate."""
-    outer_momentum: float = 0.9
+    outer_momentum: float = 0.8
     """Nesterov momentum of the outer optimizer, in [0, 1)."""
     outer_momentum_warmup: int = 10
     """Momentum of a fragment's v-th merge (v from 1) is min(outer_momentum, v / (v + warmup)); 0 = constant."""
