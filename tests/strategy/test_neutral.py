@@ -60,7 +60,7 @@ class Jumping(Counting):
 
 
 def test_a_last_validation_of_what_was_refused_is_not_kept(tmp_path):
-    model = Jumping(step_s=0.01)
+    model = Jumping(step_s=0.03)  # long enough for the merges after which the gate has a median, on a busy machine too
     strategy = DecoupledDiLoCoStrategy(**NEUTRAL, run_dir=tmp_path)
     trainer = Trainer(**quiet(strategy=strategy, devices=1, max_steps=96, num_sanity_val_steps=0))
     trainer.fit(model, loader(384), loader(8))
