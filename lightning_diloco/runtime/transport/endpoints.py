@@ -23,6 +23,7 @@ from .events import SYNCER, KeyRevoked
 from .frames import BULK_PREFIX, CONTROL_PREFIX, NONCE_BYTES, parse_routing_id
 from .gate import Gate
 from .handshakes import HandshakeWatch
+from .links import LinkWatch
 from .options import TransportOptions
 from .peers import Accept
 from .sockets import ConfigureSocket, make_socket
@@ -119,7 +120,7 @@ class SyncerTransport(Transport):
         if self._gate is not None and now_s >= self._look_s:
             self._look_s = now_s + _LOOK_S
             for watch in self._watches:
-                for reason in watch.failures():
+                for reason in watch.look():
                     self._gate.turned_away(reason)
             self._events += [KeyRevoked(peer) for peer in self._gate.look()]
         return woken
@@ -207,9 +208,15 @@ class LearnerTransport(Transport):
         self._look_s = 0.0
         self._mute_since_s: dict[bytes, float] = {}
         self._is_ipv6: bool | None = None  # of the one host that is dialled, once it is known
-        self._watch: HandshakeWatch | None = None
-        self.failed_handshakes: set[str] = set()
-        """What went wrong at the syncer's door so far, as `HandshakeWatch` calls it; may be read from any thread."""
+        self.control_link = LinkWatch()
+        """What is known of the control connection; as the next one it may be read from any thread."""
+        self.bulk_link = LinkWatch()
+        """What is known of the bulk connection."""
+
+    @property
+    def failed_handshakes(self) -> set[str]:
+        """What went wrong at the syncer's door so far, as `HandshakeWatch` calls it."""
+        return self.control_link.failed
 
     def connect(self) -> None:
         """Dial control; returns at once, messages wait in a bounded queue until the syncer answers.
@@ -253,20 +260,16 @@ class LearnerTransport(Transport):
         now_s = self._now()
         if now_s >= self._look_s:
             self._look_s = now_s + _LOOK_S
-            if self._watch is not None:
-                self.failed_handshakes.update(self._watch.failures())
+            self.control_link.look(now_s)
+            self.bulk_link.look(now_s)
             self._replace_mute(now_s)
         return woken
 
     def close(self) -> None:
         """Close the sockets and the wake-up; idempotent. Nothing that is pending is reported."""
-        self._stop_watching()
+        self.control_link.close()
+        self.bulk_link.close()
         super().close()
-
-    def _stop_watching(self) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.close()
 
     def _replace_mute(self, now_s: float) -> None:
         """Dial anew with a socket that takes no message any more. In one process there is nothing to dial anew."""
@@ -300,16 +303,15 @@ class LearnerTransport(Transport):
         if self._is_ipv6 is None:
             self._is_ipv6 = is_ipv6_only((split(endpoint) or ("", 0))[0])
         sock.setsockopt(zmq.IPV6, int(self._is_ipv6))
-        if prefix == CONTROL_PREFIX and endpoint.startswith("tcp://"):
-            self._stop_watching()
-            self._watch = HandshakeWatch(sock)
+        watch = HandshakeWatch(sock, is_dialling=True) if endpoint.startswith("tcp://") else None
         try:
             sock.connect(endpoint)
         except zmq.ZMQError as error:
-            if prefix == CONTROL_PREFIX:
-                self._stop_watching()
+            if watch is not None:
+                watch.close()
             sock.close()
             raise ConfigurationError(f"cannot dial {endpoint!r}: {error}; give it as tcp://host:port") from error
+        (self.bulk_link if prefix == BULK_PREFIX else self.control_link).follow(watch, endpoint, self._now())
         self._poller.register(sock, zmq.POLLIN)
         return sock
 
