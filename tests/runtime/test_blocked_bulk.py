@@ -14,6 +14,7 @@ import pytest
 
 from lightning_diloco.errors import SyncerUnavailableError
 from lightning_diloco.protocol.messages import ShardAddress
+from lightning_diloco.runtime.service import SyncerService
 from tests.runtime.job_helpers import CONFIG, Background, Job, make_module, running_job, train, until
 from tests.runtime.test_client_links import behind_proxies, resend_soon
 from tests.runtime.transport_proxy import TransportProxy
@@ -35,10 +36,11 @@ def shut_port(kind: str) -> Iterator[socket.socket]:
         yield port
 
 
-def tell_bulk(job: Job, port: int) -> None:
+def tell_bulk(service: SyncerService, port: int) -> None:
     """Let the syncer tell those who join that payloads go to another port of this machine."""
     shards = (ShardAddress(bulk_endpoint=f"tcp://127.0.0.1:{port}"),)
-    job.machine.job.options = dataclasses.replace(job.machine.job.options, shards=shards)
+    told = service._machine.job
+    told.options = dataclasses.replace(told.options, shards=shards)
 
 
 def bulk_port(job: Job) -> int:
@@ -56,7 +58,7 @@ def test_a_join_without_a_way_for_payloads_says_so_once_and_ends_with_the_same_s
     """Learner 0 founds, the other one waits for it: neither can become a member."""
     monkeypatch.setattr("lightning_diloco.runtime.link_care.SAY_S", 0.5)
     with running_job(tmp_path, "tcp") as job, shut_port(kind) as shut:
-        tell_bulk(job, shut.getsockname()[1])
+        tell_bulk(job.service, shut.getsockname()[1])
         number, start_s = shut.getsockname()[1], time.monotonic()
         with pytest.raises(SyncerUnavailableError) as caught:
             job.client(learner_id, join_timeout_s=2.0).join()
@@ -81,7 +83,7 @@ def test_what_listens_there_and_hangs_up_is_told_apart(tmp_path, caplog):
 def test_a_way_for_payloads_that_opens_later_is_used(tmp_path, monkeypatch, caplog, kind):
     monkeypatch.setattr("lightning_diloco.runtime.link_care.SAY_S", 0.5)
     with running_job(tmp_path, "tcp") as job, shut_port(kind) as port:
-        tell_bulk(job, port.getsockname()[1])
+        tell_bulk(job.service, port.getsockname()[1])
         client = job.client(0)
         join = Background(client.join)
         until(lambda: bool(said(caplog)))
@@ -166,7 +168,7 @@ def test_a_syncer_that_is_away_altogether_is_no_shut_way_for_payloads(tmp_path, 
 def test_the_real_times(tmp_path, caplog):
     """One line within ten seconds, and the end after a minute, as with a syncer that is silent."""
     with running_job(tmp_path, "tcp", CONFIG) as job, shut_port("dropped") as shut:
-        tell_bulk(job, shut.getsockname()[1])
+        tell_bulk(job.service, shut.getsockname()[1])
         start_s = time.monotonic()
         join = Background(job.client(0).join)
         until(lambda: bool(said(caplog)))

@@ -63,7 +63,7 @@ def test_a_link_is_down_since_it_was_dialled_or_lost_and_another_socket_changes_
     assert (link.is_up, link.was_up, link.down_since_s, link.failed) == (False, False, 0.0, {"handshake"})
     link.follow(monitor, HERE, 3.0)
     hear(link, monitor, 4.0, "up")
-    assert (link.is_up, link.was_up, link.down_since_s) == (True, True, math.inf)
+    assert (link.is_up, link.was_up, link.down_since_s, link.failed) == (True, True, math.inf, set())
     hear(link, monitor, 5.0, "down")
     link.follow(monitor, HERE, 6.0)
     assert (link.is_up, link.was_up, link.down_since_s) == (False, True, 5.0)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from lightning_diloco.errors import CannotListenError
-from lightning_diloco.runtime.client import LearnerClient
 from lightning_diloco.runtime.keys import SyncerKeys, admit
+from lightning_diloco.runtime.service import SyncerService
+from lightning_diloco.runtime.sharded_client import AnyClient
 from lightning_diloco.runtime.transport import ControlReceived, SyncerTransport
-from tests.runtime.job_helpers import Job, running_job, train, until
+from tests.runtime.job_helpers import running_job, train, until
 from tests.runtime.key_helpers import Keys
 from tests.runtime.test_client_links import behind_proxies
 
@@ -39,26 +40,27 @@ def _soon(monkeypatch) -> None:
     monkeypatch.setattr("lightning_diloco.runtime.link_care.REFUSED_S", 2.0)
 
 
-def train_until_fenced(client: LearnerClient, limit_s: float = 20.0) -> float:
+def train_until_fenced(client: AnyClient, step: Callable[[], None], limit_s: float = 20.0) -> float:
     """Seconds until the learner has to end."""
     start_s = time.monotonic()
     while client.fenced is None:
         assert time.monotonic() < start_s + limit_s, "it trains on"
-        train(client, 1, sleep_s=0.01)
+        step()
     return time.monotonic() - start_s
 
 
-def end_without_a_word(job: Job) -> None:
+def end_without_a_word(service: SyncerService) -> None:
     """To its learners as if it were killed."""
-    job.service.finish("failed")
-    assert job.service.join(20)
+    service.finish("failed")
+    assert service.join(20)
 
 
 @contextmanager
-def in_place_of(job: Job, keys: SyncerKeys) -> Iterator[list[ControlReceived]]:
+def in_place_of(service: SyncerService, keys: SyncerKeys) -> Iterator[list[ControlReceived]]:
     """Listen at the addresses of a syncer that has ended, as one does that is started again; gives what it hears."""
     heard: list[ControlReceived] = []
-    again = SyncerTransport(job.endpoint, job.service.bulk_endpoint, accept=lambda *_: True, keys=keys)
+    endpoint = service._transport.control_endpoint
+    again = SyncerTransport(endpoint, service.bulk_endpoint, accept=lambda *_: True, keys=keys)
     until(lambda: binds(again))
     is_over = threading.Event()
 
@@ -92,10 +94,10 @@ def test_a_site_that_is_revoked_while_its_syncer_is_down_ends_when_it_is_back(ke
         client = job.client(0, keys=site)
         client.join()
         train(client, 10)
-        end_without_a_word(job)
+        end_without_a_word(job.service)
         keys.revoke("oslo")
-        with in_place_of(job, keys.syncer) as heard:
-            assert train_until_fenced(client) >= 2.0
+        with in_place_of(job.service, keys.syncer) as heard:
+            assert train_until_fenced(client, lambda: train(client, 1, sleep_s=0.01)) >= 2.0
             assert REVOKED in str(client.fenced) and "has refused it for" in str(client.fenced)
             start_s = time.monotonic()
             client.leave("limit")
@@ -118,7 +120,7 @@ def test_a_site_that_is_revoked_while_its_link_is_down_ends_when_it_is_up(keys, 
         assert client.fenced is None, "the word that it is revoked went nowhere"
         for proxy in proxies:
             proxy.reopen()
-        train_until_fenced(client)
+        train_until_fenced(client, lambda: train(client, 1, sleep_s=0.01))
         assert REVOKED in str(client.fenced) and "has refused it for" in str(client.fenced)
 
 
@@ -131,10 +133,10 @@ def test_a_syncer_that_cannot_read_who_is_admitted_refuses_nobody_until_it_can(k
         client.join()
         syncer_keys = keys.syncer
         folder = syncer_keys.admitted
-        end_without_a_word(job)
+        end_without_a_word(job.service)
         folder.rename(aside := folder.with_name("aside"))
         folder.symlink_to(folder)  # a loop: opening it is an error, as of a disk that does not answer
-        with in_place_of(job, syncer_keys) as heard:
+        with in_place_of(job.service, syncer_keys) as heard:
             end_s = time.monotonic() + 4.0
             while time.monotonic() < end_s:
                 train(client, 1, sleep_s=0.01)
@@ -152,9 +154,9 @@ def test_a_key_that_is_admitted_again_in_time_ends_nobody(keys, run_dir):
     with running_job(run_dir, "tcp", keys=keys.syncer) as job:
         client = job.client(0, keys=site)
         client.join()
-        end_without_a_word(job)
+        end_without_a_word(job.service)
         keys.revoke("oslo")
-        with in_place_of(job, keys.syncer) as heard:
+        with in_place_of(job.service, keys.syncer) as heard:
             until(lambda: client._transport.control_link.refused_s > 20.0, 60)
             admit(keys.folder, "oslo", site.public.hex())
             until(lambda: bool(heard))

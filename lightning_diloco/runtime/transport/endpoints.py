@@ -215,7 +215,7 @@ class LearnerTransport(Transport):
 
     @property
     def failed_handshakes(self) -> set[str]:
-        """What went wrong at the syncer's door so far, as `HandshakeWatch` calls it."""
+        """What went wrong at the syncer's door since it let this learner in, as `HandshakeWatch` calls it."""
         return self.control_link.failed
 
     def connect(self) -> None:

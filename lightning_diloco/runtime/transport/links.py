@@ -38,7 +38,7 @@ class LinkWatch:
         self.down_since_s = math.inf
         """Monotonic time since which it is not up; infinite while it is, and before it is dialled."""
         self.failed: set[str] = set()
-        """What went wrong so far, as `HandshakeWatch` calls it."""
+        """What went wrong since it was up, as `HandshakeWatch` calls it."""
         self.refused_s = 0.0
         """From the first to the last refusal of the row that goes on; 0 without one."""
         self._refused_since_s = self._refused_last_s = math.nan
@@ -85,6 +85,7 @@ class LinkWatch:
         elif word == "up":
             self.is_up = self.was_up = True
             self.down_since_s = math.inf
+            self.failed.clear()
             self._break_row()
         else:
             self.failed.add(word)
