@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 
 from lightning_diloco.protocol.messages import JoinRefused
 from lightning_diloco.runtime.client_options import ClientOptions
@@ -76,9 +77,19 @@ def test_within_one_process_a_link_is_up_at_once(link):
     assert (link.is_up, link.was_up, link.down_since_s) == (True, True, math.inf)
 
 
-@pytest.mark.parametrize("breaks", ["up", "handshake", "other_syncer", "no_keys", "a pause"])
+def test_a_socket_that_does_not_say_that_it_dials_again_is_given_up(link, monitor):
+    for words, is_given_up in ((["up"], False), (["down"], True), (["again"], False), (["unknown_key", "down"], True), (["up"], False)):
+        hear(link, monitor, 1.0, *words)
+        assert link.is_given_up == is_given_up
+    hear(link, monitor, 1.0, "down")
+    link.follow(monitor, HERE, 2.0)
+    assert not link.is_given_up
+
+
+@pytest.mark.parametrize("breaks", ["up", "other_syncer", "no_keys", "a pause"])
 def test_a_row_of_refusals_grows_until_something_else_happens(link, monitor, breaks):
     assert [hear(link, monitor, t, "unknown_key", "down") for t in (10.0, 12.5, 21.0)] == [0.0, 2.5, 11.0]
+    assert hear(link, monitor, 25.0, "handshake", "down", "again") == 11.0, "a link that was cut says nothing of the key"
     assert hear(link, monitor, 30.0) == 11.0
     if breaks == "a pause":
         assert hear(link, monitor, 31.5) == 0.0
@@ -145,6 +156,25 @@ def syncer() -> Iterator[SyncerTransport]:
     syncer.bind()
     yield syncer
     syncer.close()
+
+
+def test_a_socket_that_zeromq_has_given_up_is_replaced_though_it_takes_messages(syncer):
+    """After a refusal it now and then does, into a queue that nobody empties; here it is said of a socket that is well."""
+    learner = LearnerTransport(syncer.control_endpoint, nonce=b"n" * 16, accept=lambda *_: True)
+    learner.connect()
+    learner.connect_bulk(syncer.bulk_endpoint)
+
+    def both_up() -> bool:
+        return not syncer.poll(0.02) and not learner.poll(0.02) and learner.control_link.is_up and learner.bulk_link.is_up
+
+    until(both_up)
+    before = learner._control, learner._bulk
+    for link in (learner.control_link, learner.bulk_link):
+        link.take("down", time.monotonic())
+    assert all(sock is not None and sock.poll(0, zmq.POLLOUT) for sock in before)
+    until(both_up, 6.0)
+    assert learner.stats.drops["redialled"] == 2 and learner._control is not before[0] and learner._bulk is not before[1]
+    learner.close()
 
 
 @pytest.mark.slow

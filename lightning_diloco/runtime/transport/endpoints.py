@@ -33,7 +33,7 @@ __all__ = ["LearnerTransport", "SyncerTransport"]
 _LOOK_S = 0.5
 """Seconds between two looks whether the sockets take messages, and at what failed to come about."""
 _MUTE_S = 2.0
-"""A socket that has taken none for so long is replaced."""
+"""A socket that has taken none, or was given up by ZeroMQ, for so long is replaced."""
 _MAPPED = re.compile(r"\[::ffff:([0-9.]+)\]")
 
 
@@ -171,9 +171,11 @@ class SyncerTransport(Transport):
 class LearnerTransport(Transport):
     """The learner's end: two DEALER sockets that dial and redial (50 ms to 1 s); its only peer is `SYNCER`.
 
-    ZeroMQ redials by itself when a connection ends. It does not when what it reads is not its protocol, as after a bit was turned on the
-    way: then the socket is left without a connection for ever, and shows it by taking no message. A socket that has taken none for
-    `_MUTE_S` is replaced. (One whose queue is full, after an outage of many minutes, looks alike; what is in it is out of date.)
+    ZeroMQ redials by itself when a connection ends. It does not when the other end refuses its key, or when what it reads is not its
+    protocol, as after a bit was turned on the way: then the socket is left without a connection for ever. It mostly shows it by taking no
+    message, but now and then it takes them until its queue is full; its monitor shows it by not saying that it dials again. A socket of
+    which either is so for `_MUTE_S` is replaced. (One whose queue is full, after an outage of many minutes, looks alike; what is in it is
+    out of date.)
 
     Args:
         control_endpoint: where the syncer's control socket listens.
@@ -282,7 +284,9 @@ class LearnerTransport(Transport):
             self.connect_bulk(endpoint)
 
     def _is_mute(self, sock: zmq.Socket[bytes] | None, prefix: bytes, now_s: float) -> bool:
-        if sock is None or self._control_endpoint.startswith("inproc://") or sock.poll(0, zmq.POLLOUT):
+        link = self.bulk_link if prefix == BULK_PREFIX else self.control_link
+        is_well = sock is None or self._control_endpoint.startswith("inproc://") or (sock.poll(0, zmq.POLLOUT) and not link.is_given_up)
+        if is_well:
             self._mute_since_s.pop(prefix, None)
             return False
         is_mute = now_s - self._mute_since_s.setdefault(prefix, now_s) >= _MUTE_S

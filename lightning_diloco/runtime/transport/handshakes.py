@@ -16,7 +16,7 @@ from zmq.utils.monitor import parse_monitor_message
 __all__ = ["HandshakeWatch"]
 
 _FAILED: Final = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-_LINK: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+_LINK: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
 _QUEUE: Final = 100_000
 """Events that wait at most. ZeroMQ's own thread waits for room when there are more: a syncer that is busy starting must have plenty."""
 
@@ -43,7 +43,7 @@ class HandshakeWatch:
 
         "unknown_key": refused by the syncer. "no_keys": one end has keys, the other has none. "other_syncer": does not open with the
         syncer's key. "handshake": the other end hung up. And of a socket that dials: "up": the handshake is over, messages can pass.
-        "down": the connection is gone, whether the handshake was over or not.
+        "down": the connection is gone, whether the handshake was over or not. "again": it will dial again, said right after that.
         """
         found = []
         while self._events.poll(0):
@@ -63,6 +63,8 @@ def _word(event: int, value: int) -> str:
         return "up"
     if event == zmq.EVENT_DISCONNECTED:
         return "down"
+    if event == zmq.EVENT_CONNECT_RETRIED:
+        return "again"
     if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
         return "unknown_key"
     if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:

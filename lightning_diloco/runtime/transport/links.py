@@ -2,11 +2,12 @@
 
 A link outlives its sockets: one that ZeroMQ has given up is replaced by another for the same address. It is **up** from a handshake that
 succeeded (messages can pass then, however slowly) until that connection is lost. So a link that is slow is up, and one whose port a
-firewall shuts never is.
+firewall shuts never is. When it is lost ZeroMQ dials again, or **gives the socket up** (after a refusal, or bytes that are not its
+protocol) and says nothing.
 
-A **row of refusals**: the other end refuses this site's key, at every attempt, and nothing else happens in between. A connection, another
-kind of failure, or `_ROW_GAP_S` without a refusal (nobody listens any more) break the row. A refused socket is dialled again about every
-two seconds (`LearnerTransport`), so a row has several refusals in ten seconds.
+A **row of refusals**: the other end refuses this site's key at every attempt that gets so far. A connection, an end that is no such
+syncer, or `_ROW_GAP_S` without a refusal (nobody listens any more) break the row; a handshake that was cut off does not. A refused socket
+is dialled again about every two seconds (`LearnerTransport`), so a row has several refusals in ten seconds.
 
 What a refusal is worth: whoever can answer in the syncer's place can forge it, for ZeroMQ takes that word of CURVE's handshake
 unencrypted, and before the other end has shown its key.
@@ -37,6 +38,8 @@ class LinkWatch:
         """Whether it has been up at this address."""
         self.down_since_s = math.inf
         """Monotonic time since which it is not up; infinite while it is, and before it is dialled."""
+        self.is_given_up = False
+        """Whether ZeroMQ does not dial again, as far as it has said until now: it says so a moment after the connection is lost."""
         self.failed: set[str] = set()
         """What went wrong since it was up, as `HandshakeWatch` calls it."""
         self.refused_s = 0.0
@@ -58,7 +61,7 @@ class LinkWatch:
         if endpoint != self.endpoint:
             self.endpoint, self.was_up, self.down_since_s = endpoint, False, math.inf
             self.failed.clear()
-        self.is_up = watch is None
+        self.is_up, self.is_given_up = watch is None, False
         if watch is None:
             self.was_up, self.down_since_s = True, math.inf
         else:
@@ -79,17 +82,22 @@ class LinkWatch:
             word: as `HandshakeWatch` calls it.
             now_s: when it was seen, in seconds.
         """
-        if word == "down":
-            self.is_up = False
+        if word == "again":
+            self.is_given_up = False
+        elif word == "down":
+            self.is_up, self.is_given_up = False, True
             self.down_since_s = min(self.down_since_s, now_s)
         elif word == "up":
-            self.is_up = self.was_up = True
+            self.is_up, self.was_up, self.is_given_up = True, True, False
             self.down_since_s = math.inf
             self.failed.clear()
             self._break_row()
         else:
             self.failed.add(word)
-            self._refused(now_s) if word == "unknown_key" else self._break_row()
+            if word == "unknown_key":
+                self._refused(now_s)
+            elif word != "handshake":
+                self._break_row()
 
     def close(self) -> None:
         """Stop watching; before the socket is closed. Idempotent."""
