@@ -44,6 +44,7 @@ from lightning_diloco.runtime.global_state import MomentumTracker
 from lightning_diloco.runtime.healing import Remedy, describe, is_heal_due, poisoned_fragments, tensors_of
 from lightning_diloco.runtime.learner_store import Adoption, Encode, LearnerStore
 from lightning_diloco.runtime.leaving import leave_all
+from lightning_diloco.runtime.link_care import LinkCare
 from lightning_diloco.runtime.transport import LearnerTransport
 from lightning_diloco.runtime.weights import Weights
 
@@ -100,7 +101,7 @@ class LearnerClient:
         self._transport = LearnerTransport(
             options.endpoint,
             nonce=self._nonce,
-            accept=lambda *offer: self._loop.accepts(*offer),
+            accept=lambda *offer: self._loop.offers.accepts(*offer),
             context=context,
             configure=None if options.keys is None else options.keys.configure,
         )
@@ -110,6 +111,7 @@ class LearnerClient:
             store=self._store,
             times=self._times,
             transport=self._transport,
+            links=LinkCare(self._transport, options),
             config=config,
             patience_s=self._patience_s,
             founding=options.founding,
@@ -135,7 +137,7 @@ class LearnerClient:
         Raises:
             JoinRefusedError: the syncer said no; the sentence says why.
             ShardedSyncerError: there are several shards to be joined.
-            SyncerUnavailableError: nobody answered in time.
+            SyncerUnavailableError: nobody answered in time, or there was no connection for payloads.
         """
         try:
             if self._options.counters_path is not None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError, DiLoCoError, FencedError, JoinRefusedError, LearnerIdInUseError, RemoteProtocolError
-from lightning_diloco.outer import buffer_of, payload_bytes, static_bytes
+from lightning_diloco.outer import buffer_of
 from lightning_diloco.protocol.actions import (
     Decode,
     DropPrepared,
@@ -68,6 +68,8 @@ from lightning_diloco.runtime.complaints import Complaints
 from lightning_diloco.runtime.figures import StepTimes
 from lightning_diloco.runtime.global_state import FoundingState
 from lightning_diloco.runtime.learner_store import Encode, LearnerStore, Receive
+from lightning_diloco.runtime.link_care import LinkCare
+from lightning_diloco.runtime.offers import Offers
 from lightning_diloco.runtime.outbox import Outbox
 from lightning_diloco.runtime.peer_state import PeerStates
 from lightning_diloco.runtime.reporting import Reports
@@ -91,6 +93,7 @@ class ClientLoop:
         store: LearnerStore,
         times: StepTimes,
         transport: LearnerTransport,
+        links: LinkCare,
         config: SyncConfig,
         patience_s: float,
         founding: FoundingState,
@@ -124,7 +127,9 @@ class ClientLoop:
         self.peers = PeerStates(store.layout, send=self.send, send_payload=self._send_once, wake=transport.wake)
         self.reports = Reports(machine, self.lock, times, config, self.send, store.layout)
         self.leave_again: Literal["limit", "signal", "stopped"] | None = None
+        self.links = links
         self._complaints = Complaints(_log)
+        self.offers = Offers(store.layout, config, self.peers, self._complaints)
         self._is_over = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="diloco-client", daemon=True)
@@ -219,6 +224,9 @@ class ClientLoop:
         elif not self.left.is_set():
             self.reports.tick(now_s)
             self.peers.tick(now_s)
+        refusal = self.links.tick(now_s, self.reports.heard_s, is_joined=self.joined is not None)
+        if refusal is not None:
+            self._feed(ControlReceived(envelope=self._machine.state.envelope, message=refusal))
 
     def _drain_queue(self) -> None:
         newest: Send | None = None
@@ -240,21 +248,6 @@ class ClientLoop:
             actions = self._machine.handle(event, time.monotonic())
         for action in actions:
             self._do(action)
-
-    def accepts(self, peer: bytes, data: bytes, total_bytes: int) -> bool | str:
-        """Whether memory may be given to a payload that is offered: the transport's `accept`."""
-        try:
-            _, header = decode_syncer_header(data)
-        except RemoteProtocolError as error:
-            self._complaints.add("A payload of the syncer", error)
-            return "refused"
-        if isinstance(header, StaticState):
-            return total_bytes == static_bytes(self._store.layout)
-        if isinstance(header, Publication) and header.fragment_id < len(self._store.views):
-            fragment = self._store.layout.fragments[header.fragment_id]
-            wire_dtype = "fp32" if header.parent is None else fragment.wire_dtype(self._config.wire_dtype)
-            return total_bytes == payload_bytes(fragment.num_params, wire_dtype)
-        return isinstance(header, PeerState) and self.peers.accepts(header, total_bytes)
 
     def _take(self, event: TransportEvent) -> None:
         if isinstance(event, ControlBytes):

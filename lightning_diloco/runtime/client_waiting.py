@@ -42,7 +42,7 @@ class FounderWatch:
         now_s = time.monotonic()
         if now_s >= self._due_s and self._machine.is_waiting:
             self._due_s = now_s + COMPLAIN_S
-            text = "%s waits for learner 0 to found the job, for %.0f s now: start that learner if it is not running."
+            text = "%s waits for learner 0 to found the job, for %.0f s now: start that learner if it is not running, or read what it says."
             _log.warning(text, self._name, now_s - self._begun_s)
 
 
@@ -51,15 +51,17 @@ def wait_for_join(
 ) -> None:
     """Wait until the learner is a member. A syncer that answers is waited for without limit: a slow founder may need minutes.
 
+    Unless there is no way for payloads: without one nobody becomes a member (`link_care`).
+
     Args:
         loop: started, and `Hello` is said.
         transport: the loop's.
         options: of this process.
-        patience_s: silence of the syncer after which it is given up.
+        patience_s: silence of the syncer, or time without any connection for payloads, after which it is given up.
         looks: called again and again meanwhile; what they raise ends the wait.
 
     Raises:
-        DiLoCoError: the syncer said no, is silent, or has several shards (`ShardedSyncerError`).
+        DiLoCoError: the syncer said no, is silent, cannot be reached with payloads, or has several shards (`ShardedSyncerError`).
     """
     while not loop.settled.wait(0.05):
         for look in looks:
@@ -67,6 +69,8 @@ def wait_for_join(
         if time.monotonic() - loop.reports.heard_s > patience_s:
             why = explain(transport.failed_handshakes, options.keys)
             raise SyncerUnavailableError(f"No syncer answered at {options.endpoint} for {patience_s:g} s. {why}")
+        if loop.links.blocked_s > patience_s:
+            raise SyncerUnavailableError(f"There was no connection for payloads for {patience_s:g} s. {loop.links.why_blocked}")
     if loop.fatal is not None:
         raise loop.fatal
     if loop.sharded is not None:

@@ -80,8 +80,8 @@ def test_connections_that_break_again_and_again_lose_nothing_and_stop_nobody(tmp
     with running_job(tmp_path, "tcp", config) as job, behind_proxies(job) as proxies:
         clients = [job.client(i, make_module(i), endpoint=f"tcp://127.0.0.1:{proxies[0].port}") for i in range(2)]
         for client in clients:
-            _resend_soon(client._loop._transport)
-        _resend_soon(job.service._transport)
+            resend_soon(client._loop._transport)
+        resend_soon(job.service._transport)
         for join in [Background(client.join) for client in clients]:
             join.result()
         runs = [Background(lambda c=client: train(c, 500, sleep_s=0.006)) for client in clients]
@@ -110,7 +110,7 @@ def test_connections_that_break_again_and_again_lose_nothing_and_stop_nobody(tmp
     assert summary["merges"] > 50
 
 
-def _resend_soon(transport: Any) -> None:
+def resend_soon(transport: Any) -> None:
     """What was lost is offered again after half a second instead of five."""
     options = transport._options
     for target in (options, *(p for p in transport._outgoing.values())):
@@ -124,7 +124,7 @@ def test_a_learner_without_its_syncer_goes_on_says_so_and_is_back_when_the_link_
     with running_job(tmp_path, "tcp", config) as job, behind_proxies(job) as proxies:
         client = job.client(0, endpoint=f"tcp://127.0.0.1:{proxies[0].port}")
         client.join()
-        _resend_soon(client._loop._transport)
+        resend_soon(client._loop._transport)
         train(client, 20)
         for proxy in proxies:
             proxy.cut(stay_closed=True)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -100,6 +100,50 @@ def test_a_syncer_with_keys_goes_on_at_the_same_ports_and_its_secret_is_nowhere(
     written = shown + b"".join(path.read_bytes() for path in [*run_dir.rglob("*"), log, learner_log] if path.is_file())
     assert len(written) > 10_000 and str(keys.folder).encode() in written
     assert [secret for secret in keys.secrets() if secret in written] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_site_that_is_revoked_while_the_syncer_is_killed_ends_when_it_goes_on(tmp_path):
+    keys = Keys(tmp_path / "keys")
+    run_dir, log, port = tmp_path / "run", tmp_path / "syncer.log", two_free_ports()
+    logs = {name: tmp_path / f"{name}.log" for name in ("paris", "oslo")}
+    wishes = [
+        {
+            "endpoint": f"tcp://127.0.0.1:{port}",
+            "config": CONFIG,
+            "learner_id": learner_id,
+            "width": 8,
+            "steps": steps,
+            "sleep_s": 0.02,
+            "run_dir": str(run_dir),
+            "keys": str(keys.site_folder(name)),
+        }
+        for learner_id, (name, steps) in enumerate({"paris": 3000, "oslo": 1_000_000}.items())
+    ]
+    for name in logs:
+        keys.site(name)
+    with ExitStack() as stack:
+        first = stack.enter_context(syncer(log, port, keys, "--run-dir", str(run_dir)))
+        wait_ready(run_dir, first.pid)
+        paris, oslo = (
+            stack.enter_context(process(logs[name], "tests.runtime.job_learner", json.dumps(wish)))
+            for name, wish in zip(logs, wishes, strict=True)
+        )
+        until(lambda: {line["learner_id"] for line in load_tape(run_dir / "tape.jsonl") if line["event"] == "contribution"} == {0, 1}, 60)
+        first.kill()
+        first.wait()
+        revoke = [sys.executable, "-m", "lightning_diloco", "keygen", str(keys.folder), "--revoke", "oslo"]
+        assert subprocess.run(revoke, capture_output=True, timeout=60).returncode == 0
+        second = stack.enter_context(syncer(log, port, keys, "--resume", str(run_dir)))
+        wait_ready(run_dir, second.pid)
+        assert oslo.wait(70) != 0
+        assert paris.poll() is None
+        assert paris.wait(120) == 0, logs["paris"].read_text()
+        assert second.wait(60) == 0, log.read_text()
+    assert "FencedError: key_revoked: The key of this site was revoked" in logs["oslo"].read_text()
+    summary = check_run(run_dir)
+    assert [x["learner_id"] for x in summary["learners"]] == [0, 1] and summary["learners"][0]["tokens"] == 3000 * 16
 
 
 def test_beyond_loopback_without_keys_only_if_it_is_said(tmp_path):

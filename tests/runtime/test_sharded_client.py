@@ -44,7 +44,8 @@ class Shards:
             self.folders[shard].mkdir()
             fields = {"run_dir": self.folders[shard], "bind": f"inproc://{folder.name}-{shard}", "supervised": True} | options
             service = SyncerService(
-                ServiceOptions(shard=shard, num_shards=num_shards, shard_endpoints=() if shard else tuple(told), **fields), self.context
+                ServiceOptions(shard=shard, num_shards=num_shards, shard_endpoints=() if shard else tuple(told), **fields),
+                None if "keys" in options else self.context,  # one context has room for one syncer that asks who is admitted
             )
             told.append(service.start())
             self.services.append(service)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import threading
 from typing import Self
 
@@ -15,10 +16,19 @@ class TransportProxy:
         target_port: on 127.0.0.1.
         bytes_per_s: limit per connection and direction; None for none.
         delay_s: added to every piece on its way, each direction.
+        listener: a bound socket to listen at; None takes a free port.
     """
 
-    def __init__(self, target_port: int, *, bytes_per_s: float | None = None, delay_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        target_port: int,
+        *,
+        bytes_per_s: float | None = None,
+        delay_s: float = 0.0,
+        listener: socket.socket | None = None,
+    ) -> None:
         self._target_port = target_port
+        self._listener = listener
         self.bytes_per_s = bytes_per_s
         self.delay_s = delay_s
         self.is_open = True
@@ -69,7 +79,10 @@ class TransportProxy:
 
     async def _main(self) -> None:
         self._end = asyncio.Event()
-        listener = await asyncio.start_server(self._on_connection, "127.0.0.1", 0)
+        if self._listener is None:
+            listener = await asyncio.start_server(self._on_connection, "127.0.0.1", 0)
+        else:
+            listener = await asyncio.start_server(self._on_connection, sock=self._listener)
         self.port = listener.sockets[0].getsockname()[1]
         self._is_ready.set()
         await self._end.wait()

@@ -24,6 +24,7 @@ from .events import SYNCER, KeyRevoked
 from .frames import BULK_PREFIX, CONTROL_PREFIX, NONCE_BYTES, parse_routing_id
 from .gate import Gate
 from .handshakes import HandshakeWatch
+from .links import LinkWatch
 from .options import TransportOptions
 from .peers import Accept
 from .sockets import ConfigureSocket, make_socket
@@ -33,7 +34,7 @@ __all__ = ["LearnerTransport", "SyncerTransport"]
 _LOOK_S = 0.5
 """Seconds between two looks whether the sockets take messages, and at what failed to come about."""
 _MUTE_S = 2.0
-"""A socket that has taken none for so long is replaced."""
+"""A socket that has taken none, or was given up by ZeroMQ, for so long is replaced."""
 _MAPPED = re.compile(r"\[::ffff:([0-9.]+)\]")
 
 
@@ -129,7 +130,7 @@ class SyncerTransport(Transport):
         if self._gate is not None and now_s >= self._look_s:
             self._look_s = now_s + _LOOK_S
             for watch in self._watches:
-                for reason in watch.failures():
+                for reason in watch.look():
                     self._gate.turned_away(reason)
             self._events += [KeyRevoked(peer) for peer in self._gate.look()]
         return woken
@@ -180,9 +181,11 @@ class SyncerTransport(Transport):
 class LearnerTransport(Transport):
     """The learner's end: two DEALER sockets that dial and redial (50 ms to 1 s); its only peer is `SYNCER`.
 
-    ZeroMQ redials by itself when a connection ends. It does not when what it reads is not its protocol, as after a bit was turned on the
-    way: then the socket is left without a connection for ever, and shows it by taking no message. A socket that has taken none for
-    `_MUTE_S` is replaced. (One whose queue is full, after an outage of many minutes, looks alike; what is in it is out of date.)
+    ZeroMQ redials by itself when a connection ends. It does not when the other end refuses its key, or when what it reads is not its
+    protocol, as after a bit was turned on the way: then the socket is left without a connection for ever. It mostly shows it by taking no
+    message, but now and then it takes them until its queue is full; its monitor shows it by not saying that it dials again. A socket of
+    which either is so for `_MUTE_S` is replaced. (One whose queue is full, after an outage of many minutes, looks alike; what is in it is
+    out of date.)
 
     Args:
         control_endpoint: where the syncer's control socket listens.
@@ -217,9 +220,15 @@ class LearnerTransport(Transport):
         self._look_s = 0.0
         self._mute_since_s: dict[bytes, float] = {}
         self._is_ipv6: bool | None = None  # of the one host that is dialled, once it is known
-        self._watch: HandshakeWatch | None = None
-        self.failed_handshakes: set[str] = set()
-        """What went wrong at the syncer's door so far, as `HandshakeWatch` calls it; may be read from any thread."""
+        self.control_link = LinkWatch()
+        """What is known of the control connection; as the next one it may be read from any thread."""
+        self.bulk_link = LinkWatch()
+        """What is known of the bulk connection."""
+
+    @property
+    def failed_handshakes(self) -> set[str]:
+        """What went wrong at the syncer's door since it let this learner in, as `HandshakeWatch` calls it."""
+        return self.control_link.failed
 
     def connect(self) -> None:
         """Dial control; returns at once, messages wait in a bounded queue until the syncer answers.
@@ -263,20 +272,16 @@ class LearnerTransport(Transport):
         now_s = self._now()
         if now_s >= self._look_s:
             self._look_s = now_s + _LOOK_S
-            if self._watch is not None:
-                self.failed_handshakes.update(self._watch.failures())
+            self.control_link.look(now_s)
+            self.bulk_link.look(now_s)
             self._replace_mute(now_s)
         return woken
 
     def close(self) -> None:
         """Close the sockets and the wake-up; idempotent. Nothing that is pending is reported."""
-        self._stop_watching()
+        self.control_link.close()
+        self.bulk_link.close()
         super().close()
-
-    def _stop_watching(self) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.close()
 
     def _replace_mute(self, now_s: float) -> None:
         """Dial anew with a socket that takes no message any more. In one process there is nothing to dial anew."""
@@ -289,7 +294,9 @@ class LearnerTransport(Transport):
             self.connect_bulk(endpoint)
 
     def _is_mute(self, sock: zmq.Socket[bytes] | None, prefix: bytes, now_s: float) -> bool:
-        if sock is None or self._control_endpoint.startswith("inproc://") or sock.poll(0, zmq.POLLOUT):
+        link = self.bulk_link if prefix == BULK_PREFIX else self.control_link
+        is_well = sock is None or self._control_endpoint.startswith("inproc://") or (sock.poll(0, zmq.POLLOUT) and not link.is_given_up)
+        if is_well:
             self._mute_since_s.pop(prefix, None)
             return False
         is_mute = now_s - self._mute_since_s.setdefault(prefix, now_s) >= _MUTE_S
@@ -310,16 +317,15 @@ class LearnerTransport(Transport):
         if self._is_ipv6 is None:
             self._is_ipv6 = is_ipv6_only((split(endpoint) or ("", 0))[0])
         sock.setsockopt(zmq.IPV6, int(self._is_ipv6))
-        if prefix == CONTROL_PREFIX and endpoint.startswith("tcp://"):
-            self._stop_watching()
-            self._watch = HandshakeWatch(sock)
+        watch = HandshakeWatch(sock, is_dialling=True) if endpoint.startswith("tcp://") else None
         try:
             sock.connect(endpoint)
         except zmq.ZMQError as error:
-            if prefix == CONTROL_PREFIX:
-                self._stop_watching()
+            if watch is not None:
+                watch.close()
             sock.close()
             raise ConfigurationError(f"cannot dial {endpoint!r}: {error}; give it as tcp://host:port") from error
+        (self.bulk_link if prefix == BULK_PREFIX else self.control_link).follow(watch, endpoint, self._now())
         self._poller.register(sock, zmq.POLLIN)
         return sock
 

@@ -7,7 +7,8 @@ peer, which is the nonce of a process, belongs to the key that it first came wit
 
 The folder of admitted keys is looked at twice a second, not per message. What it loses is revoked, what it gains is let in. A revocation
 cannot be taken back for the learners that it ends, so two things are none: a folder that cannot be read is as it was, and a file that
-cannot be taken (half written, say) counts as before for `DOUBT_LOOKS` more looks.
+cannot be taken (half written, say) counts as before for `DOUBT_LOOKS` more looks. As long as the folder has never been read nobody is
+let in, and nobody is told that his key is unknown: a learner takes that for a revocation when it lasts (`runtime.link_care`).
 
 A connection that is refused tells its key to the authenticator if it has one; those without, or with another syncer's in mind, fail before
 and are seen by `handshakes` only. All are counted, and told in the log at most every `COMPLAIN_S`, by reason.
@@ -66,6 +67,7 @@ class Gate:
         self._peers: dict[str, OrderedDict[bytes, None]] = {}
         self._strangers: deque[str] = deque(maxlen=16)
         self._complaints: dict[str, Complaints] = {}
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._authenticator: ThreadAuthenticator | None = None
         self._read()
 
@@ -79,7 +81,12 @@ class Gate:
         sock.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
 
     def start(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        """Begin to answer; before the sockets listen."""
+        """Begin to answer; before the sockets listen. If it is not known yet who is admitted, that is put off: see above."""
+        self._context = context
+        if self._seen is not None:
+            self._answer(context)
+
+    def _answer(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.configure_curve_callback(_DOMAIN, self)
         self._authenticator.start()
@@ -206,16 +213,17 @@ class Gate:
         self._admitted = {key: name for name, key in sites.items()}
 
     def _revive(self) -> None:
-        """Replace an authenticator whose thread has ended: nobody would come in any more."""
-        ended = self._authenticator
-        if ended is None or ended.is_alive():
+        """Begin to answer where that was put off; replace an authenticator whose thread has ended: nobody would come in any more."""
+        before, context = self._authenticator, self._context
+        if context is None or self._seen is None or (before is not None and before.is_alive()):
             return
-        self._complain("authenticator", "The thread that answers whether a key is admitted has ended; another one takes its place")
+        if before is not None:
+            self._complain("authenticator", "The thread that answers whether a key is admitted has ended; another one takes its place")
         try:
             self.stop()
-            self.start(ended.context)
+            self._answer(context)
         except (zmq.ZMQError, OSError, RuntimeError) as error:
-            self._authenticator = self._authenticator or ended  # tried again at the next look
+            self._authenticator = self._authenticator or before  # tried again at the next look
             self._complain("authenticator again", f"It cannot be started now ({error}): until then no new connection is let in")
 
     def _refuse(self, reason: str, what: str, why: str) -> bool:

@@ -27,6 +27,9 @@ _ENCRYPTED_BYTES = 64
 """ZeroMQ applies its limit to what is on the wire: CURVE adds 33 bytes to each part of a message."""
 _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 1000
+_CONNECT_MS = 10_000
+"""An attempt to connect is given up after so long and another one begins. Where a firewall drops what comes, the operating system would ask
+more and more seldom, for two minutes: a port that is opened then would be noticed up to a minute late."""
 
 
 def make_socket(
@@ -65,6 +68,7 @@ def make_socket(
     else:
         sock.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         sock.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
+        sock.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_MS)
     if configure is not None:
         configure(sock)
     return sock
