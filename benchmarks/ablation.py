@@ -61,7 +61,7 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "H = P = 8, outer_lr 0.4, v / (v + 15), at most 0.9": [*SHORT, "+strategy.outer_momentum=0.9"],
         "H = P = 8, outer_lr 0.4, v / (v + 15), at most 0.7": [*SHORT, "+strategy.outer_momentum=0.7"],
     },
-    "wire": {"bf16 (default)": [], **{wire: [f"strategy.wire_dtype={wire}"] for wire in ("fp32", "int4")}},
+    "wire": {"bf16 (default)": [], **{wire: [f"strategy.wire_dtype={wire}"] for wire in ("int4", "fp32")}},
     "events": {
         "nothing, K = 4": [],
         "nothing, K = 1": ["strategy.min_quorum=1"],
