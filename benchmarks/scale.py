@@ -72,7 +72,7 @@ def main() -> int:
             print(f"... {name}", flush=True)
             rows[name] = run(arguments, ms)
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+            arguments.json.write_text(json.dumps(rows) + "\n")
     return report([rows[name] for name in names])
 
 
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace, step_ms: int) -> dict[str, Any]:
         "step_s": step_ms / 1e3,
         "rounds_per_s": statistics.mean(rate for row in rows for rate in row["rounds_per_s"]),
         "steps_per_s": statistics.mean(row["steps_per_s"] for row in rows),
-        "answers_s": [answer_s for row in rows for answer_s in row["answers_s"]],
+        "answers_s": [round(answer_s, 5) for row in rows for answer_s in row["answers_s"]],
         "participation": [learner["participation"] for learner in summary["learners"]],
         "mean_members": summary["mean_members"],
         "syncer_busy": spent_s / arguments.seconds,
