@@ -6,7 +6,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,18 +22,6 @@ from tests.runtime.job_raw_peer import RawPeer
 from tests.runtime.key_helpers import Keys, transport_with
 from tests.runtime.transport_proxy import TransportProxy
 from tests.tape_checker import load_tape
-
-
-@pytest.fixture
-def keys(tmp_path) -> Keys:
-    return Keys(tmp_path / "keys")
-
-
-@pytest.fixture
-def run_dir(tmp_path) -> Path:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    return folder
 
 
 @contextmanager

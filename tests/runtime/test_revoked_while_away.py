@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -16,22 +15,9 @@ from lightning_diloco.runtime.service import SyncerService
 from lightning_diloco.runtime.sharded_client import AnyClient
 from lightning_diloco.runtime.transport import ControlReceived, SyncerTransport
 from tests.runtime.job_helpers import running_job, train, until
-from tests.runtime.key_helpers import Keys
 from tests.runtime.test_client_links import behind_proxies
 
 REVOKED = "key_revoked: The key of this site was revoked"
-
-
-@pytest.fixture
-def keys(tmp_path) -> Keys:
-    return Keys(tmp_path / "keys")
-
-
-@pytest.fixture
-def run_dir(tmp_path) -> Path:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    return folder
 
 
 @pytest.fixture
