@@ -32,7 +32,7 @@ class Row:
     """What the modules of one layer may import."""
 
     ours: tuple[str, ...] = ()
-    """Our layers, beside the layer itself, `errors` and `config`."""
+    """Our layers, beside the layer itself and `FOR_ALL`."""
     outside: tuple[str, ...] | None = ()
     """Top-level packages beside the standard library; None: any."""
     never: tuple[str, ...] = ()
@@ -42,6 +42,7 @@ class Row:
 LAYERS = {
     "errors": Row(),
     "config": Row(),
+    "shallow_json": Row(),
     "protocol": Row(outside=("msgspec",), never=IMPURE),
     "outer": Row(outside=("torch",), never=("socket", "threading", "time")),
     "metrics": Row(
@@ -57,7 +58,7 @@ LAYERS = {
 }
 """`recipes/` lies outside the package, may import everything, and is in no row's reach."""
 
-FOR_ALL = ("errors", "config")
+FOR_ALL = ("errors", "config", "shallow_json")
 
 
 def imported_names(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:

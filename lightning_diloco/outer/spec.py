@@ -26,6 +26,7 @@ from typing import Any, Literal, cast
 
 from lightning_diloco.errors import ConfigurationError, RemoteProtocolError
 from lightning_diloco.outer._dtypes import PARAMETER_DTYPES, STATIC_DTYPES
+from lightning_diloco.shallow_json import read_shallow_json
 
 __all__ = ["Fragment", "FragmentKind", "Layout", "MergeRule", "StaticKind", "TensorSlice", "TensorSpec"]
 
@@ -260,10 +261,10 @@ class Layout:
         if len(data) > max_bytes:
             raise RemoteProtocolError("oversized", f"A layout of {len(data)} bytes: at most {max_bytes} are read.")
         try:
-            layout = _parse(json.loads(bytes(data).decode("ascii")))
+            layout = _parse(read_shallow_json(bytes(data).decode("ascii")))
             canonical = layout.to_bytes()
-        # RecursionError: brackets nested thousands deep; TypeError and ValueError: a list where the unpacking wants another.
-        except (ConfigurationError, ValueError, TypeError, RecursionError) as error:
+        # TypeError and ValueError: a list where the unpacking wants another.
+        except (ConfigurationError, ValueError, TypeError) as error:
             raise RemoteProtocolError("wrong_layout", f"These bytes are not a layout: {str(error)[:500]}") from None
         if canonical != data:
             raise RemoteProtocolError("wrong_layout", "These bytes are not the canonical encoding of their layout.")

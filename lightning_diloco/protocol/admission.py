@@ -7,8 +7,6 @@ with another one is refused with the field's name. A live learner's id is refuse
 
 from __future__ import annotations
 
-import json
-
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.protocol.actions import BeginFounding, CloseSession, Reply, SyncerAction, Tape, TransmitStatic
@@ -35,6 +33,7 @@ from lightning_diloco.protocol.messages import (
 from lightning_diloco.protocol.publisher import Current
 from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, JobRecord, JoinRecord, LeaveRecord
 from lightning_diloco.protocol.rounds import Rounds
+from lightning_diloco.shallow_json import read_shallow_json
 
 __all__ = ["FENCED", "Admission"]
 
@@ -395,6 +394,6 @@ class Admission:
 def read_config(data: bytes) -> SyncConfig | str:
     """The configuration in a hello, or the sentence that says why it cannot be read."""
     try:
-        return SyncConfig.from_options(json.loads(data))
-    except (ConfigurationError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        return SyncConfig.from_options(read_shallow_json(data.decode()))
+    except (ConfigurationError, TypeError, ValueError, AttributeError, OverflowError) as error:
         return f"The configuration cannot be read: {error}"[:1000]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +58,7 @@ from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES, Closed, Measured, S
 from lightning_diloco.runtime.tape import TapeWriter
 from lightning_diloco.runtime.telling import package_versions, sentence
 from lightning_diloco.runtime.transport import SyncerTransport
+from lightning_diloco.shallow_json import read_shallow_json
 
 __all__ = ["Performer"]
 
@@ -234,7 +234,7 @@ class Performer:
             return None
         try:
             layout = Layout.from_bytes(message.layout, max_bytes=MAX_LAYOUT_BYTES)
-            config = SyncConfig.from_options(json.loads(founder.config))
+            config = SyncConfig.from_options(read_shallow_json(founder.config.decode()))
         except (RemoteProtocolError, ConfigurationError, TypeError, ValueError) as error:
             return str(error)
         sizes = tuple((f.fragment_id, f.num_params, f.kind) for f in message.fragments)
