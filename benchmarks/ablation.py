@@ -48,18 +48,19 @@ TABLES: dict[str, dict[str, list[str]]] = {
     },
     "outer_lr": {"0.7 (default)": [], **{f"{lr}": [f"+strategy.outer_lr={lr}"] for lr in (0.3, 0.5, 1.0)}},
     "momentum": {
-        "v / (v + 5), at most 0.9 (default)": [],
+        "v / (v + 10), at most 0.8 (default)": [],
         "none": ["+strategy.outer_momentum=0"],
         **{f"constant {mu}": [f"+strategy.outer_momentum={mu}", "+strategy.outer_momentum_warmup=0"] for mu in (0.6, 0.9)},
-        **{f"v / (v + {k})": [f"+strategy.outer_momentum_warmup={k}"] for k in (3, 10, 20)},
+        **{f"v / (v + {k}), at most 0.8": [f"+strategy.outer_momentum_warmup={k}"] for k in (3, 5, 20)},
+        "v / (v + 5), at most 0.9 (the former default)": ["+strategy.outer_momentum=0.9", "+strategy.outer_momentum_warmup=5"],
     },
     "interval": {
         "H = 24, P = 20 (default)": [],
         **{f"H = {h}, P = {min(20, h)}": [f"strategy.sync_interval_steps={h}", f"strategy.num_fragments={h}"] for h in (8, 48, 96)},
         "H = 24, P = 8": ["strategy.num_fragments=8"],
         "H = 8, P = 20": ["strategy.sync_interval_steps=8"],
-        "H = P = 8, outer_lr 0.4, v / (v + 15), at most 0.9": [*SHORT, "+strategy.outer_momentum=0.9"],
-        "H = P = 8, outer_lr 0.4, v / (v + 15), at most 0.7": [*SHORT, "+strategy.outer_momentum=0.7"],
+        "H = P = 8, at most 0.9": ["strategy.sync_interval_steps=8", "strategy.num_fragments=8", "+strategy.outer_momentum=0.9"],
+        **{f"H = P = 8, outer_lr 0.4, v / (v + 15), at most {mu}": [*SHORT, f"+strategy.outer_momentum={mu}"] for mu in (0.9, 0.8, 0.7)},
     },
     "wire": {"bf16 (default)": [], **{wire: [f"strategy.wire_dtype={wire}"] for wire in ("int4", "fp32")}},
     "events": {
