@@ -1,11 +1,12 @@
 """What outer synchronization costs the training thread: throughput with it on and off in turns, and the time of every boundary.
 
-    .venv/bin/python benchmarks/stall.py [--params 1 25 100] [--blocks N] [--json FILE]
+    .venv/bin/python benchmarks/stall.py [--params 1 25 100] [--blocks N] [--times N] [--json FILE]
 
 One learner is pinned to one core and the syncer to another one; the learner's background thread shares the core of its training thread, as
 it may in the worst case. Outer synchronization is on and off in turns, in blocks of 20 inner steps of one run. While it is off the learner
 is paused and no boundary is passed. It saves its inner optimizer state as the learners of a supervised job do. The first two steps of a
-block are left out: what was on its way ends there.
+block are left out: what was on its way ends there. A batch is 16, 2 or 1 windows of 64 bytes (by size), or `--times` as many: what is
+exchanged does not grow with it.
 
 | figure | what |
 |---|---|
@@ -63,25 +64,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", nargs="*", type=int, choices=list(MODELS), default=list(MODELS), help="millions of parameters")
     parser.add_argument("--blocks", type=int, default=6, help="blocks with and as many without, at least 3 (default 6)")
+    parser.add_argument("--times", type=int, default=1, metavar="N", help="so many times the windows in a batch (default 1)")
     parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "stall.json", metavar="FILE", help="rows so far")
     parser.add_argument("--learner", nargs=2, metavar=("ENDPOINT", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.blocks < 3:
         parser.error(f"--blocks {arguments.blocks}: at least 3, so that there are two with others around them.")
     if arguments.learner:
-        learn(arguments.learner[0], Path(arguments.learner[1]), arguments.params[0], arguments.blocks)
+        learn(arguments.learner[0], Path(arguments.learner[1]), arguments.params[0], arguments.blocks, arguments.times)
         return 0
     rows: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     for size in arguments.params:
-        name = f"{size} M, {arguments.blocks} blocks"
+        name = f"{size} M, {arguments.times * MODELS[size]['batch']} windows, {arguments.blocks} blocks"
         if name not in rows:
-            rows[name] = run(size, arguments.blocks)
+            rows[name] = run(size, arguments.blocks, arguments.times)
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     return report(rows)
 
 
-def run(size: int, blocks: int) -> dict[str, Any]:
+def run(size: int, blocks: int, times: int) -> dict[str, Any]:
     """One model: a syncer and a learner, each on its core."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
@@ -98,7 +100,8 @@ def run(size: int, blocks: int) -> dict[str, Any]:
                 raise SystemExit("The syncer did not say its address.")
             out = Path(folder) / "row.json"
             learner = ["taskset", "-c", str(cores[0]), sys.executable, __file__, "--learner", found.group(), str(out)]
-            subprocess.run([*learner, "--params", str(size), "--blocks", str(blocks)], check=True, cwd=folder, stdout=subprocess.DEVNULL)
+            options = ["--params", str(size), "--blocks", str(blocks), "--times", str(times)]
+            subprocess.run([*learner, *options], check=True, cwd=folder, stdout=subprocess.DEVNULL)
             syncer.wait(60)
             row: dict[str, Any] = json.loads(out.read_text())
         finally:
@@ -108,8 +111,8 @@ def run(size: int, blocks: int) -> dict[str, Any]:
     return row
 
 
-def job(size: int) -> tuple[Any, Any]:
-    """Module and data of a size in millions of parameters."""
+def job(size: int, times: int = 1) -> tuple[Any, Any]:
+    """Module and data of a size in millions of parameters, with so many times its windows in a batch."""
     from lightning.pytorch import seed_everything
 
     from recipes.gpt_text.data import TextData
@@ -117,17 +120,17 @@ def job(size: int) -> tuple[Any, Any]:
 
     seed_everything(0, verbose=False)
     options: dict[str, Any] = dict(MODELS[size])
-    data = TextData(context=64, batch_size=options.pop("batch"))
+    data = TextData(context=64, batch_size=times * options.pop("batch"))
     return GPTText(**options, context=64, learning_rate=1e-3), data
 
 
-def learn(endpoint: str, out: Path, size: int, blocks: int) -> None:
+def learn(endpoint: str, out: Path, size: int, blocks: int, times: int) -> None:
     """The learner's process: train, measure, write the row."""
     from lightning.pytorch import Callback, Trainer
 
     from lightning_diloco import DecoupledDiLoCoStrategy
 
-    module, data = job(size)
+    module, data = job(size, times)
     # With a run directory it saves its inner optimizer state, as a learner of a supervised job does.
     strategy = DecoupledDiLoCoStrategy(syncer=endpoint, run_dir=out.with_name("learner"))
     watch = Watch(blocks)

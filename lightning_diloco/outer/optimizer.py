@@ -221,15 +221,16 @@ def recovered_momentum(
         after: theta after all steps, flat float32 [N]; stays as it is.
         lr: outer learning rate of the steps, above 0.
         momenta: mu of each step, in [0, 1); at least one.
-        out: where to put the result; None allocates.
+        out: where to put the result, other memory than the three above; None allocates.
 
     Returns:
         b', flat float32 [N], up to the rounding of the difference (that of the wire dtype, where it came over the wire).
     """
     require_flat(before, buffer.numel(), "before")
     require_flat(after, buffer.numel(), "after")
-    step = torch.sub(before, after).mul_(1.0 / (lr * len(momenta)))
     new = torch.empty_like(buffer) if out is None else out
+    # Of one step the difference lies where the result is to be: memory of its own for it costs more than the arithmetic.
+    step = torch.sub(before, after, out=new if len(momenta) == 1 else None).mul_(1.0 / (lr * len(momenta)))
     for momentum in momenta:
         torch.lerp(buffer, step, 1.0 / (1.0 + momentum), out=new)
         buffer = new

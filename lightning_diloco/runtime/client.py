@@ -202,6 +202,8 @@ class LearnerClient:
         self._exchange(heals=heals)
         if self.on_boundary is not None:
             self.on_boundary()
+        # Last: where the threads share a core, who is woken earlier runs in the middle of a copy.
+        self._loop.wake()
         self._times.step(time.monotonic() - start_s)
 
     def _exchange(self, *, heals: bool) -> None:
@@ -244,7 +246,6 @@ class LearnerClient:
                 self._loop.later(self._store.snapshot(item))
             elif isinstance(action, Heal) and isinstance(item, Remedy):
                 self._heal(action, item)
-        self._loop.wake()
 
     @property
     def is_heal_due(self) -> bool:
@@ -323,6 +324,7 @@ class LearnerClient:
         with self._loop.lock:
             work = self._hand_over(self._machine.handle(event, time.monotonic()))
         self._perform(work)
+        self._loop.wake()
 
     def close(self) -> None:
         """Stop the background thread and close the sockets; short, idempotent, never raises."""

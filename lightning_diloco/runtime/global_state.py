@@ -122,7 +122,7 @@ class MomentumTracker:
             before: this part of the last version seen, flat float32.
             after: this part of the new version, flat float32.
             momenta: see above; at least one.
-            out: flat float32 of the same size.
+            out: flat float32 of the same size, other memory than the buffer.
         """
         recovered_momentum(self._buffers[fragment_id][part], before, after, lr=self._config.outer_lr, momenta=momenta, out=out)
 

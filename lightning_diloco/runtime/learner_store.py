@@ -124,10 +124,12 @@ class LearnerStore:
         self._published: list[Tensor | None] = [None] * count
         self._prepared: list[Adoption | None] = [None] * count
         self._payloads: dict[tuple[int, int], Tensor] = {}
-        # A fragment on its way takes a snapshot, a version, its momentum and a difference, and gives as many back.
+        # A fragment on its way takes a snapshot, a version, its momentum and a difference, and gives as many back. As much again, of an
+        # average one, is for those of another size, whose turn comes once in an interval.
         due = math.ceil(count / config.sync_interval_steps)
         self._copies = DeviceCopies.of(self.views)
-        self._memory = Pool(4 * 4 * sum(sorted(view.num_params for view in self.views)[-due:]))
+        sizes = sorted(view.num_params for view in self.views)
+        self._memory = Pool(4 * 4 * (sum(sizes[-due:]) + due * math.ceil(sum(sizes) / count)))
         self._versions = [0] * count
         self.momentum = momentum
 

@@ -15,7 +15,9 @@ from a healthy peer over the network, in the same format (`peer_state`). Only fi
 whole ones count.
 
 The files outlast the process, not the machine: they are renamed into place when they are whole, and not forced to the disk. Their checksum
-finds what a machine's crash has left, and a file that is damaged counts as none.
+finds what a machine's crash has left, and a file that is damaged counts as none. A file that has been replaced is kept, and the next one is
+written over it (`tensor_file.write_file` says why). Who reads it at that moment gets bytes of two files; the checksum finds that as well,
+and under the name there is the next one by then.
 
 References:
     Decoupled DiLoCo, arXiv 2604.21428, "Recovery". Taking the state by fragment, from files, is our choice.
@@ -28,20 +30,20 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_diloco.errors import RemoteProtocolError
 from lightning_diloco.outer.memory import raw
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.runtime.checksum import crc32
-from lightning_diloco.runtime.tensor_file import parts_of, read_tensors, write_tensors
+from lightning_diloco.runtime.tensor_file import parts_of, read_metadata, read_tensors, write_tensors
 from lightning_diloco.runtime.threads import never_interrupt_others
 
 __all__ = ["FOLDER", "InnerState", "RejoinFiles", "pack", "read_freshest", "unpack"]
@@ -52,6 +54,7 @@ FOLDER: Final = "rejoin"
 _ENTRY: Final = "rejoin"
 Numbers = dict[str, int | float | bool | None]
 Fetch = Callable[[], dict[str, Tensor]]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,9 +149,15 @@ class RejoinFiles:
                 state = replace(state, tensors=fetch())
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"fragment_{state.fragment_id:04d}.safetensors"
-            temporary = path.with_suffix(".tmp")
-            write_tensors(temporary, state.tensors, {_ENTRY: _header_of(state)}, is_durable=False)
-            temporary.replace(path)
+            spare, before = self._folder / "spare.tmp", self._folder / "before.tmp"
+            write_tensors(spare, state.tensors, {_ENTRY: _header_of(state)}, is_durable=False, is_over=True)
+            # One that is there is the name that a life before this one gave to a file in use, or to a replaced one.
+            before.unlink(missing_ok=True)
+            with suppress(OSError):  # there is no file yet, or no second name for a file on this file system: then no spare
+                before.hardlink_to(path)
+            spare.replace(path)
+            with suppress(FileNotFoundError):
+                before.replace(spare)
             self.num_written += 1
             self._has_failed = False
         except Exception as error:  # whatever it is, it must not end the training
@@ -246,28 +255,24 @@ def _owner(path: Path) -> int | None:
 
 
 def _read_header(path: Path) -> _Header | None:
-    try:
-        with safe_open(path, "pt") as file:
-            return msgspec.json.decode((file.metadata() or {}).get(_ENTRY, ""), type=_Header)
-    except (OSError, SafetensorError, msgspec.DecodeError) as error:
-        _log.warning("%s is not used: %s", path, error)
-        return None
+    return _read_twice(path, lambda: msgspec.json.decode(read_metadata(path).get(_ENTRY, ""), type=_Header))
 
 
 def _read(path: Path) -> InnerState | None:
     """One whole file; a learner that lives may replace it between two looks, so header and tensors are read together."""
-    try:
-        with safe_open(path, "pt") as file:
-            header = msgspec.json.decode((file.metadata() or {}).get(_ENTRY, ""), type=_Header)
-            names = file.keys()  # noqa: SIM118 - no mapping
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, msgspec.DecodeError) as error:
-        _log.warning("%s is not used: %s", path, error)
-        return None
-    if _checksum(header, tensors) != header.crc:
-        _log.warning("%s is not used: it does not have its checksum", path)
-        return None
-    return _state(header, tensors)
+    # Not mapped: it may be written over, and cut off, while it is read.
+    return _read_twice(path, lambda: unpack(memoryview(bytearray(path.read_bytes()))))
+
+
+def _read_twice(path: Path, read: Callable[[], _T]) -> _T | None:
+    """None if it cannot be read; one that was being written over has been replaced by the second time."""
+    for is_last in (False, True):
+        try:
+            return read()
+        except (OSError, ValueError, msgspec.DecodeError, RemoteProtocolError) as error:
+            if is_last:
+                _log.warning("%s is not used: %s", path, error)
+    return None
 
 
 def _checksum(header: _Header, tensors: Mapping[str, Tensor]) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_diloco.outer import buffer_of
 from lightning_diloco.runtime.checksum import crc32
 
-__all__ = ["DTYPES", "parts_of", "read_tensors", "write_file", "write_tensors"]
+__all__ = ["DTYPES", "parts_of", "read_metadata", "read_tensors", "write_file", "write_tensors"]
 
 _Size = Annotated[int, Meta(ge=0, le=2**53)]
 _MAX_ELEMENTS: Final = 2**53
@@ -44,7 +44,9 @@ DTYPES: Final = {
 """What can be written, by the format's names."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, is_durable: bool) -> tuple[int, int]:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, is_durable: bool, is_over: bool = False
+) -> tuple[int, int]:
     """Write a file; it is not whole before this returns.
 
     Args:
@@ -52,6 +54,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         tensors: contiguous, in host memory, of a dtype of `DTYPES`.
         metadata: texts that belong to them.
         is_durable: wait until the disk has it, so that it outlasts the machine and not only the process.
+        is_over: see `write_file`.
 
     Returns:
         Its size in bytes, and its CRC-32.
@@ -60,7 +63,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         OSError: the disk failed.
         KeyError: a dtype has no name in the format.
     """
-    return write_file(path, parts_of(tensors, metadata), is_durable=is_durable)
+    return write_file(path, parts_of(tensors, metadata), is_durable=is_durable, is_over=is_over)
 
 
 def parts_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
@@ -92,6 +95,20 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data_offsets: tuple[_Size, _Size]
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts of such a file on disk; its tensors are not read.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such file.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= os.fstat(file.fileno()).st_size - 8:
+            raise ValueError(f"a header of {length} bytes")
+        return _entries_of(file.read(length))[1]
+
+
 def read_tensors(data: memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and texts of such a file that somebody sent.
 
@@ -104,12 +121,7 @@ def read_tensors(data: memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
     start = 8 + int.from_bytes(data[:8], "little")
     if not 8 < start <= len(data) or start % 8:
         raise ValueError(f"a header that ends at byte {start} of {len(data)}")
-    try:
-        header = msgspec.json.decode(data[8:start], type=dict[str, msgspec.Raw])
-        metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
-        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()}
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(f"the header is none: {error}") from error
+    entries, metadata = _entries_of(data[8:start])
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
     tensors, at = dict[str, Tensor](), 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
@@ -132,13 +144,29 @@ def read_tensors(data: memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def write_file(path: Path, parts: Iterable[bytes | memoryview], *, is_durable: bool) -> tuple[int, int]:
+def _entries_of(text: bytes | memoryview) -> tuple[dict[str, _Entry], dict[str, str]]:
+    try:
+        header = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
+        return {name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()}, metadata
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(f"the header is none: {error}") from error
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview], *, is_durable: bool, is_over: bool = False) -> tuple[int, int]:
     """Write bytes, one part behind the other; returns size and CRC-32.
+
+    Args:
+        path: of the file.
+        parts: bytes.
+        is_durable: wait until the disk has it.
+        is_over: write over what is there, in the memory that the operating system holds it in, and cut it off at the end. New memory for a
+            file costs more than its bytes: of 34 MB it took 13 to 85 ms, over another one 5 ms.
 
     Raises:
         OSError: the disk failed.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if is_over else os.O_TRUNC), 0o644)
     size = crc = 0
     try:
         for part in parts:
@@ -149,6 +177,8 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview], *, is_durable: b
                 size += len(block)
                 while block:
                     block = block[os.write(fd, block) :]
+        if is_over:
+            os.ftruncate(fd, size)
         if is_durable:
             os.fsync(fd)
     finally:

@@ -52,11 +52,11 @@ def test_a_block_serves_fragments_of_about_its_size():
     assert shared._memory.free_bytes == 4 * (sizes[0] + sizes[-1]), f"one block of each kind, used again: {sizes}"
 
 
-def test_what_is_kept_is_what_the_fragments_due_in_one_step_need():
+def test_what_is_kept_is_twice_what_the_fragments_due_in_one_step_need():
     module = nn.Sequential(*[nn.Linear(2, 2) for _ in range(6)])
-    for interval, kept in ((6, 4), (3, 8), (100, 4)):
+    for interval, kept in ((6, 8), (3, 16), (100, 8)):
         store = store_of(module, SyncConfig(num_fragments=6, sync_interval_steps=interval))
-        blocks = [store.stage(i % 6) for i in range(12)]
+        blocks = [store.stage(i % 6) for i in range(24)]
         assert store._memory.free_bytes == 0
         blocks.clear()
         assert store._memory.free_bytes == kept * 4 * 6

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import random
+import threading
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -118,8 +120,97 @@ def test_a_damaged_file_counts_as_none_and_an_older_whole_one_is_taken(tmp_path,
     cut = tmp_path / "learner_2" / "fragment_0000.safetensors"
     cut.write_bytes(cut.read_bytes()[:-9])
     assert [(owner, found.version.n) for owner, found in read(tmp_path)] == [(1, 2)]
-    assert "learner_0/fragment_0000.safetensors is not used: it does not have its checksum" in caplog.text
+    assert (
+        "learner_0/fragment_0000.safetensors is not used: bad_checksum: an inner optimizer state does not have its checksum" in caplog.text
+    )
     assert "learner_2/fragment_0000.safetensors is not used" in caplog.text
+
+
+def sized(n: int, size: int, fragment_id: int = 0) -> InnerState:
+    return replace(state(n, fragment_id=fragment_id), tensors={"0/w/exp_avg": torch.full((size,), float(n))})
+
+
+def whole(found: InnerState) -> bool:
+    return bool((found.tensors["0/w/exp_avg"] == float(found.version.n)).all())
+
+
+def test_what_was_replaced_is_written_over_by_what_is_smaller_and_larger(tmp_path):
+    sizes = [50_000, 100_000, 7, 80_000, 100_000, 3]
+    files = RejoinFiles(tmp_path, 1)
+    seen = []
+    for n, size in enumerate(sizes, 1):
+        files._write(sized(n, size, fragment_id=n % 2), None)
+        ((_, found),) = [x for x in read(tmp_path) if x[1].fragment_id == n % 2]
+        assert found.version.n == n and whole(found) and len(found.tensors["0/w/exp_avg"]) == size
+        seen.append((tmp_path / "learner_1" / f"fragment_{n % 2:04d}.safetensors").stat().st_ino)
+    files.close(removes=False)
+    assert len(set(seen)) == 3, "two fragments, and one to write over"
+    assert sorted(path.name for path in (tmp_path / "learner_1").glob("*.tmp")) == ["spare.tmp"]
+
+
+@pytest.mark.parametrize("call", ["hardlink_to", "replace"])
+def test_a_learner_that_is_killed_between_two_renames_has_one_of_two_whole_files(tmp_path, monkeypatch, call):
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    files = RejoinFiles(tmp_path, 1)
+    for n in (1, 2):
+        files._write(sized(n, 1000), None)
+    calls = []
+    real = getattr(type(tmp_path), call)
+    for number in (1, 2):
+        # The first call of `replace` puts the new file into place, the second one keeps what it has replaced.
+        calls.clear()
+        monkeypatch.setattr(
+            type(tmp_path), call, lambda *x, number=number: calls.append(x) or (killed() if len(calls) == number else real(*x))
+        )
+        with suppress(Killed):
+            files._write(sized(2 + number, 2000), None)
+        monkeypatch.undo()
+        ((_, found),) = read(tmp_path)
+        assert found.version.n in (1 + number, 2 + number) and whole(found)
+        for n in (5, 6, 7):
+            RejoinFiles(tmp_path, 1)._write(sized(n * number, 1000 * n), None)
+            ((_, found),) = read(tmp_path)
+            assert found.version.n == n * number and whole(found)
+        files._write(sized(2 + number, 10), None)
+
+
+def test_a_file_system_without_second_names_has_whole_files_too(tmp_path, monkeypatch):
+    def refused(*args):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(type(tmp_path), "hardlink_to", refused)
+    write(tmp_path, 1, sized(1, 1000), sized(2, 500))
+    ((_, found),) = read(tmp_path)
+    assert found.version.n == 2 and whole(found)
+
+
+def test_who_reads_while_it_is_written_gets_a_whole_state_or_none(tmp_path):
+    """Two fragments of different sizes in turn, each written over what was the other one a moment ago."""
+    stop = threading.Event()
+
+    def keep_writing() -> None:
+        files, n = RejoinFiles(tmp_path, 1), 0
+        while not stop.is_set():
+            n += 1
+            files._write(sized(n, 300_000 if n % 2 else 20_000, fragment_id=n % 2), None)
+
+    thread = threading.Thread(target=keep_writing)
+    thread.start()
+    try:
+        num_read = 0
+        for _ in range(60):
+            for _, found in read(tmp_path):
+                assert whole(found)
+                num_read += 1
+    finally:
+        stop.set()
+        thread.join()
+    assert num_read > 30, "most of the time there is one"
 
 
 def test_a_disk_that_fails_is_told_once_and_ends_nothing(tmp_path, caplog):

@@ -145,7 +145,9 @@ def test_a_learner_knows_the_momentum_from_the_versions_that_it_receives(wire_dt
         closed = store.close(0, n)
         after = decode_publication(buffer_of(closed.difference), published, size, wire_dtype)
         for tracker in (early, late) if n > 20 else (early,):
-            tracker.follow(0, slice(None), published, after, tracker.momenta(0, n - 1, n), out=tracker.buffers[0])
+            out = torch.empty(size)
+            tracker.follow(0, slice(None), published, after, tracker.momenta(0, n - 1, n), out=out)
+            tracker.set(0, out)
         published = after
     exact = store.state(0).momentum
     for tracker in (early, late):  # who came in the middle knows it as well after 19 versions

@@ -8,7 +8,8 @@ a connection that announces a giant message, before a byte of it is allocated. H
 from __future__ import annotations
 
 import contextlib
-import socket
+import ctypes
+import os
 import threading
 from collections.abc import Callable
 
@@ -30,6 +31,10 @@ _RECONNECT_MAX_MS = 1000
 _CONNECT_MS = 10_000
 """An attempt to connect is given up after so long and another one begins. Where a firewall drops what comes, the operating system would ask
 more and more seldom, for two minutes: a port that is opened then would be noticed up to a minute late."""
+
+_write = ctypes.PyDLL(None).write
+"""write(2), with the interpreter's lock held."""
+_write.argtypes, _write.restype = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t), ctypes.c_ssize_t
 
 
 def make_socket(
@@ -111,35 +116,39 @@ def receive_parts(sock: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
 
 
 class Waker:
-    """A pipe to oneself: `wake` from any thread makes the poller return."""
+    """A pipe to oneself: `wake` from any thread makes the poller return.
+
+    `wake` keeps the interpreter's lock, which `os.write` would give away: where all threads share one core, another one that is awake
+    already takes it in that moment, and the training thread gets it back after milliseconds (docs/lab-notes.md).
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # held for one non-blocking call only; keeps `wake` away from a closed descriptor
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
         self._is_closed = False
 
     def fileno(self) -> int:
         """Return the descriptor to poll for reading."""
-        return self._reader.fileno()
+        return self._reader
 
     def wake(self) -> None:
         """Make the descriptor readable; never blocks, harmless after `close`."""
         with self._lock:
             if not self._is_closed:
-                with contextlib.suppress(BlockingIOError):  # full: it is readable already
-                    self._writer.send(b"\0")
+                _write(self._writer, b"\0", 1)  # if it is full, it is readable already
 
     def drain(self) -> None:
         """Forget all wake-ups so far."""
         with contextlib.suppress(BlockingIOError):
-            while len(self._reader.recv(4096)) == 4096:
+            while len(os.read(self._reader, 4096)) == 4096:
                 pass
 
     def close(self) -> None:
         """Release both ends."""
         with self._lock:
-            self._is_closed = True
-            self._reader.close()
-            self._writer.close()
+            if not self._is_closed:
+                self._is_closed = True
+                os.close(self._reader)
+                os.close(self._writer)
