@@ -4,8 +4,9 @@
 
 One learner is pinned to one core and the syncer to another one; the learner's background thread shares the core of its training thread, as
 it may in the worst case. Outer synchronization is on and off in turns, in blocks of 20 inner steps of one run. While it is off the learner
-is paused and no boundary is passed. It saves its inner optimizer state as the learners of a supervised job do. The first two steps of a
-block are left out: what was on its way ends there. A batch is 16, 2 or 1 windows of 64 bytes (by size), or `--times` as many: what is
+is paused and no boundary is passed. It saves its inner optimizer state as the learners of a supervised job do. Left out are the first 60
+steps, in which every fragment has its turn twice and memory is asked for that is used again from then on, and the first two steps of a
+block: what was on its way ends there. A batch is 16, 2 or 1 windows of 64 bytes (by size), or `--times` as many: what is
 exchanged does not grow with it.
 
 | figure | what |
@@ -40,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_STEPS = 20
 SKIPPED_STEPS = 2
+WARM_UP_STEPS = 3 * BLOCK_STEPS
 MODELS = {
     1: {"num_layers": 4, "num_heads": 4, "channels": 128, "batch": 16},
     25: {"num_layers": 8, "num_heads": 8, "channels": 512, "batch": 2},
@@ -147,7 +149,7 @@ def learn(endpoint: str, out: Path, size: int, blocks: int, times: int) -> None:
     trainer = Trainer(
         strategy=strategy,
         callbacks=[Turns()],
-        max_steps=2 * blocks * BLOCK_STEPS + BLOCK_STEPS,
+        max_steps=2 * blocks * BLOCK_STEPS + WARM_UP_STEPS,
         **QUIET,
     )
     trainer.fit(module, datamodule=data)
@@ -157,7 +159,7 @@ def learn(endpoint: str, out: Path, size: int, blocks: int, times: int) -> None:
 
 
 class Watch:
-    """Turns the exchange on and off, and measures; the first block warms up."""
+    """Turns the exchange on and off, and measures, after a while in which it is on."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
@@ -230,7 +232,7 @@ class Watch:
             self._parts["all"].append(spent_s)
 
     def _counts(self) -> bool:
-        return self._step >= BLOCK_STEPS and self._step % BLOCK_STEPS >= SKIPPED_STEPS
+        return self._step >= WARM_UP_STEPS and self._step % BLOCK_STEPS >= SKIPPED_STEPS
 
     def step_ended(self) -> None:
         """The end of an inner step: keep its time, and turn at the end of a block."""
@@ -240,7 +242,7 @@ class Watch:
             if self._is_on:
                 self._others_s += time.process_time() - time.thread_time() - self._others_at_s
         self._step += 1
-        if self._step % BLOCK_STEPS == 0:
+        if self._step >= WARM_UP_STEPS and self._step % BLOCK_STEPS == 0:
             self._end_block()
         self._others_at_s = time.process_time() - time.thread_time()
         self._end_s = time.monotonic()
