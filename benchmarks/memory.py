@@ -12,7 +12,7 @@ syncer. What synchronization costs a learner is the difference of the first two.
 | syncer meanwhile | Theta, momentum, shadow, newest difference; merges: blocks 18 n, payload buffers 4 n | 14 + 22 / P * (1 to 3) |
 
 "Aside" is one fragment's AdamW moments on their way to a file, as in a supervised job (`rejoin_every_steps`). Blocks and buffers are used
-again (`runtime/blocks.py`): those of one fragment are kept, so there are never fewer. While it trains: the highest of the second half of
+again (`runtime/blocks.py`): those of two fragments are kept, so there are never fewer. While it trains: the highest of the second half of
 the steps. The highest of the whole run is beside it: at its beginning the whole model is sent at once, and at its end all fragments are
 under way at once.
 

@@ -1,7 +1,7 @@
 """JSON from a peer, refused before it is parsed where brackets are nested deeper than anything that we write.
 
 The parser of the standard library ends in a `RecursionError` on thousands of brackets, and that can be caught. What cannot: the
-lists it makes on the way let Python collect garbage at that depth, where every finalizer of whatever object fails for want of stack
+lists it makes on the way let Python 3.11 collect garbage at that depth, where every finalizer of whatever object fails for want of stack
 and is skipped. A stranger could so keep sockets and files of this process from being closed.
 """
 

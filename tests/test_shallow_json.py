@@ -49,7 +49,8 @@ def finalizers_that_fail(parse, text: str, monkeypatch) -> int:
 
 def test_brackets_thousands_deep_leave_every_finalizer_its_stack(monkeypatch):
     text = "[" * 60_000
-    assert finalizers_that_fail(json.loads, text, monkeypatch) > 0, "the danger is there"
+    if sys.version_info < (3, 12):  # since then garbage is collected between two instructions of Python only
+        assert finalizers_that_fail(json.loads, text, monkeypatch) > 0, "the danger is there"
     assert finalizers_that_fail(read_shallow_json, text, monkeypatch) == 0
 
 

@@ -51,7 +51,7 @@ def rebase_delta(published: Tensor, base: Tensor, merged_decoded: Tensor | None,
         published: the new version's shadow, flat float32 [N].
         base: the fragment as last adopted, flat float32 [N].
         merged_decoded: d^ if the new version contains it, float32 [N], else None.
-        out: where to put the result, float32 [N]; may be `merged_decoded`. None allocates.
+        out: where to put the result, float32 [N]; may be `merged_decoded`, but not one of the other two. None allocates.
 
     Returns:
         published - reference, flat float32 [N], with memory of its own.

@@ -183,13 +183,14 @@ class LearnerClient:
 
     # ---- training -----------------------------------------------------------------------------------------------------------
 
-    def boundary(self, *, tokens: int, begun_s: float | None = None, heals: bool = False) -> None:
+    def boundary(self, *, tokens: int, begun_s: float | None = None, heals: bool = False, wakes: bool = True) -> None:
         """An inner step has ended. Never waits.
 
         Args:
             tokens: trained in this step, at least 0.
             begun_s: monotonic time at which this boundary began (None: now), if other shards' parts came first.
             heals: another shard's part is healed of values that are not finite, and this one's are with it.
+            wakes: whether the background thread is woken, or the caller does so at the end of all parts.
         """
         start_s = time.monotonic() if begun_s is None else begun_s
         self._inner_steps += 1
@@ -202,9 +203,13 @@ class LearnerClient:
         self._exchange(heals=heals)
         if self.on_boundary is not None:
             self.on_boundary()
-        # Last: where the threads share a core, who is woken earlier runs in the middle of a copy.
-        self._loop.wake()
+        if wakes:
+            self.wake()
         self._times.step(time.monotonic() - start_s)
+
+    def wake(self) -> None:
+        """Wake the background thread: last, because where threads share a core, who is woken earlier runs in the middle of a copy."""
+        self._loop.wake()
 
     def _exchange(self, *, heals: bool) -> None:
         loop = self._loop

@@ -16,8 +16,9 @@ whole ones count.
 
 The files outlast the process, not the machine: they are renamed into place when they are whole, and not forced to the disk. Their checksum
 finds what a machine's crash has left, and a file that is damaged counts as none. A file that has been replaced is kept, and the next one is
-written over it (`tensor_file.write_file` says why). Who reads it at that moment gets bytes of two files; the checksum finds that as well,
-and under the name there is the next one by then.
+written over it (`tensor_file.write_file` says why). Who reads it at that moment gets bytes of two files, or the file of another fragment:
+the checksum and the fragment's number find that, and under the name there is the next one by then. A machine that loses its power may lose
+such a file although it had been written before.
 
 References:
     Decoupled DiLoCo, arXiv 2604.21428, "Recovery". Taking the state by fragment, from files, is our choice.
@@ -54,7 +55,7 @@ FOLDER: Final = "rejoin"
 _ENTRY: Final = "rejoin"
 Numbers = dict[str, int | float | bool | None]
 Fetch = Callable[[], dict[str, Tensor]]
-_T = TypeVar("_T")
+_T = TypeVar("_T", "InnerState", "_Header")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +151,9 @@ class RejoinFiles:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"fragment_{state.fragment_id:04d}.safetensors"
             spare, before = self._folder / "spare.tmp", self._folder / "before.tmp"
+            with suppress(FileNotFoundError):
+                if spare.stat().st_nlink > 1:  # two processes of one learner, of which one ends: what is in use is not written over
+                    spare.unlink()
             write_tensors(spare, state.tensors, {_ENTRY: _header_of(state)}, is_durable=False, is_over=True)
             # One that is there is the name that a life before this one gave to a file in use, or to a replaced one.
             before.unlink(missing_ok=True)
@@ -239,10 +243,12 @@ def read_freshest(
     found = []
     for fragment_id in range(num_fragments):
         paths = folder.glob(f"learner_*/fragment_{fragment_id:04d}.safetensors")
-        headers = [(path, owner, header) for path in paths if (owner := _owner(path)) is not None and (header := _read_header(path))]
-        fits = [x for x in headers if (x[2].lineage, x[2].optimizers, x[2].fragment_id) == (lineage, optimizers, fragment_id)]
+        headers = [
+            (path, owner, header) for path in paths if (owner := _owner(path)) is not None and (header := _read_header(path, fragment_id))
+        ]
+        fits = [x for x in headers if (x[2].lineage, x[2].optimizers) == (lineage, optimizers)]
         for path, owner, _ in sorted(fits, key=lambda x: (x[2].version, x[1] == learner_id, -x[1]), reverse=True):
-            state = _read(path)
+            state = _read(path, fragment_id)
             if state is not None:
                 found.append((owner, state))
                 break
@@ -254,21 +260,24 @@ def _owner(path: Path) -> int | None:
     return int(number) if number.isdecimal() else None
 
 
-def _read_header(path: Path) -> _Header | None:
-    return _read_twice(path, lambda: msgspec.json.decode(read_metadata(path).get(_ENTRY, ""), type=_Header))
+def _read_header(path: Path, fragment_id: int) -> _Header | None:
+    return _read_twice(path, fragment_id, lambda: msgspec.json.decode(read_metadata(path).get(_ENTRY, ""), type=_Header))
 
 
-def _read(path: Path) -> InnerState | None:
+def _read(path: Path, fragment_id: int) -> InnerState | None:
     """One whole file; a learner that lives may replace it between two looks, so header and tensors are read together."""
     # Not mapped: it may be written over, and cut off, while it is read.
-    return _read_twice(path, lambda: unpack(memoryview(bytearray(path.read_bytes()))))
+    return _read_twice(path, fragment_id, lambda: unpack(memoryview(bytearray(path.read_bytes()))))
 
 
-def _read_twice(path: Path, read: Callable[[], _T]) -> _T | None:
+def _read_twice(path: Path, fragment_id: int, read: Callable[[], _T]) -> _T | None:
     """None if it cannot be read; one that was being written over has been replaced by the second time."""
     for is_last in (False, True):
         try:
-            return read()
+            found = read()
+            if found.fragment_id != fragment_id:
+                raise ValueError(f"it is the state of fragment {found.fragment_id}")
+            return found
         except (OSError, ValueError, msgspec.DecodeError, RemoteProtocolError) as error:
             if is_last:
                 _log.warning("%s is not used: %s", path, error)

@@ -167,8 +167,10 @@ class ShardedClient:
             self._heal_left = HEAL_BOUNDARIES
         heals, self._heal_left = self._heal_left > 0, max(0, self._heal_left - 1)
         for part in self._parts[1:]:
-            part.boundary(tokens=tokens, heals=heals)
-        self._lead.boundary(tokens=tokens, begun_s=begun_s, heals=heals)
+            part.boundary(tokens=tokens, heals=heals, wakes=False)
+        self._lead.boundary(tokens=tokens, begun_s=begun_s, heals=heals, wakes=False)
+        for part in self._parts:
+            part.wake()
 
     @property
     def on_heal(self) -> Callable[[list[nn.Parameter]], None] | None:

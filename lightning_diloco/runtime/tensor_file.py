@@ -1,10 +1,11 @@
 """Files of tensors in safetensors' format, written from the tensors' own memory.
 
 The library's writer copies what it writes and holds the interpreter's lock for as long as that takes, and the thread that trains or
-publishes would wait. Here a block goes from the tensor to the kernel, which needs neither. Readers use the library.
+publishes would wait. Here a block goes from the tensor to the kernel, which needs neither. Others read such files with the library.
 
 The format: 8 bytes with the header's length, the header as JSON (names, dtypes, shapes, places, and a mapping of texts), then the bytes.
-What comes over the network in this format is read here too: in place, and only if all of it is as it is written here.
+What comes over the network in this format, or may be written over while it is read, is read here: in place, and only if all of it is as
+it is written here.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(data: memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and texts of such a file that somebody sent.
+    """Tensors and texts of the bytes of such a file.
 
     Args:
         data: writable bytes; the tensors lie in them.
