@@ -114,16 +114,18 @@ def test_step_times_of_reports_that_the_socket_did_not_take_are_on_the_tape_in_t
         client = job.client(0)
         client.join()
         socket = FullSocket(client)
+        start_s = time.monotonic()
         train(client, 30)
         socket.is_full = True
         until(lambda: train(client, 5) or socket.refused >= 3)
         socket.is_full = False
         train(client, 30)
+        took_s = time.monotonic() - start_s
         client.leave("limit")
         steps = client.figures.inner_steps
-        summary = job.finish()
-    reports = [e for e in load_tape(tmp_path / "tape.jsonl") if e["event"] == "progress"]
-    assert sum(len(e["step_gaps_s"]) for e in reports) == steps and summary["uptime"] > 0.9
+        job.finish()
+    gaps_s = [gap_s for e in load_tape(tmp_path / "tape.jsonl") if e["event"] == "progress" for gap_s in e["step_gaps_s"]]
+    assert len(gaps_s) == steps and sum(gaps_s) > 0.95 * took_s
 
 
 def test_a_report_that_the_socket_does_not_take_is_tried_again_at_its_time_and_not_at_every_turn(tmp_path, monkeypatch):
