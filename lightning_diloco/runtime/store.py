@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -113,7 +113,9 @@ class SyncerStore:
         """
         if self._states[fragment_id] is not None:
             return  # a copy: the founder said it again
-        values = decode_full(payload, self.layout.fragments[fragment_id].num_params)
+        # In the pool's memory from the beginning: what malloc gives for a whole model does not go back when the merges replace it.
+        size = self.layout.fragments[fragment_id].num_params
+        values = decode_full(payload, size, out=self._memory.flat(size))
         if crc32(values) != crc:
             raise RemoteProtocolError("bad_checksum", f"Fragment {fragment_id} of the founding state does not have its checksum.")
         if not torch.isfinite(values).all():
@@ -121,8 +123,8 @@ class SyncerStore:
         parts = self._founding[fragment_id]
         parts[part] = values
         if len(parts) == len(self.founding_parts):
-            state = FragmentState.founded(parts["values"])
-            self._states[fragment_id] = replace(state, momentum=parts.get("momentum", state.momentum))
+            momentum = parts["momentum"] if "momentum" in parts else self._memory.flat(size).zero_()
+            self._states[fragment_id] = FragmentState(theta=parts["values"], momentum=momentum, shadow=parts["values"])
             self._founding[fragment_id] = {}
 
     def restore(self, founding: Tensor, states: Sequence[FragmentState | None]) -> None:
@@ -135,7 +137,8 @@ class SyncerStore:
         Returns:
             None if the values are not what they should be.
         """
-        values, before = decode_full(payload, self.layout.fragments[fragment_id].num_params), self._states[fragment_id]
+        size = self.layout.fragments[fragment_id].num_params
+        values, before = decode_full(payload, size, out=self._memory.flat(size)), self._states[fragment_id]
         if crc32(values) != crc or not is_finite(values):
             return None
         if before is None:

@@ -218,3 +218,21 @@ def test_a_version_that_waits_for_its_adoption_is_not_written_to(wire, is_full):
         blocks.view(payload.numel())[:] = bytes(payload.numel())
     assert torch.equal(received.adoption.published, new)
     assert torch.equal(torch.cat(list(received.adoption.delta_views)), new - base)
+
+
+@pytest.mark.parametrize("parts", [("values",), ("values", "momentum")])
+def test_the_founded_model_lies_in_blocks_that_go_back_when_merges_have_replaced_it(parts):
+    """In memory of malloc's it left holes: 6 bytes per parameter of a syncer, for as long as it ran."""
+    config, size = SyncConfig(num_fragments=1), LAYOUT.num_params
+    store = SyncerStore(LAYOUT, config, has_momentum=len(parts) == 2)
+    founded = torch.randn(size)
+    for part in parts:
+        store.found_fragment(0, part, buffer_of(founded), crc32(founded))
+    state = store.state(0)
+    assert torch.equal(state.theta, founded) and torch.equal(state.momentum, founded if len(parts) == 2 else torch.zeros(size))
+    assert store._memory.used_bytes == 2 * 4 * size, "Theta, which is the shadow too, and the momentum"
+    del state
+    payload = encode(1e-3 * torch.randn(size), config.wire_dtype)
+    store.fold(0, store.measure_contribution(0, buffer_of(payload), crc32(payload)), 1.0)
+    store.close(0, 1)
+    assert store._memory.used_bytes == 3 * 4 * size, "of the new state alone"
