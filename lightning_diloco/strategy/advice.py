@@ -2,8 +2,8 @@
 
 **Before.** Momentum counts merges. A merge of few steps is small and there are many of them, so the same momentum moves further for the
 steps done; a short run ends before constant high momentum has settled. What rounding to four bits takes is sent later by rebase alone.
-Each rule names what it cost where it was measured (``docs/lab-notes.md``, ``docs/numerics.md``): a hint of its size, for another model it
-differs.
+Each rule names what it cost where it was measured (``docs/benchmarks/ablation.md``, ``docs/numerics.md``): a hint of its size, for another
+model it differs.
 
 **After.** Nobody looks at participation when all processes are alive and the loss falls, and a job whose merges hold half of the learners
 wastes the other half's work for an interval each time, or worse: with outer momentum, contributions that learned the same thing and arrive
@@ -26,7 +26,7 @@ FEW_ROUNDS = 20
 """Of fewer merges a share says little."""
 HIGH_MOMENTUM = 0.75
 SHORT_INTERVAL = 8
-"""Inner steps between merges of a fragment, at and below which an outer rate of 0.7 and a momentum of 0.9 were measured as too much."""
+"""Inner steps between merges of a fragment, at and below which an outer rate of 0.7 and a momentum of 0.8 were measured as too much."""
 FEW_MERGES = 100
 """Merges of a fragment in a run, below which constant high momentum is told about. It was measured as bad with 33."""
 
@@ -48,13 +48,13 @@ def advise_before(config: SyncConfig, max_steps: int) -> list[str]:
     if interval <= SHORT_INTERVAL and reached > HIGH_MOMENTUM and config.outer_lr > 0.5:
         sentences.append(
             f"sync_interval_steps={interval} with outer_lr={config.outer_lr:g} and outer_momentum={momentum:g}: momentum counts merges, "
-            "and with short intervals there are many. With 8 steps, 0.7 and 0.9 ended at a loss of 1.81, and outer_lr=0.4 with "
-            f"outer_momentum_warmup=15 at 1.63. Pass {'these, or ' if interval == SHORT_INTERVAL else ''}a longer interval."
+            "and with short intervals there are many. With 8 steps, 0.7 and at most 0.8 ended at a loss of 1.49, and outer_lr=0.4 with "
+            f"outer_momentum_warmup=15 at 1.41. Pass {'these, or ' if interval == SHORT_INTERVAL else ''}a longer interval."
         )
     if config.outer_momentum_warmup == 0 and momentum > HIGH_MOMENTUM and merges < FEW_MERGES:
         sentences.append(
             f"outer_momentum={momentum:g} without a warm-up in a run of {max_steps} steps, {merges} merges of a fragment: "
-            "with 33 merges, constant 0.9 ended at a loss of 1.60, constant 0.6 at 1.46, and outer_momentum_warmup=10 at 1.42. "
+            "with 33 merges, constant 0.9 ended at a loss of 1.58, constant 0.6 at 1.44, and outer_momentum_warmup=10 at 1.43. "
             "Pass one of these."
         )
     if config.wire_dtype == "int4" and config.adopt == "overwrite":
