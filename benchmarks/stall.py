@@ -72,6 +72,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.blocks < 3:
         parser.error(f"--blocks {arguments.blocks}: at least 3, so that there are two with others around them.")
+    if arguments.times < 1:
+        parser.error(f"--times {arguments.times}: at least 1, the batch as it is.")
     if arguments.learner:
         learn(arguments.learner[0], Path(arguments.learner[1]), arguments.params[0], arguments.blocks, arguments.times)
         return 0
