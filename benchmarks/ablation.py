@@ -1,6 +1,6 @@
 """What each setting is worth: one table a setting, on the real runtime, against the defaults.
 
-    .venv/bin/python benchmarks/ablation.py [--only TABLE ...] [--seeds N] [--json FILE] [--report]
+    .venv/bin/python benchmarks/ablation.py [--only TABLE ...] [--rows TEXT] [--seeds N] [--json FILE] [--report]
 
 Recipe `quality` (K = M) with four learners and 800 inner steps each, at the inner learning rate that `quality.py` finds best for the
 defaults; each row changes what its name says. The figure is the validation loss of the final global model, by seed. The model has 20
@@ -60,7 +60,10 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "H = 24, P = 8": ["strategy.num_fragments=8"],
         "H = 8, P = 20": ["strategy.sync_interval_steps=8"],
         "H = P = 8, at most 0.9": ["strategy.sync_interval_steps=8", "strategy.num_fragments=8", "+strategy.outer_momentum=0.9"],
-        **{f"H = P = 8, outer_lr 0.4, v / (v + 15), at most {mu}": [*SHORT, f"+strategy.outer_momentum={mu}"] for mu in (0.9, 0.8, 0.7)},
+        **{
+            f"H = P = 8, outer_lr 0.4, v / (v + 15), at most {mu}": [*SHORT, f"+strategy.outer_momentum={mu}"]
+            for mu in (0.9, 0.8, 0.7, 0.6)
+        },
     },
     "wire": {"bf16 (default)": [], **{wire: [f"strategy.wire_dtype={wire}"] for wire in ("int4", "fp32")}},
     "events": {
@@ -82,6 +85,7 @@ def main() -> int:
     """Run what is missing, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(TABLES), default=list(TABLES), metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose setting contains this text")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default 1)")
     parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "ablation.json", metavar="FILE", help="rows so far")
     parser.add_argument("--report", action="store_true", help="print what is there and run nothing")
@@ -94,6 +98,8 @@ def main() -> int:
     for name in arguments.only:
         lines = []
         for title, overrides in TABLES[name].items():
+            if arguments.rows not in title:
+                continue
             found = [run(rows, overrides, seed, runs=not arguments.report) for seed in range(arguments.seeds)]
             done = [row for row in found if row is not None and "val_loss" in row]
             losses = [row["val_loss"] for row in done]

@@ -6,7 +6,8 @@ A cell is a number of learners and of inner steps. Both methods train recipe `qu
 the total batch and the tokens are the same. Each gets the best of four inner learning rates (1/2, 1, 2 and 4 times the recipe's), by the
 validation loss of one seed: data parallel training likes a higher one, and a comparison at one rate would flatter the learners. With its
 rate each is then run with two more seeds. The figure of a cell is the mean over the seeds of (ours - ddp) / ddp, validation loss of the
-final global model, with its least and largest.
+final global model, with its least and largest. Cells that end with ``/8`` are the same with a merge every 8 steps instead of 24, and the
+outer rate and momentum that `ablation.py` finds for that: three times the bytes.
 
 Rows that the JSON file holds are not run again. ``python recipes/train.py -m recipe=quality`` makes all rows of a cell, more of them than
 needed; ``--from`` takes them, and runs nothing. The exit code is 1 if an aim is missed, or a cell is not complete.
@@ -20,8 +21,17 @@ from pathlib import Path
 
 from recipe_rows import ROOT, Rows, mean, table
 
-CELLS = {"2x800": 0.0, "4x800": 0.02, "8x800": 0.05, "2x2400": 0.0, "4x2400": 0.01}
+AIMS = {"2x800": 0.0, "4x800": 0.02, "8x800": 0.05, "2x2400": 0.0, "4x2400": 0.01}
 """Learners x inner steps, with the largest relative difference that is aimed at."""
+OFTEN = "/8"
+CELLS = AIMS | {cell + OFTEN: aim for cell, aim in AIMS.items()}
+OFTEN_OVERRIDES = (
+    "strategy.sync_interval_steps=8",
+    "strategy.num_fragments=8",
+    "+strategy.outer_lr=0.4",
+    "+strategy.outer_momentum=0.7",
+    "+strategy.outer_momentum_warmup=15",
+)
 RATES = (0.5, 1.0, 2.0, 4.0)
 RECIPE_RATE = 1.2e-2
 SEEDS = (0, 1, 2)
@@ -34,7 +44,7 @@ NAMES = ("strategy.name", "data.batch_size", "trainer.devices", "trainer.max_ste
 def main() -> int:
     """Run what is missing, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=list(CELLS), default=list(CELLS), metavar="CELL", help=", ".join(CELLS))
+    parser.add_argument("--only", nargs="*", choices=list(CELLS), default=list(AIMS), metavar="CELL", help=", ".join(CELLS))
     parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "quality.json", metavar="FILE", help="rows so far")
     parser.add_argument("--report", action="store_true", help="print what is there and run nothing")
     parser.add_argument(
@@ -60,13 +70,15 @@ def main() -> int:
 
 def figure(rows: Rows, cell: str, *, runs: bool) -> tuple[list[str], bool]:
     """One cell: its line of the table, and whether its aim is reached."""
-    learners, steps = cell.split("x")
+    learners, steps = cell.removesuffix(OFTEN).split("x")
+    own = OFTEN_OVERRIDES if cell.endswith(OFTEN) else ()
     losses, texts = {}, []
     for method in METHODS:
-        searched = {rate: loss(rows, method, learners, steps, rate, 0, runs=runs) for rate in RATES}
+        more = () if method == "ddp" else own
+        searched = {rate: loss(rows, method, learners, steps, rate, 0, *more, runs=runs) for rate in RATES}
         known = {rate: value for rate, value in searched.items() if value is not None}
         best = min(known, key=lambda rate: known[rate], default=1.0)
-        losses[method] = [loss(rows, method, learners, steps, best, seed, runs=runs) for seed in SEEDS]
+        losses[method] = [loss(rows, method, learners, steps, best, seed, *more, runs=runs) for seed in SEEDS]
         texts.append(f"{best:g}: " + ", ".join("-" if value is None else f"{value:.4f}" for value in losses[method]))
     pairs = [(a, b) for a, b in zip(*losses.values(), strict=True) if a is not None and b is not None]
     differences = [(ours - ddp) / ddp for ddp, ours in pairs]
@@ -76,10 +88,10 @@ def figure(rows: Rows, cell: str, *, runs: bool) -> tuple[list[str], bool]:
     return [cell, *texts, text, f"{CELLS[cell]:.1%}"], len(differences) == len(SEEDS) and mean(differences) <= CELLS[cell]
 
 
-def loss(rows: Rows, method: str, learners: str, steps: str, rate: float, seed: int, *, runs: bool) -> float | None:
-    """The validation loss of one run; None if it is not there."""
+def loss(rows: Rows, method: str, learners: str, steps: str, rate: float, seed: int, *more: str, runs: bool) -> float | None:
+    """The validation loss of one run with `more` overrides; None if it is not there."""
     values = zip(NAMES, (method, BATCH_SIZE, learners, steps, f"{RECIPE_RATE * rate:g}", seed), strict=True)
-    row = rows.get("recipe=quality", *(f"{name}={value}" for name, value in values), runs=runs)
+    row = rows.get("recipe=quality", *(f"{name}={value}" for name, value in values), *more, runs=runs)
     return None if row is None else row.get("val_loss")
 
 
