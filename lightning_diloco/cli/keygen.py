@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         return _say(args, {"admitted": name, "public_key": key.lower()}, f"Site {name} is admitted.\n")
     if args.revoke is not None:
         keys.revoke(args.folder, args.revoke)
-        said = f"Site {args.revoke} is shut out: a syncer that runs with these keys drops whatever it sends within a second.\n"
+        said = f"Site {args.revoke} is shut out: a syncer that runs with these keys drops whatever it sends from now on.\n"
         return _say(args, {"revoked": args.revoke}, said)
     if args.syncer is not None:
         public = keys.trust_syncer(args.folder, args.syncer).hex()

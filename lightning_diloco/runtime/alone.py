@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -54,7 +55,7 @@ class LoneSyncer:
         """
         # The endpoint first: a port that is taken must not leave a job in the folder.
         if self._metrics_at is not None:
-            self._metrics = open_metrics(self._metrics_at, self._live)
+            self._metrics = open_metrics(self._metrics_at, self._live, self.service.drops)
         try:
             return self.service.bind()
         except BaseException:
@@ -121,12 +122,13 @@ class LoneSyncer:
             self._startup_s = time.monotonic() - self._started_s
 
 
-def open_metrics(address: tuple[str, int], live: LiveSummary) -> MetricsEndpoint:
+def open_metrics(address: tuple[str, int], live: LiveSummary, drops: Callable[[], Mapping[str, int]] | None = None) -> MetricsEndpoint:
     """Serve figures for Prometheus.
 
     Args:
         address: host and port.
         live: the figures.
+        drops: what the syncer's sockets have dropped so far, by reason.
 
     Raises:
         ConfigurationError: the address cannot be bound, or `prometheus_client` is not installed.
@@ -136,4 +138,4 @@ def open_metrics(address: tuple[str, int], live: LiveSummary) -> MetricsEndpoint
         from lightning_diloco.runtime.metrics_endpoint import MetricsEndpoint
     except ImportError as error:
         raise ConfigurationError(f"--metrics-port needs prometheus_client ({error}). Install it: pip install prometheus_client.") from error
-    return MetricsEndpoint(address, live)
+    return MetricsEndpoint(address, live, drops)

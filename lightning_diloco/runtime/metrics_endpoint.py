@@ -18,7 +18,7 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -49,10 +49,11 @@ class JobCollector(Collector):
 
     Args:
         live: the figures.
+        drops: messages and connections that the syncer's sockets have dropped so far, by reason. None: they are another process's.
     """
 
-    def __init__(self, live: LiveSummary) -> None:
-        self._live = live
+    def __init__(self, live: LiveSummary, drops: Callable[[], Mapping[str, int]] | None = None) -> None:
+        self._live, self._drops = live, drops
         self.collected_s: float | None = None
         """When figures were fetched last."""
         self.told_last = threading.Event()
@@ -64,6 +65,9 @@ class JobCollector(Collector):
         self.collected_s = time.monotonic()
         yield from _job(reading)
         yield from _learners(reading)
+        if self._drops is not None:
+            dropped = {(reason,): float(count) for reason, count in self._drops().items()}
+            yield _counter("messages_dropped", "Messages and connections that were not taken, by reason.", dropped, "reason")
         if reading.is_final:
             self.told_last.set()
 
@@ -74,13 +78,14 @@ class MetricsEndpoint:
     Args:
         address: host and port; port 0 takes a free one.
         live: the figures.
+        drops: see `JobCollector`.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
     """
 
-    def __init__(self, address: tuple[str, int], live: LiveSummary) -> None:
-        self._collector = JobCollector(live)
+    def __init__(self, address: tuple[str, int], live: LiveSummary, drops: Callable[[], Mapping[str, int]] | None = None) -> None:
+        self._collector = JobCollector(live, drops)
         # One of its own: what other code of this process has put into the global one is not about the job.
         registry = CollectorRegistry()
         registry.register(self._collector)

@@ -168,6 +168,10 @@ class SyncerService:
         """Where payloads go, with the real port; known after `bind`."""
         return self._transport.bulk_endpoint
 
+    def drops(self) -> dict[str, int]:
+        """What the sockets did not take since the process started, by reason; from any thread."""
+        return dict(self._transport.stats.drops)
+
     def start(self) -> str:
         """Bind, and serve on a thread of this process; returns the control endpoint."""
         endpoint = self.bind()

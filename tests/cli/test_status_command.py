@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import zmq
 
 from lightning_diloco.cli.main import main
 from lightning_diloco.protocol.observer_messages import Status
@@ -77,6 +78,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
         with process("status", told.endpoint, "--watch", "0.3", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watching:
             lives = [Background(lambda i=i: _live(told, i)) for i in range(2)]
             until(lambda: samples_of(scrape(url)).get(("diloco_merges_total", ""), 0) > 5, 60)
+            _shout(told.endpoint)
+            until(lambda: samples_of(scrape(url)).get(("diloco_messages_dropped_total", "reason=malformed_identity")) == 1.0, 20)
             told.by_endpoint = msgspec.json.decode(status_command(told.endpoint, "--json").stdout, type=Status)
             told.by_folder = msgspec.json.decode(status_command(str(told.run_dir), "--json").stdout, type=Status)
             (told.run_dir / "enough").touch()
@@ -92,6 +95,15 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
             for life in lives:
                 life.result()
     return told
+
+
+def _shout(endpoint: str) -> None:
+    """One message of a stranger who does not know how peers are named."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+        sock.setsockopt(zmq.ROUTING_ID, b"somebody")
+        sock.connect(endpoint)
+        sock.send(b"hello")
+        time.sleep(0.5)
 
 
 def _live(told: Told, learner_id: int) -> None:

@@ -48,6 +48,17 @@ def test_what_is_scraped_is_the_summary(endpoint, live, tmp_path):
     assert samples["diloco_learner_staleness_versions", "learner=0"] == 0.0
 
 
+def test_what_the_sockets_dropped_is_told_as_it_is_at_the_scrape(live):
+    drops = {"revoked_key": 2}
+    endpoint = MetricsEndpoint(LOOPBACK, live, lambda: drops)
+    try:
+        assert samples_of(scrape(endpoint.url))["diloco_messages_dropped_total", "reason=revoked_key"] == 2.0
+        drops["revoked_key"] = 3
+        assert samples_of(scrape(endpoint.url))["diloco_messages_dropped_total", "reason=revoked_key"] == 3.0
+    finally:
+        endpoint.close(linger=False)
+
+
 def test_a_job_that_has_not_begun_has_no_samples_of_what_is_undefined(tmp_path):
     endpoint = MetricsEndpoint(LOOPBACK, LiveSummary(tmp_path))
     try:

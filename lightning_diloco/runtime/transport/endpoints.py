@@ -132,8 +132,11 @@ class SyncerTransport(Transport):
             for watch in self._watches:
                 for reason in watch.look():
                     self._gate.turned_away(reason)
-            self._events += [KeyRevoked(peer) for peer in self._gate.look()]
+            self._shut_out(self._gate)
         return woken
+
+    def _shut_out(self, gate: Gate) -> None:
+        self._events += [KeyRevoked(peer) for peer in gate.look()]
 
     def _listen(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, is_bulk: bool) -> tuple[zmq.Socket[bytes], str]:
         sock = make_socket(context, is_router=True, is_bulk=is_bulk, options=self._options, configure=self._configure)
@@ -163,8 +166,11 @@ class SyncerTransport(Transport):
         if peer is None:
             self.stats.count("malformed_identity")
             return None
-        if self._gate is not None and not self._gate.admits(peer, parts[0]):
-            return None
+        if self._gate is not None:
+            if self._gate.has_changed():
+                self._shut_out(self._gate)
+            if not self._gate.admits(peer, parts[0]):
+                return None
         return peer, parts[1:]
 
     def _check_peer(self, peer: bytes) -> None:

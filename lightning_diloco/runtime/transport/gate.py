@@ -2,10 +2,11 @@
 
 Three locks. ZeroMQ's CURVE asks, through pyzmq's authenticator (ZAP, RFC 27), once per connection whether its key is admitted; a
 connection without that answer does not come about. As connections outlive that moment, every message is judged again by the key of its
-connection, which ZeroMQ attaches to it (`User-Id`): a key that was revoked speaks to nobody from the next look at the folder on. And a
+connection, which ZeroMQ attaches to it (`User-Id`): a key that was revoked speaks to nobody from the next message on. And a
 peer, which is the nonce of a process, belongs to the key that it first came with: what another site says in its name is dropped.
 
-The folder of admitted keys is looked at twice a second, not per message. What it loses is revoked, what it gains is let in. A revocation
+The folder of admitted keys is looked at twice a second, and before a message is judged if the folder's own time says that a file came or
+went (one `stat`, about a microsecond). What it loses is revoked, what it gains is let in. A revocation
 cannot be taken back for the learners that it ends, so two things are none: a folder that cannot be read is as it was, and a file that
 cannot be taken (half written, say) counts as before for `DOUBT_LOOKS` more looks. As long as the folder has never been read nobody is
 let in, and nobody is told that his key is unknown: a learner takes that for a revocation when it lasts (`runtime.link_care`).
@@ -59,6 +60,7 @@ class Gate:
     def __init__(self, keys: SyncerKeys, count: Callable[[str], None]) -> None:
         self._keys, self._count = keys, count
         self._seen: _Signature | None = None
+        self._folder_ns = 0
         self._sites: dict[str, str] = {}
         self._doubts: dict[str, int] = {}
         # Keys are in Z85 here, as ZeroMQ attaches them: judging a message takes a look-up and no decoding.
@@ -155,6 +157,10 @@ class Gate:
         """
         return self._key_of.get(peer) in self._admitted
 
+    def has_changed(self) -> bool:
+        """Whether a file came or went since the last look. A file written anew in its place is for the next look to see."""
+        return _time_of(self._keys.admitted) not in (self._folder_ns, None)
+
     def look(self) -> list[bytes]:
         """Look at the folder of admitted keys; returns the peers that are shut out from here on."""
         self._revive()
@@ -189,6 +195,7 @@ class Gate:
 
     def _read(self) -> None:
         """Read the folder, if anything in it may have changed."""
+        self._folder_ns = _time_of(self._keys.admitted) or 0
         try:
             # Before the keys: what changes after this is seen by the next look.
             seen = _signature(self._keys.admitted)
@@ -247,6 +254,16 @@ def _hex(key: str) -> str:
     """A key as keygen prints it."""
     public: bytes = z85.decode(key.encode("ascii"))
     return public.hex()
+
+
+def _time_of(folder: os.PathLike[str]) -> int | None:
+    """When a file last came or went, in ns; 0 of a folder that is not there, None if it cannot be told now."""
+    try:
+        return os.stat(folder).st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError:
+        return None
 
 
 def _signature(folder: os.PathLike[str]) -> _Signature:
