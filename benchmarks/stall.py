@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -151,7 +152,7 @@ def learn(endpoint: str, out: Path, size: int, blocks: int, times: int) -> None:
     trainer = Trainer(
         strategy=strategy,
         callbacks=[Turns()],
-        max_steps=2 * blocks * BLOCK_STEPS + WARM_UP_STEPS,
+        max_steps=(2 * blocks + 1) * BLOCK_STEPS + WARM_UP_STEPS,
         **QUIET,
     )
     trainer.fit(module, datamodule=data)
@@ -170,7 +171,7 @@ class Watch:
         self._end_s = 0.0
         self._times: dict[bool, list[float]] = {True: [], False: []}
         self._blocks_s: list[float] = []
-        """Mean step of every block, on and off in turns, off first."""
+        """Mean step of every block, on and off in turns, off first and last."""
         self._block: list[float] = []
         self._others_s = 0.0
         """Processor time of all threads but the training thread, while it is on."""
@@ -270,8 +271,8 @@ class Watch:
             "others_s": self._others_s / len(on),
             "stall_share": sum(stalls) / sum(on),
             "stall_median_s": statistics.median(stalls),
-            "stall_p99_s": stalls[int(0.99 * (len(stalls) - 1))],
-            "above_3_copies_p99_s": above[int(0.99 * (len(above) - 1))],
+            "stall_p99_s": nearest_rank(stalls, 0.99),
+            "above_3_copies_p99_s": nearest_rank(above, 0.99),
             "copy_bytes_per_s": 1 / per_byte_s,
             "bytes_per_boundary": statistics.mean(count for _, count in self._boundary),
             "parts_s": {title: statistics.mean(values) for title, values in self._parts.items()},
@@ -297,11 +298,16 @@ class Watch:
         return [torch.randn(view.num_params) for view in self._client._store.views]
 
 
+def nearest_rank(values: list[float], share: float) -> float:
+    """The least of sorted values that is not below this share of them."""
+    return values[math.ceil(share * len(values)) - 1]
+
+
 def on_over_off(blocks_s: list[float]) -> tuple[float, float]:
     """Throughput of the blocks with it over those around them, so that the machine's slow drift falls out: mean, standard error.
 
     Args:
-        blocks_s: mean step of every block, off and on in turns, off first.
+        blocks_s: mean step of every block, off and on in turns, off first and last.
     """
     ratios = [(blocks_s[i - 1] + blocks_s[i + 1]) / 2 / blocks_s[i] for i in range(1, len(blocks_s) - 1, 2)]
     # Each ratio has 3/2 of a block's variance; the mean has 2, because neighbours share the block between them.

@@ -72,7 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=list(PARTS), default="ratio")
     parser.add_argument("--learners", type=int, default=2, metavar="M", help="default 2")
-    parser.add_argument("--wire", nargs="+", default=["bf16"], help="wire_dtype, one row each (default bf16)")
+    parser.add_argument("--wire", nargs="+", metavar="DTYPE", help="wire_dtype, one row each (default bf16 int4 for `ratio`, bf16 else)")
     parser.add_argument("--rounds", type=int, default=3, help="of `ratio`: jobs of each wire (default 3)")
     parser.add_argument("--steps", type=int, default=11 * INTERVAL, help="inner steps of our jobs that count, and 48 before (default 264)")
     parser.add_argument("--batch", type=int, default=32, help="windows of 64 bytes in a step of one learner (default 32)")
@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="jobs so far (default outputs/wan_PART.json)")
     arguments = parser.parse_args()
     arguments.json = arguments.json or ROOT / "outputs" / f"wan_{arguments.part}.json"
+    arguments.wire = arguments.wire or (["bf16", "int4"] if arguments.part == "ratio" else ["bf16"])
     if arguments.part != "ratio" and len(arguments.wire) > 1:
         parser.error(f"--wire {' '.join(arguments.wire)}: part {arguments.part} has one job of ours. Give one.")
     if arguments.steps < INTERVAL or arguments.steps % INTERVAL:

@@ -17,7 +17,7 @@ def summary(*shares: float | None, eligible: int = 100) -> dict:
 
 def test_the_learner_that_was_in_the_fewest_merges_is_named_with_figure_and_remedy():
     (sentence,) = advise(summary(0.95, 0.61, 0.7))
-    assert sentence.startswith("2 of 3 learners had a participation below 0.8; the lowest is learner 1, in 61 % of the merges")
+    assert sentence.startswith("2 of 3 learners had a participation below 0.9; the lowest is learner 1, in 61 % of the merges")
     for part in ("5.4 ms", "min_quorum=1", "overlap_steps=2"):
         assert part in sentence
     assert sentence.endswith(
@@ -55,6 +55,16 @@ def test_constant_high_momentum_in_a_short_run_is_told_about():
     (sentence,) = advise_before(config, limit - 1)
     assert f"a run of {limit - 1} steps, {FEW_MERGES - 1} merges of a fragment" in sentence
     assert advise_before(config, limit) == []
+    (nearly,) = advise_before(SyncConfig(outer_momentum=0.9, outer_momentum_warmup=1), limit - 1)
+    assert nearly.startswith("outer_momentum=0.9 with outer_momentum_warmup=1 in a run of ")
+
+
+def test_no_momentum_is_told_about_where_a_merge_goes_only_part_of_the_way():
+    config = SyncConfig(outer_momentum=0.0)
+    (sentence,) = advise_before(config, 10 * config.sync_interval_steps)
+    assert sentence.startswith("outer_momentum=0 with outer_lr=0.7: ") and sentence.endswith("outer_momentum=0.8 at 1.43. Pass that.")
+    assert advise_before(config, 10 * config.sync_interval_steps - 1) == []
+    assert advise_before(SyncConfig(outer_momentum=0.0, outer_lr=1.0), 800) == []
 
 
 def test_four_bits_without_feedback_are_told_about():

@@ -110,7 +110,7 @@ def test_a_failing_last_validation_costs_a_warning_only(tmp_path, caplog):
 
 def test_options_that_were_measured_to_be_bad_are_told_about_once(tmp_path, caplog):
     fit(TinyModel(), max_steps=4, sync={"outer_momentum_warmup": 0, "outer_momentum": 0.9})
-    assert caplog.text.count("outer_momentum=0.9 without a warm-up in a run of 4 steps") == 1
+    assert caplog.text.count("outer_momentum=0.9 with outer_momentum_warmup=0 in a run of 4 steps") == 1
 
 
 class Watcher(Callback):
