@@ -58,7 +58,8 @@ def advise_before(config: SyncConfig, max_steps: int) -> list[str]:
         )
     if momentum_at(EARLY_MERGE, momentum, config.outer_momentum_warmup) > HIGH_MOMENTUM and merges < FEW_MERGES:
         sentences.append(
-            f"outer_momentum={momentum:g} with outer_momentum_warmup={config.outer_momentum_warmup} in a run of {max_steps} steps, {merges} merges of a fragment: "
+            f"outer_momentum={momentum:g} with outer_momentum_warmup={config.outer_momentum_warmup} in a run of {max_steps} steps, "
+            f"{merges} merges of a fragment: "
             "with 33 merges, constant 0.9 ended at a loss of 1.58, constant 0.6 at 1.44, and outer_momentum_warmup=10 at 1.43. "
             "Pass one of these."
         )

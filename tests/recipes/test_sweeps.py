@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from lightning_diloco.config import SyncConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("strategy.name", "trainer.devices", "seed")
@@ -69,3 +76,28 @@ def test_the_ablation_has_the_job_of_its_benchmark(monkeypatch):
     assert (cfg.trainer.devices, cfg.trainer.max_steps) == (ablation.LEARNERS, ablation.STEPS)
     assert (cfg.data.batch_size, cfg.data.context, cfg.model.learning_rate) == (ablation.BATCH_SIZE, ablation.CONTEXT, ablation.RATE)
     assert cfg.strategy.min_quorum == ablation.LEARNERS
+
+
+def test_the_sweeps_that_the_recipe_names_are_the_rows_of_the_benchmark(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    import ablation
+
+    def options(cfg) -> str:
+        return json.dumps(msgspec.to_builtins(SyncConfig()) | OmegaConf.to_container(cfg.strategy), sort_keys=True)
+
+    named, wanted, parser = set(), set(), OverridesParser.create()
+    text = (ROOT / "recipes" / "conf" / "recipe" / "ablation.yaml").read_text()
+    with initialize_config_dir(str(ROOT / "recipes" / "conf"), version_base="1.3"):
+        for line in re.findall(r"^#   (?:\.\.\.|python recipes/train.py -m recipe=ablation) (.+)$", text, re.MULTILINE):
+            *fixed, swept = shlex.split(line)
+            override = parser.parse_override(swept)
+            assert override.is_sweep_override(), swept
+            named |= {
+                options(compose("config", ["recipe=ablation", *fixed, f"{override.get_key_element()}={value}"]))
+                for value in override.sweep_string_iterator()
+            }
+        for name, rows in ablation.TABLES.items():
+            if name != "events":
+                base = ["recipe=quality", f"trainer.devices={ablation.LEARNERS}"]
+                wanted |= {options(compose("config", base + overrides)) for overrides in rows.values()}
+    assert len(wanted) > 20 and named == wanted
