@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/ablation.py [--only TABLE ...] [--rows TEXT] [--seeds N] [--json FILE] [--report]
 
 Recipe `quality` (K = M) with four learners and 800 inner steps each, at the inner learning rate that is best for `ddp` there (for ours,
-three rates cannot be told apart); each row changes what its name says. The figure is the validation loss of the final global model, by seed. The
-model has 20 tensors, and so 20 fragments where 24 or more are asked for. One seed does not rank rows: the same job with the same seed
-differs by up to 1.4 %, with another one by up to 2.5 %.
+three rates cannot be told apart); each row changes what its name says. The figure is the validation loss of the final global model, by
+seed. The model has 20 tensors, and so 20 fragments where 24 or more are asked for. One seed does not rank rows: the same job with the
+same seed differs by up to 1.4 %, with another one by up to 2.5 %.
 
 Rows of ``events`` do something to the last learner: it needs twice as long for a step (it sleeps as long as each takes), it comes when the
 others are half through (as `summary.json` says, which is up to 5 s old), or it is killed then and restarted, with what inner state its
