@@ -365,7 +365,9 @@ class LearnerClient:
         fatal = self._loop.fatal
         if fatal is None or isinstance(fatal, FencedError):
             return fatal
-        return FencedError(str(fatal))
+        failed = FencedError(str(fatal))
+        failed.__cause__ = fatal
+        return failed
 
     @property
     def lost_syncer(self) -> bool:

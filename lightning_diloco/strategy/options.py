@@ -53,7 +53,7 @@ class ProcessOptions:
     num_learners: int | None = None
     """With `syncer`: how many learners share the training data; None: this learner reads all of it."""
     max_restarts: int = 3
-    """How often the supervisor starts one learner again after a signal has ended it."""
+    """How often the supervisor starts one learner again after a signal, or memory that ran out, has ended it."""
     run_dir: Path | None = None
     """Directory of the run; None: ``outputs/DATE_TIME`` under the working directory."""
     token_counter: Callable[[Any], int] | None = None

@@ -69,7 +69,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         tokens_per_step: tokens of an inner step, kept by gradient accumulation (None: whatever the batches have).
         inner_lr_rule: how the inner learning rate follows the samples of a step: ``none``, ``sqrt`` or ``linear``.
         data: ``shard``: each learner trains on its part. ``lease``: the syncer hands out samples, and fast learners take more.
-        max_restarts: how often a learner that a signal has ended is started again.
+        max_restarts: how often a learner that a signal has ended, or memory that ran out, is started again.
         run_dir: where the run's files go (None: ``outputs/DATE_TIME`` under the working directory).
         token_counter: tokens of a batch (None: see `lightning_diloco.strategy.counting`).
         accelerator: as for every strategy.

@@ -3,9 +3,11 @@
 The rules:
 
 * a learner that returns is done; the job is over when all are done;
-* a learner that a signal has ended (killed, out of memory, a spot instance's SIGTERM) is started again after a growing pause, at most
-  `max_restarts` times; the syncer lets it take over its id, and it goes on from the global model;
-* an exception in a learner ends the job: restarting would raise it again. The others are asked to leave, and the exception is raised here;
+* a learner that a signal has ended (killed, a spot instance's SIGTERM), or an error that says that memory has run out (`strategy.deaths`),
+  is started again after a growing pause, at most `max_restarts` times; the syncer lets it take over its id, and it goes on from the
+  global model;
+* another exception in a learner ends the job: restarting would raise it again. The others are asked to leave, and the exception is raised
+  here;
 * Ctrl-C and SIGTERM of this process end the job as well: learners leave in order, the run's files say `stopped`;
 * a syncer that a signal has ended is started again as often, and goes on with the job (`syncer_child`); another end of it ends the job.
 
@@ -32,8 +34,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_diloco.errors import LearnerFailedError
 from lightning_diloco.runtime.children import Child, ExitStatus, child_environment, start_child
+from lightning_diloco.strategy.deaths import death_of
 from lightning_diloco.strategy.results import LearnerResult, as_exception, read_result
-from lightning_diloco.strategy.sigterm import EXIT_SIGTERM, tell_user
+from lightning_diloco.strategy.sigterm import tell_user
 from lightning_diloco.strategy.syncer_child import SyncerChild
 
 __all__ = ["JobPlan", "Supervisor"]
@@ -185,16 +188,17 @@ class Supervisor:
             self._restart_or_raise(learner, result, status)
 
     def _restart_or_raise(self, learner: _Learner, result: LearnerResult | None, status: ExitStatus) -> None:
-        if result is not None and result.outcome == "failed":
-            raise as_exception(learner.learner_id, result)
-        if result is None and status.signal_name is None and status.code != EXIT_SIGTERM:
-            raise LearnerFailedError(f"Learner {learner.learner_id} ended with {status} and without an exception.{self._log_hint(learner)}")
-        name = status.signal_name or "SIGTERM"
+        said = None if result is None or result.outcome not in ("failed", "memory") else as_exception(learner.learner_id, result)
+        death = death_of(result, status, None)
+        if death is None:
+            raise said or LearnerFailedError(
+                f"Learner {learner.learner_id} ended with {status} and without an exception.{self._log_hint(learner)}"
+            )
         if learner.life >= self._plan.max_restarts:
             raise LearnerFailedError(
-                f"Learner {learner.learner_id} was ended by {name}, after {learner.life} restarts (max_restarts={self._plan.max_restarts})."
-                f"{self._log_hint(learner)} SIGKILL without anyone's doing often means that memory ran out."
-            )
+                f"Learner {learner.learner_id} was ended by {death.by}, after {learner.life} restarts "
+                f"(max_restarts={self._plan.max_restarts}).{self._log_hint(learner)} {death.remedy}"
+            ) from said
         pause_s = min(_FIRST_PAUSE_S * 2**learner.life, _LONGEST_PAUSE_S)
         learner.life += 1
         learner.start_at_s = time.monotonic() + pause_s
@@ -202,7 +206,7 @@ class Supervisor:
         _log.warning(
             "learner %d was ended by %s; restart %d of at most %d in %.1f s",
             learner.learner_id,
-            name,
+            death.by,
             learner.life,
             self._plan.max_restarts,
             pause_s,

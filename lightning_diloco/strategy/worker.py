@@ -138,7 +138,7 @@ def _write(result: LearnerResult, path: Path) -> int:
     write_result(result, path)
     sys.stdout.flush()
     sys.stderr.flush()
-    return {"done": 0, "signal": EXIT_SIGTERM, "failed": 1}[result.outcome]
+    return {"done": 0, "signal": EXIT_SIGTERM, "memory": 1, "failed": 1}[result.outcome]
 
 
 def _restore_surroundings(assigned: dict[str, Any]) -> None:

@@ -1,0 +1,69 @@
+"""Learner processes that end or hang in the middle of a fit, and what the supervisor makes of it; learner 1 is always the one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from lightning_diloco import DecoupledDiLoCoStrategy
+from tests.strategy.kit import TinyModel, equal, global_parameters, latest, loader, parameters_of, quiet
+
+pytestmark = pytest.mark.process
+FAST = {"num_fragments": 2, "sync_interval_steps": 8}
+AT_BATCH = 12
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+class StopWhenBack(Callback):
+    """Learner 0 ends the job once learner 1 has trained in its second life, however long a process needs to start."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        place = trainer.strategy.assignment
+        mark = place.run_dir / "second_life"
+        if place.learner_id == 1 and place.life == 1 and batch_idx == AT_BATCH:
+            mark.touch()
+        if place.learner_id == 0 and batch_idx % 16 == 0 and mark.exists():
+            trainer.should_stop = True
+
+
+class Dies(TinyModel):
+    """Learner 1 meets its fate once, in the middle of its first life."""
+
+    def __init__(self) -> None:
+        super().__init__(step_s=0.01)
+
+    def training_step(self, batch, batch_idx):
+        place = self.trainer.strategy.assignment
+        if place.learner_id == 1 and place.life == 0 and batch_idx == AT_BATCH:
+            self.fate()
+        return super().training_step(batch, batch_idx)
+
+
+def run(model: TinyModel, **options) -> dict:
+    """A fit of two learners that goes on until the second one is back; returns its summary."""
+    strategy = DecoupledDiLoCoStrategy(**FAST, **options)
+    trainer = Trainer(**quiet(devices=2, max_steps=100_000, strategy=strategy, callbacks=[StopWhenBack()]))
+    trainer.fit(model, loader(1024))
+    return strategy.summary
+
+
+class RunsOutOfMemory(Dies):
+    def fate(self):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.slow
+def test_a_learner_that_runs_out_of_memory_is_restarted_and_the_other_goes_on(tmp_path, caplog):
+    model = RunsOutOfMemory()
+    summary = run(model)
+    assert summary["status"] == "finished"
+    assert summary["restarts"] == {"learners": 1, "syncer": 0}
+    assert [learner["incarnations"] for learner in summary["learners"]] == [1, 2]
+    assert "learner 1 was ended by memory that ran out (RuntimeError:" in caplog.text
+    assert "allocate memory" in (latest(tmp_path) / "logs" / "learner_1.log").read_text()
+    assert equal(parameters_of(model), global_parameters(latest(tmp_path)))
