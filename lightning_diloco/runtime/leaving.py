@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from lightning_diloco.runtime.life_signs import give_sign
+
 if TYPE_CHECKING:
     from lightning_diloco.runtime.client import LearnerClient
 
@@ -32,6 +34,7 @@ def leave_all(clients: Sequence[LearnerClient], reason: Literal["limit", "signal
     leaving = [client for client in clients if client.begin_leave(reason)]
     end_s = time.monotonic() + drain_s
     while (waiting := [c for c in leaving if not c.wait_left(0.0)]) and (left_s := end_s - time.monotonic()) > 0:
+        give_sign()
         waiting[0].wait_left(min(0.05, left_s))
         for client in waiting:
             client.leave_again()

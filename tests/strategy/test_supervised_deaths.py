@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -67,3 +71,24 @@ def test_a_learner_that_runs_out_of_memory_is_restarted_and_the_other_goes_on(tm
     assert "learner 1 was ended by memory that ran out (RuntimeError:" in caplog.text
     assert "allocate memory" in (latest(tmp_path) / "logs" / "learner_1.log").read_text()
     assert equal(parameters_of(model), global_parameters(latest(tmp_path)))
+
+
+class Sleeps(Dies):
+    def fate(self):
+        time.sleep(3600)
+
+
+class Stops(Dies):
+    def fate(self):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [Sleeps(), Stops()], ids=lambda model: type(model).__name__.lower())
+def test_a_learner_that_hangs_is_killed_and_restarted_and_the_other_goes_on(caplog, model):
+    summary = run(model, hang_timeout_s=5)
+    assert summary["status"] == "finished"
+    assert summary["restarts"] == {"learners": 1, "syncer": 0}
+    assert [learner["incarnations"] for learner in summary["learners"]] == [1, 2]
+    assert "learner 1 has given no sign of life and used no CPU for 5 s (hang_timeout_s): it is killed" in caplog.text
+    assert "learner 1 was ended by its supervisor, without a sign of life for 5 s (hang_timeout_s=5); restart 1 of at most 3" in caplog.text
