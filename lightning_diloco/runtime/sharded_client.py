@@ -205,9 +205,9 @@ class ShardedClient:
 
     # ---- the end ------------------------------------------------------------------------------------------------------------
 
-    def leave(self, reason: Literal["limit", "signal", "stopped"]) -> None:
-        """Push the last contributions to all shards at once; waits at most `drain_timeout_s`."""
-        leave_all(self._parts, reason, self._options.config.drain_timeout_s)
+    def leave(self, reason: Literal["limit", "signal", "stopped"], told_s: float | None = None) -> None:
+        """Push the last contributions to all shards at once; waits at most `drain_timeout_s`, counted from `told_s` (see `leave_all`)."""
+        leave_all(self._parts, reason, self._options.config.drain_timeout_s, told_s)
 
     def close(self) -> None:
         """Stop all background threads; idempotent, never raises."""

@@ -10,8 +10,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from lightning_diloco import DecoupledDiLoCoStrategy
+from lightning_diloco import DecoupledDiLoCoStrategy, LearnerFailedError
 from tests.strategy.kit import TinyModel, equal, global_parameters, latest, loader, parameters_of, quiet
+from tests.tape_checker import load_tape
 
 pytestmark = pytest.mark.process
 FAST = {"num_fragments": 2, "sync_interval_steps": 8}
@@ -92,3 +93,26 @@ def test_a_learner_that_hangs_is_killed_and_restarted_and_the_other_goes_on(capl
     assert [learner["incarnations"] for learner in summary["learners"]] == [1, 2]
     assert "learner 1 has given no sign of life and used no CPU for 5 s (hang_timeout_s): it is killed" in caplog.text
     assert "learner 1 was ended by its supervisor, without a sign of life for 5 s (hang_timeout_s=5); restart 1 of at most 3" in caplog.text
+
+
+class IsSentAway(TinyModel):
+    """The only learner gets SIGTERM in the middle of a batch, and notes when."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == AT_BATCH:
+            (self.trainer.strategy.assignment.run_dir / "told_s").write_text(str(time.monotonic()))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_learner_that_gets_sigterm_hands_over_what_it_has_and_is_gone_within_ten_seconds(tmp_path):
+    strategy = DecoupledDiLoCoStrategy(**FAST, max_restarts=0)
+    trainer = Trainer(**quiet(devices=1, max_steps=100_000, strategy=strategy))
+    with pytest.raises(LearnerFailedError, match=r"Learner 0 was ended by SIGTERM, after 0 restarts \(max_restarts=0\)"):
+        trainer.fit(IsSentAway(step_s=0.01), loader(1024))
+    ended_s, run_dir = time.monotonic(), latest(tmp_path)
+    assert ended_s - float((run_dir / "told_s").read_text()) < 10
+    (leave,) = [event for event in load_tape(run_dir / "tape.jsonl") if event["event"] == "leave"]
+    assert (leave["learner_id"], leave["reason"]) == (0, "signal")
+    assert strategy.summary["learners"][0]["inner_steps"] == AT_BATCH + 1
+    assert strategy.summary["tokens"] == strategy.summary["tokens_merged"] == 4 * (AT_BATCH + 1)
