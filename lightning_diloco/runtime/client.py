@@ -294,9 +294,9 @@ class LearnerClient:
 
     # ---- the end ------------------------------------------------------------------------------------------------------------
 
-    def leave(self, reason: Literal["limit", "signal", "stopped"]) -> None:
-        """Push the last contributions and say good-bye; waits at most `drain_timeout_s`."""
-        leave_all([self], reason, self._options.config.drain_timeout_s)
+    def leave(self, reason: Literal["limit", "signal", "stopped"], told_s: float | None = None) -> None:
+        """Push the last contributions and say good-bye; waits at most `drain_timeout_s`, counted from `told_s` (see `leave_all`)."""
+        leave_all([self], reason, self._options.config.drain_timeout_s, told_s)
 
     def begin_leave(self, reason: Literal["limit", "signal", "stopped"]) -> bool:
         """Push the last contributions; returns whether there is an answer to be waited for."""
@@ -365,7 +365,9 @@ class LearnerClient:
         fatal = self._loop.fatal
         if fatal is None or isinstance(fatal, FencedError):
             return fatal
-        return FencedError(str(fatal))
+        failed = FencedError(str(fatal))
+        failed.__cause__ = fatal
+        return failed
 
     @property
     def lost_syncer(self) -> bool:

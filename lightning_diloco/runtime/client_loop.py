@@ -205,6 +205,7 @@ class ClientLoop:
         except Exception as error:  # the training thread must learn of it at its next look
             _log.exception("The background thread of the learner failed.")
             self.fatal = DiLoCoError(f"The background thread of the learner failed: {error!r}")
+            self.fatal.__cause__ = error
         finally:
             self._is_over = True
             self._queue.clear()

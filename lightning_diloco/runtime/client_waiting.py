@@ -13,6 +13,7 @@ from lightning_diloco.protocol.learner import LearnerMachine
 from lightning_diloco.runtime.client_loop import ClientLoop
 from lightning_diloco.runtime.client_options import ClientOptions
 from lightning_diloco.runtime.leases import Link
+from lightning_diloco.runtime.life_signs import give_sign
 from lightning_diloco.runtime.transport import LearnerTransport
 from lightning_diloco.runtime.unanswered import explain
 
@@ -64,6 +65,7 @@ def wait_for_join(
         DiLoCoError: the syncer said no, is silent, cannot be reached with payloads, or has several shards (`ShardedSyncerError`).
     """
     while not loop.settled.wait(0.05):
+        give_sign()
         for look in looks:
             look()
         if time.monotonic() - loop.reports.heard_s > patience_s:
@@ -107,6 +109,7 @@ def wait_for_lease(loop: ClientLoop, machine: LearnerMachine, options: ClientOpt
     while not leases.has_answer and loop.fatal is None and loop.stop_reason is None and loop.reports.offline_stop is None:
         if time.monotonic() - loop.reports.heard_s > patience_s:
             raise SyncerUnavailableError(f"The syncer at {options.endpoint} has fallen silent before it handed out any samples.")
+        give_sign()
         time.sleep(0.005)
     if loop.fatal is not None:
         raise loop.fatal

@@ -35,6 +35,7 @@ from lightning_diloco.runtime.client_options import JoinInfo, planned_layout
 from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.runtime.global_state import GlobalState
 from lightning_diloco.runtime.leaving import leave_all
+from lightning_diloco.runtime.life_signs import give_sign
 from lightning_diloco.runtime.peer_state import PeerStates
 from lightning_diloco.runtime.rejoin import InnerState
 from lightning_diloco.runtime.weights import Weights
@@ -141,6 +142,7 @@ class ShardedClient:
                 if time.monotonic() >= until_s:
                     raise
                 self._heed_lead()
+                give_sign()
                 time.sleep(AGAIN_S)
             else:
                 return part
@@ -203,9 +205,9 @@ class ShardedClient:
 
     # ---- the end ------------------------------------------------------------------------------------------------------------
 
-    def leave(self, reason: Literal["limit", "signal", "stopped"]) -> None:
-        """Push the last contributions to all shards at once; waits at most `drain_timeout_s`."""
-        leave_all(self._parts, reason, self._options.config.drain_timeout_s)
+    def leave(self, reason: Literal["limit", "signal", "stopped"], told_s: float | None = None) -> None:
+        """Push the last contributions to all shards at once; waits at most `drain_timeout_s`, counted from `told_s` (see `leave_all`)."""
+        leave_all(self._parts, reason, self._options.config.drain_timeout_s, told_s)
 
     def close(self) -> None:
         """Stop all background threads; idempotent, never raises."""

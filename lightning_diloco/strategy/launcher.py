@@ -125,6 +125,7 @@ class SupervisorLauncher(_Launcher):
             launch_dir=launch_dir,
             payload_path=launch_dir / "payload.pkl",
             max_restarts=self._strategy.process_options.max_restarts,
+            hang_timeout_s=self._strategy.process_options.hang_timeout_s,
             on_tick=lambda restarts: recorder.tick(time.monotonic(), restarts),
         )
 

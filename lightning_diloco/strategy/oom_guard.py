@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_diloco.strategy.memory_probe import free_memory, is_out_of_memory
-from lightning_diloco.strategy.no_collectives import NoCollectives
+from lightning_diloco.strategy.signing import Signing
 
 if TYPE_CHECKING:
     from lightning_diloco.strategy.batching import BatchSizing
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["OutOfMemoryGuard"]
 
 
-class OutOfMemoryGuard(NoCollectives):
+class OutOfMemoryGuard(Signing):
     """Catches errors of memory in the passes of a training step."""
 
     batching: BatchSizing | None = None

@@ -7,6 +7,7 @@ go, how work is counted. Options of the stable surface that are not there yet ra
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -53,7 +54,9 @@ class ProcessOptions:
     num_learners: int | None = None
     """With `syncer`: how many learners share the training data; None: this learner reads all of it."""
     max_restarts: int = 3
-    """How often the supervisor starts one learner again after a signal has ended it."""
+    """How often the supervisor starts one learner again after a signal, or memory that ran out, has ended it."""
+    hang_timeout_s: float | None = 1800.0
+    """The supervisor kills a learner that hangs for so long, and starts it again (None: never); see `strategy.hang_watch`."""
     run_dir: Path | None = None
     """Directory of the run; None: ``outputs/DATE_TIME`` under the working directory."""
     token_counter: Callable[[Any], int] | None = None
@@ -68,6 +71,11 @@ class ProcessOptions:
         if self.data not in ("shard", "lease"):
             raise ConfigurationError(f"data={self.data!r}: must be 'shard' or 'lease'.")
         need_int("max_restarts", self.max_restarts, 0)
+        value = self.hang_timeout_s
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < math.inf):
+            raise ConfigurationError(
+                f"hang_timeout_s={value!r}: must be a finite number of seconds, at least 1; pass None to wait for a hung learner for ever."
+            )
         if self.token_counter is not None and not callable(self.token_counter):
             raise ConfigurationError(f"token_counter={self.token_counter!r}: must be a function of a batch that returns its tokens.")
         if self.syncer is None:

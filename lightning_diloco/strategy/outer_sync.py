@@ -76,11 +76,12 @@ class OuterSync(Callback):
         self.clock: JobClock | None = None
         self.info: JoinInfo | None = None
         """What the syncer said at the join."""
-        self._tokens = 0
-        self._depth = 0
+        self._tokens = self._depth = 0
         self._has_left = self._has_asked = self._is_validating = False
         self.is_done = False
         """Whether it has left and will not come back."""
+        self.told_s: float | None = None
+        """When SIGTERM came, on the monotonic clock."""
         self._showing: Showing | None = None
         self._saver: InnerStateSaver | None = None
         self._resumed = Resumed()
@@ -368,7 +369,7 @@ class OuterSync(Callback):
 
     def _leave(self, reason: Literal["limit", "signal", "stopped"]) -> None:
         assert self._client is not None
-        self._client.leave(reason)
+        self._client.leave(reason, self.told_s)
         self.figures = self._client.figures
         # Who was sent away comes back; who has reached the end does not.
         self._has_left, self.is_done = True, reason != "signal"

@@ -5,7 +5,7 @@ module's complete ``state_dict``. Callbacks are found again by Lightning's own s
 (``configure_callbacks``) has nobody to take its state. A checkpoint callback takes its folder first, because Lightning ignores scores
 that belong to another one.
 
-A learner that fails brings back its exception and the text of its traceback.
+A learner that fails brings back its exception and the text of its traceback, and whether it was memory that ran out.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_diloco.errors import LearnerFailedError
+from lightning_diloco.strategy.deaths import is_death_by_memory
 
 __all__ = ["LearnerResult", "as_exception", "collect", "failure", "merge", "read_result", "write_result"]
 
@@ -33,8 +34,8 @@ __all__ = ["LearnerResult", "as_exception", "collect", "failure", "merge", "read
 class LearnerResult:
     """How one life of a learner ended."""
 
-    outcome: Literal["done", "signal", "failed"]
-    """`done`: the fit returned; `signal`: it left in order after SIGTERM; `failed`: an exception ended it."""
+    outcome: Literal["done", "signal", "memory", "failed"]
+    """`done`: the fit returned; `signal`: it left in order after SIGTERM; `memory`: it ran out; `failed`: another exception ended it."""
     exception: bytes | None = None
     """The pickled exception of a failure; None if it cannot be pickled."""
     traceback_text: str = ""
@@ -80,7 +81,7 @@ def failure(error: BaseException) -> LearnerResult:
     except Exception:
         # An exception whose constructor wants more than its args, or that holds a socket: the text has to do.
         data = None
-    return LearnerResult(outcome="failed", exception=data, traceback_text=text)
+    return LearnerResult(outcome="memory" if is_death_by_memory(error) else "failed", exception=data, traceback_text=text)
 
 
 def as_exception(learner_id: int, result: LearnerResult) -> BaseException:

@@ -10,6 +10,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,8 @@ class SigtermPolicy:
         if self._is_guest:
             tell_user(self._previous, signum, frame)
         sync = self._find_sync()
+        if sync is not None and sync.told_s is None:
+            sync.told_s = time.monotonic()
         if self._lets_leave or (sync is not None and sync.has_left):
             # On its way out already.
             return

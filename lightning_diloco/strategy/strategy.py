@@ -69,7 +69,8 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         tokens_per_step: tokens of an inner step, kept by gradient accumulation (None: whatever the batches have).
         inner_lr_rule: how the inner learning rate follows the samples of a step: ``none``, ``sqrt`` or ``linear``.
         data: ``shard``: each learner trains on its part. ``lease``: the syncer hands out samples, and fast learners take more.
-        max_restarts: how often a learner that a signal has ended is started again.
+        max_restarts: how often a learner that a signal has ended, or memory that ran out, is started again.
+        hang_timeout_s: a learner that hangs for so many seconds is killed and started again (None: never).
         run_dir: where the run's files go (None: ``outputs/DATE_TIME`` under the working directory).
         token_counter: tokens of a batch (None: see `lightning_diloco.strategy.counting`).
         accelerator: as for every strategy.
@@ -103,6 +104,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         inner_lr_rule: LrRule = "none",
         data: Literal["shard", "lease"] = "shard",
         max_restarts: int = 3,
+        hang_timeout_s: float | None = 1800.0,
         run_dir: str | Path | None = None,
         token_counter: Callable[[Any], int] | None = None,
         accelerator: Accelerator | None = None,
@@ -131,6 +133,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
             learner_id=learner_id,
             num_learners=num_learners,
             max_restarts=max_restarts,
+            hang_timeout_s=hang_timeout_s,
             run_dir=None if run_dir is None else Path(run_dir),
             token_counter=token_counter,
             data=data,

@@ -3,9 +3,12 @@
 The rules:
 
 * a learner that returns is done; the job is over when all are done;
-* a learner that a signal has ended (killed, out of memory, a spot instance's SIGTERM) is started again after a growing pause, at most
-  `max_restarts` times; the syncer lets it take over its id, and it goes on from the global model;
-* an exception in a learner ends the job: restarting would raise it again. The others are asked to leave, and the exception is raised here;
+* a learner that a signal has ended (killed, a spot instance's SIGTERM), or an error that says that memory has run out (`strategy.deaths`),
+  is started again after a growing pause, at most `max_restarts` times; the syncer lets it take over its id, and it goes on from the
+  global model;
+* a learner that hangs for `hang_timeout_s` (`strategy.hang_watch`) is killed and started again in the same way;
+* another exception in a learner ends the job: restarting would raise it again. The others are asked to leave, and the exception is raised
+  here;
 * Ctrl-C and SIGTERM of this process end the job as well: learners leave in order, the run's files say `stopped`;
 * a syncer that a signal has ended is started again as often, and goes on with the job (`syncer_child`); another end of it ends the job.
 
@@ -32,8 +35,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_diloco.errors import LearnerFailedError
 from lightning_diloco.runtime.children import Child, ExitStatus, child_environment, start_child
+from lightning_diloco.strategy.deaths import death_of
+from lightning_diloco.strategy.hang_watch import HangWatch
 from lightning_diloco.strategy.results import LearnerResult, as_exception, read_result
-from lightning_diloco.strategy.sigterm import EXIT_SIGTERM, tell_user
+from lightning_diloco.strategy.sigterm import tell_user
 from lightning_diloco.strategy.syncer_child import SyncerChild
 
 __all__ = ["JobPlan", "Supervisor"]
@@ -58,6 +63,8 @@ class JobPlan:
     launch_dir: Path
     payload_path: Path
     max_restarts: int
+    hang_timeout_s: float | None
+    """None: nobody looks whether a learner hangs."""
     on_tick: Callable[[dict[str, int]], None]
     """Called in every turn of the loop with the restarts so far."""
 
@@ -73,6 +80,9 @@ class _Learner:
     start_at_s: float | None = None
     """When the next life is due; None while one runs or none is wanted."""
     is_done: bool = False
+    watch: HangWatch | None = None
+    is_hung: bool = False
+    """Whether this life was ended because it hung."""
 
 
 @dataclass
@@ -169,8 +179,10 @@ class Supervisor:
         if learner.is_done or learner.child is None:
             return
         status = learner.child.poll()
-        if status is None and not self._result_path(learner).exists():
-            return
+        if status is None:
+            self._end_if_hung(learner)
+            if not self._result_path(learner).exists():
+                return
         result = learner.result = read_result(self._result_path(learner))
         if result is not None and result.outcome == "done":
             # Its interpreter may take a second more to end; the syncer need not wait for that.
@@ -184,17 +196,29 @@ class Supervisor:
             self._tell_lost(learner)
             self._restart_or_raise(learner, result, status)
 
+    def _end_if_hung(self, learner: _Learner) -> None:
+        if learner.child is None or learner.watch is None or not learner.watch.is_hung(time.monotonic()):
+            return
+        _log.warning(
+            "learner %d has given no sign of life and used no CPU for %g s (hang_timeout_s): it is killed",
+            learner.learner_id,
+            learner.watch.timeout_s,
+        )
+        learner.watch, learner.is_hung = None, True
+        learner.child.signal_group(signal.SIGKILL)
+
     def _restart_or_raise(self, learner: _Learner, result: LearnerResult | None, status: ExitStatus) -> None:
-        if result is not None and result.outcome == "failed":
-            raise as_exception(learner.learner_id, result)
-        if result is None and status.signal_name is None and status.code != EXIT_SIGTERM:
-            raise LearnerFailedError(f"Learner {learner.learner_id} ended with {status} and without an exception.{self._log_hint(learner)}")
-        name = status.signal_name or "SIGTERM"
+        said = None if result is None or result.outcome not in ("failed", "memory") else as_exception(learner.learner_id, result)
+        death = death_of(result, status, self._plan.hang_timeout_s if learner.is_hung else None)
+        if death is None:
+            raise said or LearnerFailedError(
+                f"Learner {learner.learner_id} ended with {status} and without an exception.{self._log_hint(learner)}"
+            )
         if learner.life >= self._plan.max_restarts:
             raise LearnerFailedError(
-                f"Learner {learner.learner_id} was ended by {name}, after {learner.life} restarts (max_restarts={self._plan.max_restarts})."
-                f"{self._log_hint(learner)} SIGKILL without anyone's doing often means that memory ran out."
-            )
+                f"Learner {learner.learner_id} was ended by {death.by}, after {learner.life} restarts "
+                f"(max_restarts={self._plan.max_restarts}).{self._log_hint(learner)} {death.remedy}"
+            ) from said
         pause_s = min(_FIRST_PAUSE_S * 2**learner.life, _LONGEST_PAUSE_S)
         learner.life += 1
         learner.start_at_s = time.monotonic() + pause_s
@@ -202,7 +226,7 @@ class Supervisor:
         _log.warning(
             "learner %d was ended by %s; restart %d of at most %d in %.1f s",
             learner.learner_id,
-            name,
+            death.by,
             learner.life,
             self._plan.max_restarts,
             pause_s,
@@ -215,6 +239,10 @@ class Supervisor:
         log = None if learner.learner_id == 0 else plan.run_dir / "logs" / f"learner_{learner.learner_id}.log"
         learner.result = None
         learner.child = start_child("lightning_diloco.strategy.worker", [], log=log, environment=self._environment)
+        signs_path = plan.launch_dir / f"signs_{learner.learner_id}_{learner.life}.bin"
+        learner.is_hung = False
+        if plan.hang_timeout_s is not None:
+            learner.watch = HangWatch(learner.child.pid, signs_path, plan.hang_timeout_s, time.monotonic())
         learner.child.send_line(
             {
                 "learner_id": learner.learner_id,
@@ -227,6 +255,7 @@ class Supervisor:
                 "launch_dir": str(plan.launch_dir),
                 "payload_path": str(plan.payload_path),
                 "result_path": str(self._result_path(learner)),
+                "signs_path": str(signs_path),
                 "sys_path": sys.path,
                 "argv": sys.argv,
                 "environment": {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")},

@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_diloco.runtime.life_signs import begin_signs, give_sign
 from lightning_diloco.strategy.life_line import hold_life_line, read_assignment
 from lightning_diloco.strategy.sigterm import EXIT_SIGTERM, SigtermPolicy, is_sigterm_exit
 
@@ -46,6 +47,7 @@ def main() -> int:
     _restore_surroundings(assigned)
     result_path = Path(assigned["result_path"])
     try:
+        begin_signs(Path(assigned["signs_path"]))
         _settle_rank(assigned["learner_id"])
         result = _run(assigned)
     except BaseException as error:
@@ -96,6 +98,7 @@ def _run(assigned: dict[str, Any]) -> LearnerResult:
 def _await_endpoint(path: Path) -> str:
     """The syncer's address, which it writes when it is ready; the supervisor ends this process if that never happens."""
     while not path.exists():
+        give_sign()
         time.sleep(0.02)
     return str(json.loads(path.read_text("utf-8"))["endpoint"])
 
@@ -138,7 +141,7 @@ def _write(result: LearnerResult, path: Path) -> int:
     write_result(result, path)
     sys.stdout.flush()
     sys.stderr.flush()
-    return {"done": 0, "signal": EXIT_SIGTERM, "failed": 1}[result.outcome]
+    return {"done": 0, "signal": EXIT_SIGTERM, "memory": 1, "failed": 1}[result.outcome]
 
 
 def _restore_surroundings(assigned: dict[str, Any]) -> None:

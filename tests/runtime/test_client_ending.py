@@ -8,11 +8,13 @@ import logging
 import threading
 import time
 
+import pytest
 import torch
 import zmq
 
 from lightning_diloco.errors import DiLoCoError
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
+from lightning_diloco.runtime.leaving import drain_after
 from tests.runtime.job_helpers import CONFIG, Background, make_module, running_job, train, until, whole_life
 from tests.tape_checker import load_tape
 
@@ -77,6 +79,41 @@ def test_without_a_syncer_leaving_takes_the_drain_timeout_and_says_what_is_lost(
         assert "were not acknowledged within drain_timeout_s=0.5" in caplog.text
         client.weights.load_global()
         assert all(torch.isfinite(p).all() for p in client._module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("told_ago_s", "drain_s", "waits_s"),
+    [
+        (None, 10.0, 10.0),
+        (0.0, 10.0, 8.5),  # the good-bye and what comes after it belong to the ten seconds
+        (5.0, 10.0, 3.5),
+        (8.0, 10.0, 1.0),
+        (60.0, 10.0, 1.0),
+        (0.0, 60.0, 58.5),
+        (0.0, 2.0, 1.0),
+        (0.0, 0.5, 0.5),
+    ],
+)
+def test_the_drain_gets_what_is_left_of_its_time_since_the_signal(told_ago_s, drain_s, waits_s):
+    assert drain_after(None if told_ago_s is None else 1000.0 - told_ago_s, drain_s, 1000.0) == pytest.approx(waits_s)
+
+
+def test_who_was_told_to_end_is_gone_in_time_though_no_syncer_answers(tmp_path, caplog):
+    config = dataclasses.replace(CONFIG, drain_timeout_s=4.0)
+    with running_job(tmp_path, "tcp", config=config) as job:
+        client = job.client(0)
+        client.join()
+        train(client, 20)
+        job.service.finish("failed")
+        assert job.service.join(10)
+        train(client, 20)
+        told_s = time.monotonic()
+        time.sleep(1.0)  # the rest of the batch
+        with caplog.at_level(logging.WARNING):
+            client.leave("signal", told_s)
+        # 3.5 s; from the batch's end it would be six.
+        assert 3.4 < time.monotonic() - told_s < config.drain_timeout_s + 1
+        assert "were not acknowledged within drain_timeout_s=4 after SIGTERM" in caplog.text
 
 
 def test_closing_is_quick_idempotent_and_leaves_no_thread(tmp_path):

@@ -61,11 +61,19 @@ def fit(endpoint: str, model: TinyModel, learner_id: int = 0) -> BaseException:
 def test_a_member_leaves_in_order_also_if_it_is_told_twice(tmp_path, heard, monkeypatch):
     from lightning_diloco.runtime.client import LearnerClient
 
-    leave = LearnerClient.leave
-    monkeypatch.setattr(LearnerClient, "leave", lambda self, reason: (terminate(), leave(self, reason)))
+    leave, told = LearnerClient.leave, []
+
+    def told_again(self, reason, told_s=None):
+        told.append(told_s)
+        terminate()
+        leave(self, reason, told_s)
+
+    monkeypatch.setattr(LearnerClient, "leave", told_again)
+    before_s = time.monotonic()
     with running_job(tmp_path, "tcp", supervised=False) as job:
         fit(job.endpoint, Told())
         assert heard == [signal.SIGTERM] * 2
+        assert before_s < told[0] < time.monotonic(), "the drain's time counts from the first signal"
         until(lambda: leaves(tmp_path) == [(0, "signal")])
 
 
