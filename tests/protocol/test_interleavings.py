@@ -1,7 +1,7 @@
 """The interleavings of PROTOCOL.md section 12, on the two machines: 1 to 4 and 8 to 12. Each broke a simpler version of the rules.
 
-The others: 5, 6, 14 and 23 in `test_restarts.py`, with a syncer that crashes; 13, 15 and 18 to 22 in `test_interleavings_of_the_end.py`;
-7 in `test_rebuild_rules.py` and, with real processes, in `tests/runtime/test_rebuild.py`; 16 is the transport's
+The others: 5, 6, 7, 14 and 23 in `test_restarts.py`, with a syncer that crashes (7 with real processes too, in
+`tests/runtime/test_rebuild.py`); 13, 15 and 18 to 22 in `test_interleavings_of_the_end.py`; 16 is the transport's
 (`tests/runtime/test_transport_reconnect.py`). 17 needs islands, which are not there: one learner is one process.
 """
 
