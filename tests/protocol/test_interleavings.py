@@ -1,7 +1,8 @@
-"""The interleavings of PROTOCOL.md section 12, on the two machines: 1 to 12. Each broke a simpler version of the rules.
+"""The interleavings of PROTOCOL.md section 12, on the two machines: 1 to 4 and 8 to 12. Each broke a simpler version of the rules.
 
-5, 6, 7, 9, 14 and 23 need a restart of the syncer or a rejoin checkpoint, 17 an island: they come with their own issues. 16 is the
-transport's (tests/runtime/transport).
+The others: 5, 6, 7, 14 and 23 in `test_restarts.py`, with a syncer that crashes (7 with real processes too, in
+`tests/runtime/test_rebuild.py`); 13, 15 and 18 to 22 in `test_interleavings_of_the_end.py`; 16 is the transport's
+(`tests/runtime/test_transport_reconnect.py`). 17 needs islands, which are not there: one learner is one process.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import pytest
 
 from lightning_diloco.protocol import events as ev
 from lightning_diloco.protocol.identity import Version
-from lightning_diloco.protocol.messages import Pull
+from lightning_diloco.protocol.messages import Contribution, Pull
 from lightning_diloco.protocol.records import ContributionRecord, JoinRecord, LeaveRecord, RoundOpenRecord
-from tests.protocol.invariants import check_tape
+from tests.protocol.invariants import check_end, check_tape
 from tests.protocol.moves import atoms, bulk_up, contribute, control, down, payloads, publications, pull
-from tests.protocol.pair import TOKENS, Pair
+from tests.protocol.pair import TOKENS, Node, Pair
 
 
 @pytest.fixture
@@ -205,6 +206,83 @@ def test_ready_that_overtakes_the_last_acknowledgement_still_makes_a_member(pair
     bulk_up(pair, b)
     assert pair.syncer.job.members.by_id(1).stage == "joined"
     assert [r.role for r in pair.of(JoinRecord)] == ["founder", "joiner"]
+
+
+def fifteen_steps(pair: Pair, node: Node) -> Contribution:
+    """This learner trains; a contribution of its first 15 steps is on its way when it has done them. It had 10 when it last saved."""
+    for _ in range(14):
+        pair.step(node)
+    control(pair, node)
+    pair.step(node)
+    (header,) = payloads(node)
+    assert header.steps == 15 and header.tokens == 15 * TOKENS
+    return header
+
+
+def die_three_steps_later(pair: Pair, node: Node) -> None:
+    """The last of them is known from the process's own counters alone."""
+    for _ in range(2):
+        pair.step(node)
+        while node.control_up:
+            pair.deliver_control_up(node)
+    pair.step(node)
+    pair.kill(node)
+    pair.take(ev.CountersRead(learner_id=node.learner_id, incarnation=0, inner_steps=18, tokens=18 * TOKENS))
+    pair.take(ev.LearnerLost(learner_id=node.learner_id))
+
+
+def test_what_was_merged_before_a_kill_is_in_the_next_life_once_and_the_rest_died(pair):
+    """Interleaving 9: 10 steps pending in the checkpoint, 15 merged, a version that the dead one never saw, 3 that it handed to nobody."""
+    a, b = pair.found(2)
+    fifteen_steps(pair, b)
+    bulk_up(pair, b)
+    assert pair.version(0) == 1 and b.machine.state.fragments[0].base == Version(0, 0)
+    die_three_steps_later(pair, b)
+    ledger, work = pair.syncer.job.ledger, atoms(pair, 1)
+    assert pair.discarded(1, 0) == {"died": 3 * TOKENS}
+    assert (ledger.tokens(1), ledger.merged(1, 0), ledger.pending(1, 0)) == (18 * TOKENS, 15 * TOKENS, 0)
+    again = pair.add(1)
+    assert again.joined.incarnation == 1 and sorted(again.theta[0]) == work[:15], "it begins with the published parameters"
+    pair.steps([a, again], 9)
+    for node in (a, again):
+        pair.leave(node)
+    pair.settle()
+    check_end(pair)
+    assert [pair.shadow(0)[x] for x in work] == [1] * 15 + [0] * 3
+    assert all(pair.shadow(0)[x] == 1 for x in pair.tokens_of if x not in work[15:])
+    assert pair.discarded(1, 0) == {"died": 3 * TOKENS} and ledger.merged(1, 0) == 15 * TOKENS + 9 * TOKENS
+
+
+def test_what_was_held_at_a_kill_is_merged_once_beside_the_next_life_and_the_rest_died():
+    """Interleaving 9 with 15 steps held, not merged: the next life trains from a version without them."""
+    pair = Pair(num_fragments=1, min_quorum=2)
+    a, b, c = pair.found(3)
+    header = fifteen_steps(pair, b)
+    for node in (a, c):
+        pair.step(node)
+        control(pair, node)
+    bulk_up(pair, b)  # alone it is no quorum
+    assert not pair.merges() and pair.syncer.rounds.of(0).holds(1)
+    die_three_steps_later(pair, b)
+    ledger, work = pair.syncer.job.ledger, atoms(pair, 1)
+    assert pair.discarded(1, 0) == {"died": 3 * TOKENS}
+    assert (ledger.tokens(1), ledger.merged(1, 0), ledger.pending(1, 0)) == (18 * TOKENS, 0, 15 * TOKENS)
+    again = pair.add(1)
+    assert not again.theta[0] and again.machine.state.fragments[0].next_seq == header.seq + 1
+    pair.step(again)
+    pair.settle()
+    assert not pair.merges() and again.machine.state.fragments[0].pulled_by is None
+    pair.steps([a, again, c], 4)
+    first = pair.merges()[0].members[0]
+    assert (first.learner_id, first.incarnation, first.seq, first.tokens) == (1, 0, header.seq, 15 * TOKENS)
+    pair.steps([a, again, c], 8)
+    for node in (a, again, c):
+        pair.leave(node)
+    pair.settle()
+    check_end(pair)
+    assert [pair.shadow(0)[x] for x in work] == [1] * 15 + [0] * 3
+    assert all(pair.shadow(0)[x] == 1 for x in pair.tokens_of if x not in work[15:])
+    assert pair.discarded(1, 0) == {"died": 3 * TOKENS} and ledger.merged(1, 0) == 15 * TOKENS + 13 * TOKENS
 
 
 def test_the_second_process_that_claims_an_id_is_refused(pair):

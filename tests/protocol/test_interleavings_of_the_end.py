@@ -1,4 +1,4 @@
-"""The interleavings of PROTOCOL.md section 12, on the two machines: 13 to 22. Each broke a simpler version of the rules."""
+"""The interleavings of PROTOCOL.md section 12, on the two machines: 13, 15 and 18 to 22. Each broke a simpler version of the rules."""
 
 from __future__ import annotations
 

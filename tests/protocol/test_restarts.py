@@ -1,4 +1,4 @@
-"""A syncer that crashes and goes on (PROTOCOL.md sections 8 and 12: 5, 6, 14, 23), on the two machines."""
+"""A syncer that crashes and goes on (PROTOCOL.md sections 8 and 12: 5, 6, 7, 14, 23), on the two machines."""
 
 from __future__ import annotations
 
@@ -197,6 +197,7 @@ def test_a_crash_between_the_snapshot_of_an_epoch_and_its_line_leaves_origins_th
 
 
 def test_a_newcomer_waits_until_the_syncer_serves_and_is_never_the_founder(pair):
+    """Interleaving 7."""
     (a,) = pair.found(1)
     pair.steps([a], 6)
     pair.snapshot = []

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -19,10 +20,9 @@ from tests.runtime.job_helpers import CONFIG, sum_up, until
 from tests.runtime.test_service_process import Syncer, learner_process, syncer
 from tests.tape_checker import load_tape
 
-pytestmark = [pytest.mark.process, pytest.mark.slow]
+pytestmark = pytest.mark.process
 
 WIDTH = 64
-STOPPED_S = 30.0
 JOB = dataclasses.replace(CONFIG, norm_gate=None, grace_fraction=0.0)
 
 
@@ -54,18 +54,19 @@ def last_t_s(run_dir: Path) -> float:
     return load_tape(run_dir / "tape.jsonl")[-1]["t_s"]
 
 
-def test_a_learner_that_was_stopped_for_half_a_minute_goes_on_in_the_same_life(tmp_path):
-    run_dir = tmp_path / "run"
+def stop_and_go_on(run_dir: Path, *, stopped_s: float, limit_s: float, num_steps: int, num_merges: int) -> None:
+    """One of two learners stands still for so long, and until the other one has had so many merges; then it does the rest of its steps."""
     with syncer(run_dir, supervised=True, num_slots=2) as process:
         survivor = process.client(0, stack(), config=JOB, token="job")
         survivor.join()
-        with learner_process(**wish(process, 1, steps=6000)) as stopped:
+        with learner_process(**wish(process, 1, steps=num_steps)) as stopped:
             assert json.loads(stopped.stdout.readline())["incarnation"] == 0
             until(lambda: drift(survivor, 10) or merges_of(run_dir, 1) > 5, 60)
             os.kill(stopped.pid, signal.SIGSTOP)
+            until(lambda: psutil.Process(stopped.pid).status() == psutil.STATUS_STOPPED)
             stopped_at_s, before = last_t_s(run_dir), merges_of(run_dir, 0)
-            until(lambda: drift(survivor, 20) or last_t_s(run_dir) > stopped_at_s + STOPPED_S, 120)
-            alone = merges_of(run_dir, 0) - before
+            until(lambda: drift(survivor, 10) or last_t_s(run_dir) > stopped_at_s + stopped_s, limit_s)
+            until(lambda: drift(survivor, 10) or merges_of(run_dir, 0) > before + num_merges, limit_s - stopped_s)
             ours = merges_of(run_dir, 1)
             os.kill(stopped.pid, signal.SIGCONT)
             until(lambda: drift(survivor, 10) or merges_of(run_dir, 1) > ours + 10, 60)
@@ -75,11 +76,22 @@ def test_a_learner_that_was_stopped_for_half_a_minute_goes_on_in_the_same_life(t
         process.tell(command="finish", status="finished")
         assert process.end()[0] == 0
     summary = sum_up(run_dir, "finished")
-    assert alone > 50, "nobody waited for it"
-    assert [x["incarnations"] for x in summary["learners"]] == [1, 1] and summary["discarded_by_reason"]["died"] == 0
-    assert summary["tokens_pending"] <= 1
+    assert [x["incarnations"] for x in summary["learners"]] == [1, 1], "it came back in the same life"
+    assert [x["tokens"] for x in summary["learners"]] == [16 * survivor.figures.inner_steps, 16 * num_steps]
+    assert summary["tokens_merged"] == summary["tokens"] and summary["tokens_pending"] == summary["tokens_discarded"] == 0
 
 
+def test_a_learner_that_was_stopped_for_longer_than_ten_heartbeats_goes_on_in_the_same_life(tmp_path):
+    """Ten heartbeats, 2 s here: after so long a member counts as silent. A round that waited would do so for 10 s."""
+    stop_and_go_on(tmp_path / "run", stopped_s=2.5, limit_s=9.0, num_steps=300, num_merges=10)
+
+
+@pytest.mark.slow
+def test_a_learner_that_was_stopped_for_half_a_minute_goes_on_in_the_same_life(tmp_path):
+    stop_and_go_on(tmp_path / "run", stopped_s=30.0, limit_s=120.0, num_steps=6000, num_merges=50)
+
+
+@pytest.mark.slow
 def test_a_learner_that_was_replaced_while_it_was_stopped_is_fenced_and_changes_nothing(tmp_path):
     run_dir = tmp_path / "run"
     with syncer(run_dir, supervised=True, num_slots=2) as process:

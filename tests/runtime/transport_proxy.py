@@ -37,6 +37,10 @@ class TransportProxy:
         self.num_connections = 0
         self.recorded: list[bytearray] = []
         """What whoever dialled has said, one after the other."""
+        self.hold_from_bytes: int | None = None
+        """What the target says is kept back from the first piece of so many bytes on, until this is None."""
+        self.num_held_bytes = 0
+        """How much of it was read in such pieces."""
         self.port = 0
         self._writers: list[asyncio.StreamWriter] = []
         self._dialer: asyncio.StreamWriter | None = None
@@ -107,14 +111,17 @@ class TransportProxy:
             return
         self._writers.append(far_writer)
         self.recorded.append(spoken := bytearray())
-        await asyncio.gather(self._forward(reader, far_writer, spoken), self._forward(far_reader, writer, bytearray()))
+        await asyncio.gather(self._forward(reader, far_writer, spoken), self._forward(far_reader, writer, None))
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, spoken: bytearray) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, spoken: bytearray | None) -> None:
         pieces: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=64)
-        sender = asyncio.ensure_future(self._send_late(pieces, writer))
+        sender = asyncio.ensure_future(self._send_late(pieces, writer, is_answer=spoken is None))
         try:
             while piece := await reader.read(16384):
-                spoken += piece
+                if spoken is not None:
+                    spoken += piece
+                elif self._holds(piece):
+                    self.num_held_bytes += len(piece)
                 if self.bits_to_turn > 0:
                     piece = self._damage(piece)
                 await pieces.put((self._loop.time() + self.delay_s, piece))
@@ -126,6 +133,9 @@ class TransportProxy:
             sender.cancel()
             writer.transport.abort()
 
+    def _holds(self, piece: bytes) -> bool:
+        return self.hold_from_bytes is not None and len(piece) >= self.hold_from_bytes
+
     def _damage(self, piece: bytes) -> bytes:
         """One bit, at a random place, is another one."""
         self.bits_to_turn -= 1
@@ -133,9 +143,11 @@ class TransportProxy:
         damaged[self.random.randrange(len(damaged))] ^= 1 << self.random.randrange(8)
         return bytes(damaged)
 
-    async def _send_late(self, pieces: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+    async def _send_late(self, pieces: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter, *, is_answer: bool) -> None:
         while True:
             due_s, piece = await pieces.get()
             await asyncio.sleep(max(0.0, due_s - self._loop.time()))
+            while is_answer and self._holds(piece):
+                await asyncio.sleep(0.005)
             writer.write(piece)
             await writer.drain()
