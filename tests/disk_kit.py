@@ -27,17 +27,21 @@ def small_disk(path: Path, size: str = "2m") -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
+def fill(disk: Path) -> None:
+    """Take what room there is, also what somebody has given free since the last call."""
+    with (disk / "filler").open("ab", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(4096))
+
+
 @contextmanager
 def full(disk: Path) -> Iterator[None]:
     """No byte is left, for the tape neither."""
-    path = disk / "filler"
-    with path.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        while True:
-            file.write(bytes(4096))
+    fill(disk)
     try:
         yield
     finally:
-        path.unlink()
+        (disk / "filler").unlink()
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def _serve(args: argparse.Namespace, keys: SyncerKeys | None) -> int:
             _announce(args, endpoint, service, "" if lone is None else lone.metrics_url, keys)
     except DiskError:
         # Nobody could find the syncer. Its number is used up, and nothing was served under it.
-        service.abandon()
+        (service if lone is None else lone).abandon()
         raise
     if has_parent:
         threading.Thread(target=_obey, args=(service, lines), name="diloco-supervisor", daemon=True).start()

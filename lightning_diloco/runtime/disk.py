@@ -57,8 +57,8 @@ def unlink_quietly(path: Path) -> None:
 def lose_output_of_a_full_disk() -> None:
     """From here on a `print` into a file whose disk is full, or can only be read, is lost, and raises nothing.
 
-    The output of most processes of a job is a file of the run directory. Without this a line of the user's that prints would end the job, and
-    a syncer that has a sentence to say of its disk would end with another exit code.
+    The output of most processes of a job is a file of the run directory. Without this a line of the user's that prints would end the job,
+    and a syncer that has a sentence to say of its disk would end with another exit code.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
