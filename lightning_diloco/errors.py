@@ -12,6 +12,7 @@ __all__ = [
     "CannotListenError",
     "ConfigurationError",
     "DiLoCoError",
+    "DiskError",
     "FencedError",
     "JoinRefusedError",
     "LearnerIdInUseError",
@@ -34,6 +35,10 @@ class ConfigurationError(DiLoCoError, ValueError):
 
 class CannotListenError(ConfigurationError):
     """An address cannot be listened at: it is taken, or none of this machine. It may be free again in a while."""
+
+
+class DiskError(ConfigurationError):
+    """A folder takes nothing: its disk is full, can only be read, or fails. It may take it again in a while."""
 
 
 class ProtocolError(DiLoCoError):

@@ -1,6 +1,7 @@
 """Entry point of `lightning-diloco`: one subcommand per file.
 
-Wrong use ends with one sentence on stderr and exit code 2; `--help` with 0. Commands that are not there yet say so.
+Wrong use ends with one sentence on stderr and exit code 2; a disk that takes nothing at the
+start of a syncer with one and exit code 74; `--help` with 0. Commands that are not there yet say so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import NoReturn
 
 from lightning_diloco import __version__
 from lightning_diloco.cli import export, keygen, replay, simulate, status, syncer
-from lightning_diloco.errors import DiLoCoError
+from lightning_diloco.errors import DiLoCoError, DiskError
+from lightning_diloco.runtime.disk import DISK_FAILED
 
 __all__ = ["main"]
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name (None: those of the process).
 
     Returns:
-        The exit code: 0 success, 1 a run that failed, 2 wrong use.
+        The exit code: 0 success, 1 a run that failed, 2 wrong use, 74 a disk that takes nothing at the start of a syncer.
     """
     parser = _build_parser()
     commands = _commands(parser)
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
     except DiLoCoError as error:
         sys.stderr.write(f"lightning-diloco {args.command}: {error}\n")
-        return 2
+        return DISK_FAILED if isinstance(error, DiskError) else 2
     except KeyboardInterrupt:
         return 130
     return code

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lightning_diloco.config import MAX_SHARDS
 from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.runtime.disk import disk_errors
 from lightning_diloco.runtime.shards import endpoints_of, is_founded, num_shards_of, refuse_lost_folders
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def run_shards(args: argparse.Namespace, num_shards: int, keys: SyncerKeys | Non
             syncer.start()
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: threading.Thread(target=stop, daemon=True).start())
-            _announce(args, syncer, keys, "" if metrics is None else metrics.url)
+            with disk_errors(args.run_dir):
+                _announce(args, syncer, keys, "" if metrics is None else metrics.url)
             return 1 if syncer.run() == "failed" else 0
         finally:
             if metrics is not None:

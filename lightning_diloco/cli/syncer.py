@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lightning_diloco.cli.shards import refuse_shards, run_shards
-from lightning_diloco.errors import CannotListenError, ConfigurationError
+from lightning_diloco.errors import CannotListenError, ConfigurationError, DiskError
 from lightning_diloco.runtime.addresses import bulk_after, is_loopback, split
+from lightning_diloco.runtime.disk import disk_errors, lose_output_of_a_full_disk, unlink_quietly
 from lightning_diloco.runtime.shard_process import CANNOT_LISTEN
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace, keys: SyncerKeys | None) -> int:
     has_parent = args.supervised or args.as_shard
+    if has_parent:
+        # Its log is on the disk that it may have to complain of; what cannot be said there must not change how it ends.
+        lose_output_of_a_full_disk()
     lines = _stdin_lines() if has_parent else iter(())
     hello = _first_line(lines) if has_parent else {}
     _make_dir(args.run_dir)
@@ -128,13 +132,20 @@ def _serve(args: argparse.Namespace, keys: SyncerKeys | None) -> int:
         shard=hello.get("shard", 0),
         num_shards=hello.get("num_shards", 1),
         shard_endpoints=tuple(hello.get("endpoints", ())),
+        spare_dir=Path(hello["spare_dir"]) if "spare_dir" in hello else None,
     )
     _allow_descriptors()
     lone = None if args.supervised else LoneSyncer(options, _STARTED_S, args.metrics_port, shown=_shown(options))
     service = SyncerService(options) if lone is None else lone.service
     endpoint = service.bind() if lone is None else lone.bind()
     _heed_signals(functools.partial(service.finish, "stopped") if lone is None else lone.stop, is_shard=args.as_shard)
-    _announce(args, endpoint, service, "" if lone is None else lone.metrics_url, keys)
+    try:
+        with disk_errors(args.run_dir):
+            _announce(args, endpoint, service, "" if lone is None else lone.metrics_url, keys)
+    except DiskError:
+        # Nobody could find the syncer. Its number is used up, and nothing was served under it.
+        (service if lone is None else lone).abandon()
+        raise
     if has_parent:
         threading.Thread(target=_obey, args=(service, lines), name="diloco-supervisor", daemon=True).start()
     if lone is not None:
@@ -240,9 +251,13 @@ def _announce(args: argparse.Namespace, endpoint: str, service: SyncerService, m
     temporary = path.with_suffix(".tmp")
     said = {"endpoint": endpoint, "bulk": service.bulk_endpoint, "pid": os.getpid(), "observer_token": service.options.observer_token}
     # Who can read the token may watch the job: nobody else.
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(said, file)
-    temporary.replace(path)
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(said, file)
+        temporary.replace(path)
+    except OSError:
+        unlink_quietly(temporary)
+        raise
     if not args.supervised and not args.as_shard:
         from lightning_diloco.cli.inviting import invite
 

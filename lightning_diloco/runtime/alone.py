@@ -62,6 +62,11 @@ class LoneSyncer:
             self._close_metrics(linger=False)
             raise
 
+    def abandon(self) -> None:
+        """Let go of what `bind` has opened; nothing was served."""
+        self._close_metrics(linger=False)
+        self.service.abandon()
+
     @property
     def metrics_url(self) -> str:
         """Where the figures are ("": nowhere)."""

@@ -8,6 +8,7 @@ its group's number cannot be given away, so what it left behind can be ended saf
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 __all__ = ["Child", "ExitStatus", "child_environment", "start_child"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,8 @@ class Child:
 def start_child(module: str, arguments: list[str], *, log: Path | None, environment: dict[str, str]) -> Child:
     """Start ``python -m module arguments``.
 
+    A log that cannot be opened is no reason not to start it: what it says goes to this process's own output instead, and a warning says so.
+
     Args:
         module: name of the module.
         arguments: its command line.
@@ -111,8 +116,11 @@ def start_child(module: str, arguments: list[str], *, log: Path | None, environm
     """
     output: IO[bytes] | None = None
     if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        output = log.open("ab")
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = log.open("ab")
+        except OSError as error:
+            _log.warning("%s cannot be written to (%s): the process that is started now shows here what it has to say.", log, error)
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],

@@ -38,7 +38,7 @@ from lightning_diloco.protocol.messages import BatchChosen
 from lightning_diloco.runtime.client_loop import ClientLoop
 from lightning_diloco.runtime.client_options import JOIN_TIMEOUT_S, ClientOptions, JoinInfo, learner_options, planned_layout
 from lightning_diloco.runtime.client_waiting import FounderWatch, wait_for_join, wait_for_lease
-from lightning_diloco.runtime.counters import CounterFile
+from lightning_diloco.runtime.counters import CounterFile, open_counters
 from lightning_diloco.runtime.figures import Figures, StepTimes
 from lightning_diloco.runtime.global_state import MomentumTracker
 from lightning_diloco.runtime.healing import Remedy, describe, is_heal_due, poisoned_fragments, tensors_of
@@ -141,7 +141,7 @@ class LearnerClient:
         """
         try:
             if self._options.counters_path is not None:
-                self._counters = CounterFile(self._options.counters_path / f"{self._nonce.hex()}.bin")
+                self._counters = open_counters(self._options.counters_path / f"{self._nonce.hex()}.bin")
             self._loop.reports.heard_s = time.monotonic()
             self._loop.start()
             self._loop.handle(JoinRequested())

@@ -14,6 +14,7 @@ An update is five 8-byte stores on the training thread: no system call, no alloc
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import struct
@@ -25,8 +26,9 @@ from typing import Final
 from lightning_diloco.errors import DiLoCoError
 from lightning_diloco.protocol.events import CountersRead
 from lightning_diloco.protocol.members import Member
+from lightning_diloco.runtime.disk import unlink_quietly
 
-__all__ = ["CounterFile", "CounterFileError", "Counters", "read_counters", "read_totals"]
+__all__ = ["CounterFile", "CounterFileError", "Counters", "open_counters", "read_counters", "read_totals"]
 
 _MAGIC: Final = b"LDLCNT\r\n"
 _VERSION: Final = 2
@@ -35,6 +37,8 @@ _SIZE: Final = _NUM_WORDS * 8
 _VERSION_AT, _INCARNATION_AT, _SLOTS_AT, _SLOT_WORDS = 1, 2, 3, 5
 _UNKNOWN: Final = 2**64 - 1
 _LAYOUT: Final = struct.Struct("<8s12Q")
+
+_log = logging.getLogger(__name__)
 
 
 class CounterFileError(DiLoCoError):
@@ -71,6 +75,9 @@ class CounterFile:
             # Real blocks now: a store into a hole of a full disk would end the process with SIGBUS.
             os.posix_fallocate(fd, 0, _SIZE)
             self._map = mmap.mmap(fd, _SIZE)
+        except OSError:
+            unlink_quietly(path)
+            raise
         finally:
             os.close(fd)
         self._words = memoryview(self._map).cast("Q")
@@ -97,6 +104,26 @@ class CounterFile:
         """Unmap; the file stays. Idempotent."""
         self._words.release()
         self._map.close()
+
+
+def open_counters(path: Path) -> CounterFile | None:
+    """The writing side for a learner that trains without it if the disk does not take it, and says so.
+
+    Args:
+        path: see `CounterFile`.
+
+    Raises:
+        CounterFileError: this machine is big endian.
+    """
+    try:
+        return CounterFile(path)
+    except OSError as error:
+        _log.error(
+            "The totals of this learner cannot be kept in a file: %s. Training goes on; if this process is killed, its steps since its "
+            "last report are in no account.",
+            error,
+        )
+        return None
 
 
 def read_counters(path: Path) -> Counters:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lightning_diloco.config import SyncConfig
@@ -48,8 +47,8 @@ from lightning_diloco.protocol.records import EndRecord, MergeRecord, ProgressRe
 from lightning_diloco.protocol.wire import decode_learner_header, encode
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.durability import SnapshotKeeper
+from lightning_diloco.runtime.final_model import keep_final_model
 from lightning_diloco.runtime.founding import Founded, keep_founding
-from lightning_diloco.runtime.global_state import OUTER_NAME
 from lightning_diloco.runtime.opening import Opening
 from lightning_diloco.runtime.payloads import PayloadKeeper
 from lightning_diloco.runtime.service_options import ServiceOptions
@@ -63,8 +62,6 @@ from lightning_diloco.shallow_json import read_shallow_json
 __all__ = ["Performer"]
 
 _log = logging.getLogger(__name__)
-
-GLOBAL_NAME = "global.safetensors"
 
 
 @dataclass(slots=True)
@@ -384,11 +381,8 @@ class Performer:
         sha256, store = None, self.store
         if self._is_founded and store is not None and store.is_complete:
             sha256 = store.global_sha256()
-            try:
-                store.save_global(self._options.run_dir / GLOBAL_NAME)
-                store.save_outer(self._options.run_dir / OUTER_NAME, action.versions)
-            except (OSError, SafetensorError) as error:
-                _log.error("The global model could not be written to %s: %s. The run has failed.", self._options.run_dir, error)
+            if not keep_final_model(store, action.versions, self._options.run_dir, self._options.spare_dir):
+                _log.error("The global model is nowhere. The run has failed.")
                 action = Ended(status="failed", versions=action.versions)
         self._record(EndRecord(status=action.status, versions=action.versions, global_sha256=sha256))
         self.ended = action

@@ -46,6 +46,7 @@ from lightning_diloco.protocol.syncer import SyncerMachine
 from lightning_diloco.protocol.wire import decode_from_learner
 from lightning_diloco.runtime.complaints import COMPLAIN_S, Complaints
 from lightning_diloco.runtime.counters import read_totals
+from lightning_diloco.runtime.disk import disk_errors
 from lightning_diloco.runtime.intake import MIN_DECODING, Intake
 from lightning_diloco.runtime.live_summary import LiveSummary
 from lightning_diloco.runtime.observers import Observers
@@ -120,6 +121,7 @@ class SyncerService:
 
         Raises:
             ConfigurationError: the address cannot be bound, or the folder belongs to another syncer or to an earlier job.
+            DiskError: the folder takes nothing.
         """
         self._lock = lock_run_dir(self.options.run_dir)
         try:
@@ -129,6 +131,12 @@ class SyncerService:
             self._lock.close()
             raise
         return self._transport.control_endpoint
+
+    def abandon(self) -> None:
+        """Let go of what `bind` has opened; nothing was served."""
+        self._tape.close()
+        self._transport.close()
+        self._lock.close()
 
     def _open(self) -> None:
         run_dir, options = self.options.run_dir, self.options
@@ -141,9 +149,10 @@ class SyncerService:
             self._rebuilding.run(run_dir)
             self._rebuilding = None
         part = (options.shard, options.num_shards)
-        opening = open_job(run_dir, SnapshotStore(run_dir), resume=options.resume or options.rebuild, part=part)
-        (run_dir / "counters").mkdir(exist_ok=True)
-        self._tape = TapeWriter(run_dir / TAPE_NAME, t0_s=self._start_s - opening.elapsed_s)
+        with disk_errors(run_dir):
+            opening = open_job(run_dir, SnapshotStore(run_dir), resume=options.resume or options.rebuild, part=part)
+            (run_dir / "counters").mkdir(exist_ok=True)
+            self._tape = TapeWriter(run_dir / TAPE_NAME, t0_s=self._start_s - opening.elapsed_s)
         self._performer = Performer(
             options=self.options,
             transport=self._transport,

@@ -28,6 +28,7 @@ class ServiceOptions:
         keys: of this syncer: links are encrypted, and only sites that it admits are let in.
         shard: which part of the fragments this process merges.
         num_shards: how many such processes the syncer has.
+        spare_dir: where the global model goes at the end if `run_dir` does not take it (None: then the run has failed).
         shard_endpoints: where the others listen, from shard 1 on; only the lead (shard 0) is asked, so the others need not know.
     """
 
@@ -45,3 +46,4 @@ class ServiceOptions:
     shard: int = 0
     num_shards: int = 1
     shard_endpoints: tuple[str, ...] = ()
+    spare_dir: Path | None = None

@@ -1,9 +1,9 @@
 """The process of one shard, over its lives: started, watched, and started again where a signal has ended it.
 
 A shard that was killed goes on from its own snapshots and tape (`--resume`) at the same ports, where its learners redial. If somebody has
-taken a port meanwhile, or the system has no process to give, it is tried again until there is one. A shard that ends with another error
-would end so again: then the job is over. Its standard input is its life line: when that closes it ends itself. Signals that ask it to
-end it does not heed, for only whoever looks after all of them can end a job.
+taken a port meanwhile, the disk takes nothing, or the system has no process to give, it is tried again until that is over. A shard that
+ends with another error would end so again: then the job is over. Its standard input is its life line: when that closes it ends itself.
+Signals that ask it to end it does not heed, for only whoever looks after all of them can end a job.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from lightning_diloco.errors import SyncerUnavailableError
 from lightning_diloco.runtime.children import Child, child_environment, start_child
+from lightning_diloco.runtime.disk import DISK_FAILED
 
 __all__ = ["CANNOT_LISTEN", "ShardProcess"]
 
@@ -121,7 +122,7 @@ class ShardProcess:
         return None if self._child is None else self._child.pid
 
     def look_after(self) -> None:
-        """Start it again, after a pause, if a signal has ended it or its ports were taken."""
+        """Start it again, after a pause, if a signal has ended it, its ports were taken, or its disk took nothing."""
         if self.is_done:
             return
         if self._start_at_s is not None:
@@ -132,7 +133,10 @@ class ShardProcess:
         if status is None:
             return
         self._is_shut_out = self._was_ready and status.code == CANNOT_LISTEN
-        if self._is_shut_out:
+        if self._was_ready and status.code == DISK_FAILED:
+            self.restarts -= 1
+            self._wait("could not start, because its disk takes nothing,")
+        elif self._is_shut_out:
             self.restarts -= 1  # it was none
             self._wait(f"cannot listen at {self._bind}")
         elif status.signal_name is not None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.outer import sha256_of, whole
+from lightning_diloco.runtime.final_model import GLOBAL_NAME
 from lightning_diloco.runtime.global_state import OUTER_NAME
-from lightning_diloco.runtime.performer import GLOBAL_NAME
 from lightning_diloco.runtime.shards import shard_dirs
 from lightning_diloco.runtime.snapshot import Founding, SnapshotStore
 from lightning_diloco.runtime.tensor_file import write_tensors

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from lightning_diloco.errors import DiLoCoError
 from lightning_diloco.protocol.members import GIVEN_UP_S
+from lightning_diloco.runtime.disk import disk_errors
 from lightning_diloco.runtime.shard_process import ShardProcess
 from lightning_diloco.runtime.sharded_live import ShardedLive
 from lightning_diloco.runtime.shards import endpoints_of, shard_dir, write_num_shards
@@ -69,9 +70,11 @@ class ShardedSyncer:
 
         Raises:
             SyncerUnavailableError: one of them does not begin to serve.
-            OSError: the disk failed.
+            DiskError: the disk failed.
+            OSError: the system has no process to give.
         """
-        write_num_shards(self._run_dir, len(self._shards))
+        with disk_errors(self._run_dir):
+            write_num_shards(self._run_dir, len(self._shards))
         try:
             for shard in self._shards[1:]:
                 shard.start()

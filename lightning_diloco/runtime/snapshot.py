@@ -34,6 +34,7 @@ from lightning_diloco.errors import ConfigurationError, DiLoCoError, RemoteProto
 from lightning_diloco.outer import FragmentState, Layout, buffer_of
 from lightning_diloco.protocol.identity import MergedThrough, Origin, Version
 from lightning_diloco.runtime.checksum import crc32
+from lightning_diloco.runtime.disk import unlink_quietly
 from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES
 from lightning_diloco.runtime.tensor_file import write_file, write_tensors
 
@@ -131,8 +132,12 @@ class SnapshotStore:
         self.folder.mkdir(exist_ok=True)
         static = {"static_bytes": founding.static.numel(), "static_crc": crc32(founding.static)}
         temporary = self.folder / f".{_STATIC}"
-        write_file(temporary, [buffer_of(founding.static)] if founding.static.numel() else [], is_durable=True)
-        temporary.replace(self.folder / _STATIC)
+        try:
+            write_file(temporary, [buffer_of(founding.static)] if founding.static.numel() else [], is_durable=True)
+            temporary.replace(self.folder / _STATIC)
+        except OSError:
+            unlink_quietly(temporary)
+            raise
         layout = base64.b64encode(founding.layout.to_bytes()).decode()
         told = {"config": founding.config.as_dict(), "fingerprint": founding.fingerprint, "layout": layout}
         _write_json(self.folder / _FOUNDING, {"schema": _SCHEMA, **told, **static})
@@ -280,8 +285,12 @@ def _write_fragment(path: Path, found: FragmentSnapshot) -> dict[str, Any]:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
-    write_file(temporary, [json.dumps(value).encode()], is_durable=True)
-    temporary.replace(path)
+    try:
+        write_file(temporary, [json.dumps(value).encode()], is_durable=True)
+        temporary.replace(path)
+    except OSError:
+        unlink_quietly(temporary)
+        raise
     _sync_folder(path.parent)
 
 

@@ -49,6 +49,8 @@ class Assignment:
     """Where counters and rejoin checkpoints go; None: nowhere."""
     launch_dir: Path | None = None
     """Where learner 0 leaves its final training state; None: nowhere."""
+    spare_dir: Path | None = None
+    """Where it does if `launch_dir` does not take it; None: nowhere."""
     context: zmq.Context[Any] | None = None
     """Shared with the syncer's thread, for inproc endpoints."""
 

@@ -7,9 +7,9 @@ and syncer speak the same protocol as ever, over ``inproc://`` of one shared con
 from __future__ import annotations
 
 import secrets
-import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -20,12 +20,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_diloco.errors import SyncerUnavailableError
+from lightning_diloco.runtime.final_model import GLOBAL_NAME
 from lightning_diloco.runtime.rundir import make_run_dir
 from lightning_diloco.runtime.service import ServiceOptions, SyncerService
 from lightning_diloco.strategy.assignment import Assignment
-from lightning_diloco.strategy.finish import JobRecorder, load_final_weights, validate_global, write_last_checkpoint
+from lightning_diloco.strategy.exchange import Exchange
+from lightning_diloco.strategy.finish import (
+    JobRecorder,
+    do_without_global_model,
+    load_final_weights,
+    validate_global,
+    write_last_checkpoint,
+)
 from lightning_diloco.strategy.fit_call import FitCall
-from lightning_diloco.strategy.launcher import make_launch_dir
 from lightning_diloco.strategy.own_weights import take_own_weights
 from lightning_diloco.strategy.sigterm import SigtermPolicy
 
@@ -63,27 +70,27 @@ class InlineLauncher(_Launcher):
         strategy.summary = None
         fit = FitCall.of(function, args, kwargs)
         run_dir = make_run_dir(strategy.process_options.run_dir)
-        launch_dir = make_launch_dir(run_dir)
+        exchange = Exchange.make(run_dir)
         recorder = JobRecorder(run_dir, called_s)
         context: zmq.Context[Any] = zmq.Context()
         token = secrets.token_hex(32)
-        options = ServiceOptions(bind=f"inproc://{secrets.token_hex(8)}", run_dir=run_dir, token=token, num_slots=1, supervised=True)
-        service = SyncerService(options, context, on_line=recorder.on_line)
+        service = SyncerService(_options(run_dir, exchange.spare_dir, token), context, on_line=recorder.on_line)
         status: Literal["finished", "stopped", "failed"] = "failed"
         val: dict[str, float] | None = None
         policy = SigtermPolicy(lambda: strategy._outer_sync, is_guest=True)
         try:
             endpoint = service.start()
             strategy.take(
-                Assignment(role="inline", endpoint=endpoint, token=token, run_dir=run_dir, launch_dir=launch_dir, context=context)
+                Assignment(role="inline", endpoint=endpoint, token=token, run_dir=run_dir, launch_dir=exchange.launch_dir, context=context)
             )
             policy.install()
             function(*args, **kwargs)
             _end(service, "finished")
             is_own = take_own_weights(strategy.final_state)
-            if not is_own:
-                load_final_weights(fit.model, run_dir, None)
-            write_last_checkpoint(trainer, run_dir, strategy.final_state)
+            model_dir = exchange.found(GLOBAL_NAME, run_dir)
+            if not is_own and not load_final_weights(fit.model, model_dir, None):
+                do_without_global_model(fit.model, run_dir, {"state_dict": {}}, has_begun=recorder.has_begun)
+            write_last_checkpoint(trainer, run_dir, strategy.final_state, model_dir)
             sync = strategy._outer_sync
             known = None if sync is None or is_own else sync.validated
             val = validate_global(trainer, fit.with_loaders_of(trainer), run_dir) if known is None else known
@@ -101,7 +108,7 @@ class InlineLauncher(_Launcher):
             policy.remove()
             strategy.take(None)
             strategy.final_state = None
-            shutil.rmtree(launch_dir, ignore_errors=True)
+            exchange.remove()
             context.destroy(linger=0)
             strategy.summary = recorder.finish(status, time.monotonic(), _NO_RESTARTS, val)
         return None
@@ -115,6 +122,11 @@ class InlineLauncher(_Launcher):
             error: BaseException = KeyboardInterrupt() if status == "stopped" else RuntimeError()
             sync.on_exception(trainer, trainer.lightning_module, error)
             sync.close()
+
+
+def _options(run_dir: Path, spare_dir: Path | None, token: str) -> ServiceOptions:
+    bind = f"inproc://{secrets.token_hex(8)}"
+    return ServiceOptions(bind=bind, run_dir=run_dir, spare_dir=spare_dir, token=token, num_slots=1, supervised=True)
 
 
 def _end(service: SyncerService, status: Literal["finished", "stopped", "failed"], *, is_strict: bool = True) -> None:

@@ -24,13 +24,21 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SIGNUM
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_diloco.runtime.final_model import GLOBAL_NAME
 from lightning_diloco.runtime.rejoin import FOLDER as REJOIN_FOLDER
 from lightning_diloco.runtime.rundir import make_run_dir
 from lightning_diloco.strategy.advice import advise, advise_before
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP
 from lightning_diloco.strategy.checks import check_callbacks, check_trainable
 from lightning_diloco.strategy.csv_logs import keep_csv_logs
-from lightning_diloco.strategy.finish import JobRecorder, load_final_weights, validate_global, write_last_checkpoint
+from lightning_diloco.strategy.exchange import Exchange
+from lightning_diloco.strategy.finish import (
+    JobRecorder,
+    do_without_global_model,
+    load_final_weights,
+    validate_global,
+    write_last_checkpoint,
+)
 from lightning_diloco.strategy.fit_call import FitCall
 from lightning_diloco.strategy.payload import InterpreterState, Payload, save_payload
 from lightning_diloco.strategy.results import merge
@@ -39,7 +47,7 @@ from lightning_diloco.strategy.supervisor import JobPlan, Supervisor
 if TYPE_CHECKING:
     from lightning_diloco.strategy.strategy import DecoupledDiLoCoStrategy
 
-__all__ = ["SupervisorLauncher", "make_launch_dir", "read_dump"]
+__all__ = ["SupervisorLauncher", "read_dump"]
 
 _log = logging.getLogger(__name__)
 
@@ -79,32 +87,34 @@ class SupervisorLauncher(_Launcher):
         run_dir = make_run_dir(strategy.process_options.run_dir)
         self._prepare(trainer, fit)
         recorder = JobRecorder(run_dir, called_s)
-        launch_dir = make_launch_dir(run_dir)
+        exchange = Exchange.make(run_dir)
         status: Literal["finished", "stopped", "failed"] = "failed"
         val: dict[str, float] | None = None
         supervisor: Supervisor | None = None
         try:
             payload = Payload(trainer=trainer, function=function, args=args, kwargs=kwargs, state=InterpreterState.capture())
-            save_payload(payload, launch_dir / "payload.pkl")
-            supervisor = self._supervisor = Supervisor(self._plan(num_learners, run_dir, launch_dir, recorder))
+            save_payload(payload, exchange.launch_dir / "payload.pkl")
+            supervisor = self._supervisor = Supervisor(self._plan(num_learners, run_dir, exchange, recorder))
             try:
                 result = supervisor.run()
             finally:
                 status = supervisor.status
-            dump = read_dump(launch_dir)
+            dump = read_dump(exchange)
             merge(trainer, result)
-            load_final_weights(fit.model, run_dir, dump)
+            model_dir = exchange.found(GLOBAL_NAME, run_dir)
+            if not load_final_weights(fit.model, model_dir, dump):
+                do_without_global_model(fit.model, run_dir, dump, has_begun=recorder.has_begun)
             strategy.is_saving_blocked = False
             fit.attach(trainer)
             keep_csv_logs(trainer.loggers)
-            write_last_checkpoint(trainer, run_dir, dump)
+            write_last_checkpoint(trainer, run_dir, dump, model_dir)
             val = validate_global(trainer, fit, run_dir)
         except BaseException:
             status = "failed" if status == "finished" else status
             raise
         finally:
             self._supervisor = None
-            shutil.rmtree(launch_dir, ignore_errors=True)
+            exchange.remove()
             # Of no use to another job: that one begins from a checkpoint.
             shutil.rmtree(run_dir / REJOIN_FOLDER, ignore_errors=True)
             restarts = {"learners": 0, "syncer": 0} if supervisor is None else supervisor.restarts
@@ -118,12 +128,13 @@ class SupervisorLauncher(_Launcher):
         if self._supervisor is not None:
             self._supervisor.forward(int(signum))
 
-    def _plan(self, num_learners: int, run_dir: Path, launch_dir: Path, recorder: JobRecorder) -> JobPlan:
+    def _plan(self, num_learners: int, run_dir: Path, exchange: Exchange, recorder: JobRecorder) -> JobPlan:
         return JobPlan(
             num_learners=num_learners,
             run_dir=run_dir,
-            launch_dir=launch_dir,
-            payload_path=launch_dir / "payload.pkl",
+            launch_dir=exchange.launch_dir,
+            spare_dir=exchange.spare_dir,
+            payload_path=exchange.launch_dir / "payload.pkl",
             max_restarts=self._strategy.process_options.max_restarts,
             hang_timeout_s=self._strategy.process_options.hang_timeout_s,
             on_tick=lambda restarts: recorder.tick(time.monotonic(), restarts),
@@ -141,17 +152,9 @@ class SupervisorLauncher(_Launcher):
         return {**vars(self), "_supervisor": None}
 
 
-def make_launch_dir(run_dir: Path) -> Path:
-    """Make the folder that processes of this job exchange files in; only this user can enter it, and it goes when the job ends."""
-    path = run_dir / "launch"
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(mode=0o700)
-    return path
-
-
-def read_dump(launch_dir: Path) -> dict[str, Any] | None:
+def read_dump(exchange: Exchange) -> dict[str, Any] | None:
     """Read the training state that learner 0 left at its end; None if it left none."""
-    path = launch_dir / CHECKPOINT_DUMP
+    path = exchange.found(CHECKPOINT_DUMP, exchange.launch_dir) / CHECKPOINT_DUMP
     if not path.exists():
         return None
     # Written by our own learner from the user's own objects, which need not be plain tensors.

@@ -32,6 +32,7 @@ import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.callbacks import Callback
 
+from lightning_diloco.runtime.disk import unlink_quietly
 from lightning_diloco.runtime.threads import never_interrupt_others
 from lightning_diloco.strategy.job_clock import move_epochs
 from lightning_diloco.strategy.loop_lengths import will_iterate_again
@@ -180,7 +181,7 @@ class LoaderPosition(Callback):
         """This learner has left."""
         self._close()
         if self._path is not None and self._sync.is_done:
-            self._path.unlink(missing_ok=True)
+            unlink_quietly(self._path)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """It may come back."""

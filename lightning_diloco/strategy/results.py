@@ -10,6 +10,7 @@ A learner that fails brings back its exception and the text of its traceback, an
 
 from __future__ import annotations
 
+import logging
 import pickle
 import traceback
 from copy import deepcopy
@@ -26,8 +27,11 @@ from torch import Tensor
 
 from lightning_diloco.errors import LearnerFailedError
 from lightning_diloco.strategy.deaths import is_death_by_memory
+from lightning_diloco.strategy.exchange import first_that_takes
 
-__all__ = ["LearnerResult", "as_exception", "collect", "failure", "merge", "read_result", "write_result"]
+__all__ = ["LearnerResult", "as_exception", "collect", "failure", "leave_result", "merge", "read_result", "write_result"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -101,6 +105,21 @@ def write_result(result: LearnerResult, path: Path) -> None:
     with temporary.open("wb") as file:
         cloudpickle.dump(result, file)
     temporary.replace(path)
+
+
+def leave_result(result: LearnerResult, path: Path, spare_dir: Path | None) -> None:
+    """Write a result where the supervisor looks for it; never raises for the disk.
+
+    Args:
+        result: of this process.
+        path: the usual place.
+        spare_dir: holds the other one, if there is one.
+    """
+    error = first_that_takes(lambda place: write_result(result, place), path, spare_dir)
+    if error is not None:
+        _log.error(
+            "The result of this learner is lost, it could not be written to %s (%s). Its training is in the global model.", path, error
+        )
 
 
 def read_result(path: Path) -> LearnerResult | None:

@@ -319,7 +319,7 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
     @override
     def on_train_end(self) -> None:
         if self.assignment is not None and self.assignment.launch_dir is not None and self.is_global_zero:
-            leave_training_state(self, self.assignment.launch_dir / CHECKPOINT_DUMP)
+            leave_training_state(self, self.assignment.launch_dir / CHECKPOINT_DUMP, self.assignment.spare_dir)
 
     @override
     def on_exception(self, exception: BaseException) -> None:

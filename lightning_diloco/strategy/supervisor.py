@@ -10,7 +10,8 @@ The rules:
 * another exception in a learner ends the job: restarting would raise it again. The others are asked to leave, and the exception is raised
   here;
 * Ctrl-C and SIGTERM of this process end the job as well: learners leave in order, the run's files say `stopped`;
-* a syncer that a signal has ended is started again as often, and goes on with the job (`syncer_child`); another end of it ends the job.
+* a syncer that a signal has ended is started again as often, and goes on with the job (`syncer_child`); one whose disk takes nothing is
+  tried again until it does; another end of it ends the job.
 
 However the loop ends, every child is asked, then killed with its process group. If this process itself is killed, the children see
 their life lines close (`lightning_diloco.strategy.life_line`).
@@ -67,6 +68,8 @@ class JobPlan:
     """None: nobody looks whether a learner hangs."""
     on_tick: Callable[[dict[str, int]], None]
     """Called in every turn of the loop with the restarts so far."""
+    spare_dir: Path | None = None
+    """A folder on another disk, for what `run_dir` does not take at the end."""
 
 
 @dataclass
@@ -107,6 +110,8 @@ class Supervisor:
         self._environment = child_environment(plan.num_learners)
         self._learners = [_Learner(i) for i in range(plan.num_learners)]
         hello = {"token": self._token, "takeover_token": self._takeover_token, "num_slots": plan.num_learners}
+        if plan.spare_dir is not None:
+            hello["spare_dir"] = str(plan.spare_dir)
         self._syncer = SyncerChild(plan.run_dir, hello, self._environment, plan.max_restarts)
         self._signals = _Signals()
         self.restarts = {"learners": 0, "syncer": 0}
@@ -179,11 +184,14 @@ class Supervisor:
         if learner.is_done or learner.child is None:
             return
         status = learner.child.poll()
+        path = self._result_path(learner)
+        if self._plan.spare_dir is not None and not path.exists():
+            path = self._plan.spare_dir / path.name
         if status is None:
             self._end_if_hung(learner)
-            if not self._result_path(learner).exists():
+            if not path.exists():
                 return
-        result = learner.result = read_result(self._result_path(learner))
+        result = learner.result = read_result(path)
         if result is not None and result.outcome == "done":
             # Its interpreter may take a second more to end; the syncer need not wait for that.
             learner.is_done = True
@@ -256,6 +264,7 @@ class Supervisor:
                 "payload_path": str(plan.payload_path),
                 "result_path": str(self._result_path(learner)),
                 "signs_path": str(signs_path),
+                "spare_dir": None if plan.spare_dir is None else str(plan.spare_dir),
                 "sys_path": sys.path,
                 "argv": sys.argv,
                 "environment": {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")},

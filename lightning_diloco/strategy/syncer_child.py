@@ -1,8 +1,10 @@
 """The syncer of one fit, over its lives: started, started again where a signal ended it, asked to finish.
 
 A syncer that a signal has ended (killed, out of memory) goes on with the job from its run directory (`--resume`), at the same addresses;
-learners notice nothing but silence. One that ends with an error of its own would end so again: the job is over. What the syncer was told
-of dead learners is told again to the next one, which knows only what reached the tape.
+learners notice nothing but silence. One that cannot write down its start, because the disk is full or can only be read, serves nothing
+and ends; it is tried again, after pauses that grow, until the disk takes it, and that counts as no restart. One that ends with an error of
+its own would end so again: the job is over. What the syncer was told of dead learners is told again to the next one, which knows only
+what reached the tape.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any, Literal
 
 from lightning_diloco.errors import SyncerUnavailableError
 from lightning_diloco.runtime.children import Child, ExitStatus, start_child
+from lightning_diloco.runtime.disk import DISK_FAILED
 
 __all__ = ["SyncerChild"]
 
@@ -27,6 +30,9 @@ _READ_S = 600.0
 """So much more for one that starts again, which reads a snapshot first."""
 _END_S = 300.0
 """The syncer writes the global model, a last snapshot and its last record in this time, or it is killed."""
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 10.0
+"""Between two tries on a disk that takes nothing."""
 _TICK_S = 0.05
 
 
@@ -47,8 +53,11 @@ class SyncerChild:
         self.child: Child | None = None
         self._run_dir, self._hello, self._environment, self._max_restarts = run_dir, hello, environment, max_restarts
         self._lost: list[dict[str, Any]] = []
-        self._is_ready = False
+        self._is_ready = self._has_served = False
         self._deadline_s = 0.0
+        self._pause_s = _FIRST_PAUSE_S
+        self._start_at_s: float | None = None
+        """When it is tried again on a disk that has taken nothing."""
 
     @property
     def is_running(self) -> bool:
@@ -72,22 +81,42 @@ class SyncerChild:
         self._is_ready, self._deadline_s = False, time.monotonic() + _START_S + (_READ_S if option == "--resume" else 0.0)
 
     def look_after(self) -> None:
-        """Start it again if a signal has ended it.
+        """Start it again if a signal has ended it, or its disk has.
 
         Raises:
             SyncerUnavailableError: it ended otherwise, or too often, or does not begin to serve.
         """
+        if self._start_at_s is not None:
+            if time.monotonic() >= self._start_at_s:
+                self._resume()
+            return
         status = None if self.child is None else self.child.poll()
         if status is not None:
             self._start_again(status)
         elif not self._is_ready:
             self._is_ready = self._said().get("pid") == (None if self.child is None else self.child.pid)
+            if self._is_ready:
+                self._has_served, self._pause_s = True, _FIRST_PAUSE_S
             if not self._is_ready and time.monotonic() > self._deadline_s:
                 raise SyncerUnavailableError(f"The syncer process was not ready in time; see {self._log_path}.")
 
     def _start_again(self, status: ExitStatus) -> None:
+        if self._waits_for_disk(status):
+            _log.error(
+                "the syncer could not start again: its disk takes nothing (%s is on a disk that is full, or can only be read). It is tried "
+                "again in %.1f s, until it starts; free the disk. Learners train on meanwhile, without merges.",
+                self._run_dir,
+                self._pause_s,
+            )
+            self._start_at_s = time.monotonic() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            return
         if status.signal_name is None or self.restarts >= self._max_restarts:
             often = f" after {self.restarts} restarts (max_restarts={self._max_restarts})" if status.signal_name else ""
+            if status.code == DISK_FAILED:
+                raise SyncerUnavailableError(
+                    f"The syncer could not start: the disk of {self._run_dir} takes nothing. Free it, or give another one."
+                )
             raise SyncerUnavailableError(
                 f"The syncer process ended with {status}{often}, and with it the job; {self._log_path} may say why. "
                 f"lightning-diloco syncer --resume {self._run_dir} goes on with it by hand, and so does fit(ckpt_path=...) in a new job."
@@ -100,6 +129,13 @@ class SyncerChild:
             self._max_restarts,
             self._run_dir,
         )
+        self._resume()
+
+    def _waits_for_disk(self, status: ExitStatus) -> bool:
+        return self._has_served and status.code == DISK_FAILED
+
+    def _resume(self) -> None:
+        self._start_at_s = None
         said = self._said()
         self._start(said.get("endpoint", "tcp://127.0.0.1:0"), {"bulk": said["bulk"]} if "bulk" in said else {})
 
@@ -110,7 +146,7 @@ class SyncerChild:
             self.child.send_line(self._lost[-1])
 
     def finish(self, status: Literal["finished", "stopped", "failed"], is_cut_short: Callable[[], bool]) -> None:
-        """Ask it to end the job, and wait for it; one that is killed meanwhile is started once more to do it.
+        """Ask it to end the job, and wait for it; one that is killed meanwhile is started once more to do it, and a disk is waited for.
 
         Args:
             status: how the job ends.
@@ -121,15 +157,25 @@ class SyncerChild:
         """
         if self.child is None:
             return
+        deadline_s = time.monotonic() + _END_S
         ended = self._finish(status, is_cut_short)
-        while status == "finished" and ended is not None and ended.signal_name is not None and self.restarts < self._max_restarts:
-            self._start_again(ended)
+        while status == "finished" and ended is not None and self._can_start(ended, deadline_s) and not is_cut_short():
+            if self._start_at_s is None:
+                self._start_again(ended)
+            while self._start_at_s is not None and not is_cut_short():
+                time.sleep(_TICK_S)
+                self.look_after()
             ended = self._finish(status, is_cut_short)
         if status == "finished" and (ended is None or ended.code != 0):
             problem = "did not end" if ended is None else f"ended with {ended}"
             raise SyncerUnavailableError(
                 f"The syncer process {problem} after the learners had left; the global model may be incomplete. See {self._log_path}."
             )
+
+    def _can_start(self, ended: ExitStatus, deadline_s: float) -> bool:
+        if self._waits_for_disk(ended):
+            return time.monotonic() < deadline_s
+        return ended.signal_name is not None and self.restarts < self._max_restarts
 
     def _finish(self, status: str, is_cut_short: Callable[[], bool]) -> ExitStatus | None:
         assert self.child is not None

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
+from lightning_diloco.strategy.exchange import first_that_takes
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -46,20 +48,23 @@ def refreshed(trainer: pl.Trainer, written: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def leave_training_state(strategy: DecoupledDiLoCoStrategy, path: Path) -> None:
+def leave_training_state(strategy: DecoupledDiLoCoStrategy, path: Path, spare_dir: Path | None = None) -> None:
     """For the calling process, which writes the last checkpoint after the drain; inline that is this one.
 
     Args:
         strategy: of learner 0, at the end of its fit.
         path: where the state goes, if it has to travel.
+        spare_dir: where it goes if it cannot be written there.
     """
     assert strategy._trainer is not None and strategy._outer_sync is not None and strategy.assignment is not None
+    failed: Exception | None = None
     try:
         state = strategy._outer_sync.training_state(strategy._trainer)
         if strategy.assignment.role == "inline":
             strategy.final_state = state
         else:
-            torch.save(state, path)
+            failed = first_that_takes(lambda place: torch.save(state, place), path, spare_dir)
     except Exception as error:
-        path.unlink(missing_ok=True)
-        _log.warning("the training state could not be written, last.ckpt will lack the optimizers: %s", error)
+        failed = error
+    if failed is not None:
+        _log.warning("the training state could not be written, last.ckpt will lack the optimizers: %s", failed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_diloco.runtime.disk import lose_output_of_a_full_disk
 from lightning_diloco.runtime.life_signs import begin_signs, give_sign
 from lightning_diloco.strategy.life_line import hold_life_line, read_assignment
 from lightning_diloco.strategy.sigterm import EXIT_SIGTERM, SigtermPolicy, is_sigterm_exit
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from lightning_diloco.strategy.strategy import DecoupledDiLoCoStrategy
 
 __all__ = ["main"]
+
+_log = logging.getLogger(__name__)
 
 _strategy: DecoupledDiLoCoStrategy | None = None
 
@@ -45,14 +49,15 @@ def main() -> int:
     assigned = read_assignment(0)
     hold_life_line(0)
     _restore_surroundings(assigned)
-    result_path = Path(assigned["result_path"])
+    # After the surroundings are restored, and before anything of the user's may print.
+    lose_output_of_a_full_disk()
     try:
-        begin_signs(Path(assigned["signs_path"]))
+        _begin_signs(Path(assigned["signs_path"]))
         _settle_rank(assigned["learner_id"])
         result = _run(assigned)
     except BaseException as error:
-        return _end_with(error, result_path)
-    return _write(result, result_path)
+        return _end_with(error, assigned)
+    return _write(result, assigned)
 
 
 def _run(assigned: dict[str, Any]) -> LearnerResult:
@@ -79,6 +84,7 @@ def _run(assigned: dict[str, Any]) -> LearnerResult:
             takeover_token=assigned["takeover_token"],
             run_dir=Path(assigned["run_dir"]),
             launch_dir=Path(assigned["launch_dir"]),
+            spare_dir=_spare_dir(assigned),
         )
     )
     # The supervisor has run it once for the machine.
@@ -93,6 +99,15 @@ def _run(assigned: dict[str, Any]) -> LearnerResult:
     SigtermPolicy(_find_sync).install()
     call._call_and_handle_interrupt(trainer, payload.function, *payload.args, **payload.kwargs)
     return collect(trainer)
+
+
+def _begin_signs(path: Path) -> None:
+    try:
+        begin_signs(path)
+    except OSError as error:
+        _log.warning(
+            "%s cannot be written (%s): whether this learner hangs is told by the CPU that it uses, not by its batches.", path, error
+        )
 
 
 def _await_endpoint(path: Path) -> str:
@@ -122,23 +137,27 @@ def _find_sync() -> OuterSync | None:
     return None if _strategy is None else _strategy._outer_sync
 
 
-def _end_with(error: BaseException, result_path: Path) -> int:
+def _end_with(error: BaseException, assigned: dict[str, Any]) -> int:
     from lightning_diloco.errors import DiLoCoError
     from lightning_diloco.strategy.results import LearnerResult, failure
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if is_sigterm_exit(error):
-        return _write(LearnerResult(outcome="signal"), result_path)
+        return _write(LearnerResult(outcome="signal"), assigned)
     if not isinstance(error, DiLoCoError):
         # Our own errors are sentences; the supervisor raises them. The user's are shown where they happened as well.
         traceback.print_exception(error)
-    return _write(failure(error), result_path)
+    return _write(failure(error), assigned)
 
 
-def _write(result: LearnerResult, path: Path) -> int:
-    from lightning_diloco.strategy.results import write_result
+def _spare_dir(assigned: dict[str, Any]) -> Path | None:
+    return None if assigned["spare_dir"] is None else Path(assigned["spare_dir"])
 
-    write_result(result, path)
+
+def _write(result: LearnerResult, assigned: dict[str, Any]) -> int:
+    from lightning_diloco.strategy.results import leave_result
+
+    leave_result(result, Path(assigned["result_path"]), _spare_dir(assigned))
     sys.stdout.flush()
     sys.stderr.flush()
     return {"done": 0, "signal": EXIT_SIGTERM, "memory": 1, "failed": 1}[result.outcome]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from lightning_diloco.runtime.disk import DISK_FAILED
+from tests.disk_kit import WAYS, full, small_disk
 from tests.runtime.job_helpers import until
 from tests.runtime.test_syncer_restart import CONFIG, Trainer, syncer, versions
 from tests.tape_checker import check_run, load_tape
@@ -28,30 +31,10 @@ OFTEN = replace(CONFIG, snapshot_interval_s=0.2)
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)], capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    try:
+    with small_disk(tmp_path / "disk") as path:
         (path / "run").mkdir()
         (tmp_path / "run").symlink_to(path / "run")
         yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-@contextmanager
-def full(disk: Path) -> Iterator[None]:
-    """No byte is left, for the tape neither."""
-    path = disk / "filler"
-    with path.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        while True:
-            file.write(bytes(4096))
-    try:
-        yield
-    finally:
-        path.unlink()
 
 
 @contextmanager
@@ -114,3 +97,23 @@ def test_a_disk_that_is_free_again_gets_all_that_waited(tmp_path, disk):
         assert summary["tokens"] == 16 * learner.steps and summary["tokens_pending"] <= 1
         seqs = [e["seq"] for e in load_tape(job.run_dir / "tape.jsonl")]
         assert seqs == list(range(len(seqs)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_syncer_that_cannot_write_down_its_start_serves_nothing_and_ends_with_a_sentence(way, tmp_path, disk):
+    with syncer(tmp_path / "run", OFTEN) as job:
+        learner = Trainer(job.client(0))
+        until(lambda: bool(job.tape("merge")) and versions(job)[-1][1] >= 10)
+        job.kill()
+        identity = (disk / "run" / "snapshots" / "identity.json").read_bytes()
+        with WAYS[way](disk):
+            command = [sys.executable, "-m", "lightning_diloco", "syncer", "--resume", str(tmp_path / "run"), "--bind", job.endpoint]
+            ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == DISK_FAILED and len(ended.stderr.splitlines()) == 1, ended.stderr
+        assert "its disk takes nothing" in ended.stderr
+        assert (disk / "run" / "snapshots" / "identity.json").read_bytes() == identity, "no epoch is spent on a start that is none"
+        job.resume()
+        until(lambda: versions(job)[-1][0] == 1, 60)
+        learner.end()
+        assert job.process.wait(30) == 0, job.log
+        assert check_run(tmp_path / "run")["status"] == "finished"

@@ -23,6 +23,7 @@ from lightning_diloco.runtime.shard_process import CANNOT_LISTEN, ShardProcess
 from lightning_diloco.runtime.sharded_syncer import ShardedSyncer
 from lightning_diloco.runtime.shards import num_shards_of, shard_dir, write_num_shards
 from lightning_diloco.runtime.tape import TAPE_NAME
+from tests.disk_kit import WAYS, fill, small_disk
 from tests.metrics.tape_builder import TapeBuilder
 from tests.runtime.job_helpers import until
 from tests.runtime.shard_helpers import free_ports
@@ -79,6 +80,29 @@ def test_a_killed_shard_whose_port_is_taken_meanwhile_comes_back_when_it_is_free
         taken.close()
         until(lambda: looked_after(shard, shard.look_for_ready), 60)
         assert shard.restarts == 1 and shard.endpoints[0].endswith(f":{port}")
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("way", WAYS)
+def test_a_killed_shard_whose_disk_takes_nothing_comes_back_when_it_does(way, tmp_path, caplog):
+    with small_disk(tmp_path / "disk") as disk:
+        (disk / "run").mkdir()
+        with serving(disk / "run") as shard:
+            with WAYS[way](disk):
+                os.kill(shard.pid, signal.SIGKILL)
+                until(lambda: looked_after(shard, lambda: SAID[way](disk, caplog.text)), 60)
+                assert not shard.is_done and shard.restarts == 0
+            until(lambda: looked_after(shard, lambda: shard.restarts and shard.look_for_ready()), 60)
+            assert shard.restarts == 1
+
+
+def is_said_of_a_full_disk(disk: Path, text: str) -> bool:
+    fill(disk)  # the file in which the dead one has said its address is removed: it could begin in the room of that
+    return "could not start, because its disk takes nothing, and is started again" in text
+
+
+SAID = {"full": is_said_of_a_full_disk, "read_only": lambda disk, text: "Read-only file system" in text}
 
 
 class Ends:
