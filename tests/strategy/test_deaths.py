@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import signal
 import threading
 
@@ -38,12 +39,16 @@ MEMORY = [
         RuntimeError("DataLoader worker (pid(s) 4711) exited unexpectedly"),
         RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. "),
     ),
+    chained(RuntimeError("DataLoader worker (pid(s) 4711) exited unexpectedly"), queue.Empty()),
     chained(FencedError("of the background thread"), chained(DiLoCoError("failed"), MemoryError())),
 ]
 OTHERS = [
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
     RuntimeError("DataLoader worker (pid 4711) is killed by signal: Segmentation fault. "),
-    RuntimeError("DataLoader worker (pid(s) 4711) exited unexpectedly"),
+    chained(
+        RuntimeError("DataLoader worker (pid(s) 4711) exited unexpectedly"),
+        RuntimeError("DataLoader worker (pid 4711) is killed by signal: Segmentation fault. "),
+    ),
     OSError(errno.ENOSPC, "No space left on device"),
     ValueError("the text is about memory: out of memory"),
     KeyError("batch"),
