@@ -20,11 +20,12 @@ from typing import Any, Final
 
 from lightning_diloco.errors import DiskError
 
-__all__ = ["DISK_FAILED", "disk_errors", "lose_output_of_a_full_disk", "unlink_quietly"]
+__all__ = ["DISK_FAILED", "FAILS", "disk_errors", "lose_output_of_a_full_disk", "unlink_quietly"]
 
 DISK_FAILED: Final = 74
 """Exit code of a syncer whose disk takes nothing (`EX_IOERR` of sysexits.h)."""
-_FAILS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+FAILS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""Errors of a disk that may be over in a while; others, as of rights, are not."""
 
 _log = logging.getLogger(__name__)
 
@@ -37,11 +38,13 @@ def disk_errors(folder: Path) -> Iterator[None]:
         folder: what is written to.
 
     Raises:
-        DiskError: instead of an OSError.
+        DiskError: instead of an OSError that says so; another one is raised as it is.
     """
     try:
         yield
     except OSError as error:
+        if error.errno not in FAILS:
+            raise
         raise DiskError(
             f"{folder}: its disk takes nothing ({error}). A syncer that cannot write down its start serves nothing. Free the disk, or make "
             "it writable, and start again."
@@ -77,6 +80,6 @@ class _Lossy(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in _FAILS:
+            if error.errno not in FAILS:
                 raise
             return int(memoryview(data).nbytes)

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Final
 
 from lightning_diloco.errors import ConfigurationError, DiskError
+from lightning_diloco.runtime.disk import FAILS
 from lightning_diloco.runtime.tape import TAPE_NAME
 
 __all__ = ["SUBFOLDERS", "RunDirLock", "link_latest", "lock_run_dir", "make_run_dir"]
@@ -76,15 +77,14 @@ def lock_run_dir(run_dir: Path) -> RunDirLock:
     """Lock a run directory for the one process that writes its tape. The lock ends with the process, however it ends.
 
     Raises:
-        ConfigurationError: another process holds it.
-        DiskError: the directory cannot be written to.
+        ConfigurationError: another process holds it, or the directory cannot be written to.
+        DiskError: its disk takes nothing now.
     """
     try:
         fd = os.open(run_dir / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise DiskError(
-            f"{run_dir}: cannot be locked, its disk takes nothing ({error}). Give a directory that can be written to."
-        ) from error
+        kind = DiskError if error.errno in FAILS else ConfigurationError
+        raise kind(f"{run_dir}: cannot be locked ({error}). Give a directory that can be written to.") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -23,6 +23,9 @@ CHECKPOINT_DUMP = "fit.ckpt"
 """Learner 0's training state at its end, in the launch folder; the supervisor makes ``checkpoints/last.ckpt`` of it."""
 
 
+_PATIENCE_S = 3600.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """What one learner process is and knows."""
@@ -82,6 +85,11 @@ class Assignment:
     def counters_path(self) -> Path | None:
         """The folder for this process's running totals, which survive its death."""
         return None if self.run_dir is None else self.run_dir / "counters"
+
+    @property
+    def join_timeout_s(self) -> float | None:
+        """How long a join waits for a syncer; None: the default. A supervised one is looked after, and may wait for room on its disk."""
+        return _PATIENCE_S if self.role == "learner" else None
 
     def rejoin_path(self) -> Path | None:
         """The folder of rejoin checkpoints; None where no later life of this learner could find it, or would look."""

@@ -53,12 +53,14 @@ def _says_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
+    if not isinstance(error, RuntimeError):
+        return False
     text = str(error).lower()
     # The kernel kills the largest process of a group; with a loader it may be a worker, and torch raises in the process that waits for it.
     # What it says depends on who is quicker: its handler of SIGCHLD, which knows the signal, or a wait that finds the worker gone.
     is_gone = "exited unexpectedly" in text and "killed by signal" not in str(error.__cause__)
     is_worker_killed = "dataloader worker" in text and ("killed by signal: killed" in text or is_gone)
-    return isinstance(error, RuntimeError) and (is_worker_killed or "cannot allocate memory" in text)
+    return is_worker_killed or "cannot allocate memory" in text
 
 
 def death_of(result: LearnerResult | None, status: ExitStatus, hang_timeout_s: float | None) -> Death | None:

@@ -8,7 +8,9 @@ is full hides no result. Only this user can enter them, and both go when the fit
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from lightning_diloco.runtime.disk import unlink_quietly
 
-__all__ = ["Exchange", "first_that_takes"]
+__all__ = ["Exchange", "first_that_takes", "is_there", "spare_file"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,13 +60,41 @@ class Exchange:
             name: of the file.
             usual: where it is if nothing failed.
         """
-        return self.spare_dir if self.spare_dir is not None and (self.spare_dir / name).exists() else usual
+        spare = spare_file(self.spare_dir, name)
+        return usual if spare is None else spare.parent
 
     def remove(self) -> None:
         """Remove both, with all that is in them; never raises."""
         for folder in (self.launch_dir, self.spare_dir):
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file exists; not if its disk does not tell."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def spare_file(spare_dir: Path | None, name: str) -> Path | None:
+    """A file of the second folder, if it is there, and the folder is still this user's alone.
+
+    A folder for temporary files may be swept after days, and then anybody may make one of the same name in it.
+
+    Args:
+        spare_dir: as it was made; None: there is none.
+        name: of the file.
+    """
+    if spare_dir is None:
+        return None
+    try:
+        about = spare_dir.lstat()
+    except OSError:
+        return None
+    is_ours = stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o077
+    return spare_dir / name if is_ours and is_there(spare_dir / name) else None
 
 
 def first_that_takes(write: Callable[[Path], None], path: Path, spare_dir: Path | None) -> Exception | None:
@@ -89,5 +119,8 @@ def first_that_takes(write: Callable[[Path], None], path: Path, spare_dir: Path 
             unlink_quietly(place)
             unlink_quietly(place.with_suffix(".tmp"))
         else:
+            if place is path and spare_dir is not None:
+                # Of an earlier life, when the disk took nothing: it is out of date now.
+                unlink_quietly(spare_dir / path.name)
             return None
     return failed

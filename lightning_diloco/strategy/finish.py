@@ -142,7 +142,7 @@ def do_without_global_model(module: pl.LightningModule, run_dir: Path, dump: dic
     Raises:
         SyncerUnavailableError: the trained weights are nowhere.
     """
-    if not has_begun:
+    if dump is None and not has_begun:
         _log.info("no learner has joined: there was nothing to train, and the weights are what they were")
     elif dump is None:
         raise SyncerUnavailableError(

@@ -7,8 +7,9 @@ A learner hangs if for `hang_timeout_s` both are true:
 * neither that thread nor any process below it (loader workers, compilers) has used the CPU for a hundredth of that time.
 
 The second rule is what keeps long work from being taken for a hang: the first batch, compilation, a validation with an end of its own,
-writing a checkpoint, a data set that is prepared all use the CPU. What is left are threads that sleep, deadlocks, loaders whose workers
-stand still, file systems that do not answer, stopped processes. The price: a learner that computes for ever is not found.
+writing a checkpoint, a data set that is prepared use the CPU in the main thread or in processes. What is left are threads that sleep,
+deadlocks, loaders whose workers stand still, file systems that do not answer, stopped processes; and, wrongly, a main thread that waits
+so long for a pool of threads of its own process. The price: a learner that computes for ever is not found.
 
 Background threads of the process do not count: the one that speaks with the syncer is at work however dead the training is. Time in which
 the supervisor itself stood still does not count either: whatever has stopped it may have stopped the learner too.
@@ -47,11 +48,13 @@ class HangWatch:
         path: where it gives signs.
         timeout_s: see the module's docstring.
         now_s: of the monotonic clock.
+        spare_dir: where it gives them if the disk of `path` took no file.
     """
 
-    def __init__(self, pid: int, path: Path, timeout_s: float, now_s: float) -> None:
+    def __init__(self, pid: int, path: Path, timeout_s: float, now_s: float, spare_dir: Path | None = None) -> None:
         self.timeout_s = timeout_s
-        self._pid, self._path = pid, path
+        self._pid = pid
+        self._paths = [path] if spare_dir is None else [path, spare_dir / path.name]
         self._period_s = min(timeout_s / _LOOKS, _LONGEST_PERIOD_S)
         self._looked_s = now_s
         self._signs = 0
@@ -64,7 +67,7 @@ class HangWatch:
         if passed_s < self._period_s:
             return False
         self._looked_s = now_s
-        if (signs := read_signs(self._path)) != self._signs:
+        if (signs := sum(map(read_signs, self._paths))) != self._signs:
             self._signs, self._cpu_s, self._silent_s = signs, None, 0.0
             return False
         used_s = cpu_s(self._pid)

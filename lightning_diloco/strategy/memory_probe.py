@@ -33,10 +33,10 @@ MAX_SIZE = 1 << 20
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is full: torch's own, and what some backends raise instead."""
-    text = str(error).lower()
-    return isinstance(error, OutOfMemory) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
+    if isinstance(error, OutOfMemory):
+        return True
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return "out of memory" in text or "can't allocate memory" in text
 
 
 def free_memory() -> None:

@@ -80,8 +80,7 @@ class OuterSync(Callback):
         self._has_left = self._has_asked = self._is_validating = False
         self.is_done = False
         """Whether it has left and will not come back."""
-        self.told_s: float | None = None
-        """When SIGTERM came, on the monotonic clock."""
+        self.told_s: float | None = None  # when SIGTERM came, on the monotonic clock
         self._showing: Showing | None = None
         self._saver: InnerStateSaver | None = None
         self._resumed = Resumed()
@@ -346,6 +345,7 @@ class OuterSync(Callback):
             device=str(self._strategy.root_device),
             batch_size=present_batch_size(trainer),
             counters_path=assignment.counters_path(),
+            join_timeout_s=assignment.join_timeout_s,
             founding=self._resumed.founding,
             keeps_momentum=self._strategy.is_global_zero,
             leases=self.feed.leases if self.feed is not None else None,

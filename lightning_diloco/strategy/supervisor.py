@@ -37,6 +37,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_diloco.errors import LearnerFailedError
 from lightning_diloco.runtime.children import Child, ExitStatus, child_environment, start_child
 from lightning_diloco.strategy.deaths import death_of
+from lightning_diloco.strategy.exchange import is_there, spare_file
 from lightning_diloco.strategy.hang_watch import HangWatch
 from lightning_diloco.strategy.results import LearnerResult, as_exception, read_result
 from lightning_diloco.strategy.sigterm import tell_user
@@ -185,11 +186,11 @@ class Supervisor:
             return
         status = learner.child.poll()
         path = self._result_path(learner)
-        if self._plan.spare_dir is not None and not path.exists():
-            path = self._plan.spare_dir / path.name
+        if not is_there(path):
+            path = spare_file(self._plan.spare_dir, path.name) or path
         if status is None:
             self._end_if_hung(learner)
-            if not path.exists():
+            if not is_there(path):
                 return
         result = learner.result = read_result(path)
         if result is not None and result.outcome == "done":
@@ -208,7 +209,7 @@ class Supervisor:
         if learner.child is None or learner.watch is None or not learner.watch.is_hung(time.monotonic()):
             return
         _log.warning(
-            "learner %d has given no sign of life and used no CPU for %g s (hang_timeout_s): it is killed",
+            "learner %d has given no sign of life and used less than 1 %% of a core for %g s (hang_timeout_s): it is killed",
             learner.learner_id,
             learner.watch.timeout_s,
         )
@@ -250,7 +251,7 @@ class Supervisor:
         signs_path = plan.launch_dir / f"signs_{learner.learner_id}_{learner.life}.bin"
         learner.is_hung = False
         if plan.hang_timeout_s is not None:
-            learner.watch = HangWatch(learner.child.pid, signs_path, plan.hang_timeout_s, time.monotonic())
+            learner.watch = HangWatch(learner.child.pid, signs_path, plan.hang_timeout_s, time.monotonic(), plan.spare_dir)
         learner.child.send_line(
             {
                 "learner_id": learner.learner_id,

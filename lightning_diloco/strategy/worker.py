@@ -52,7 +52,7 @@ def main() -> int:
     # After the surroundings are restored, and before anything of the user's may print.
     lose_output_of_a_full_disk()
     try:
-        _begin_signs(Path(assigned["signs_path"]))
+        _begin_signs(Path(assigned["signs_path"]), _spare_dir(assigned))
         _settle_rank(assigned["learner_id"])
         result = _run(assigned)
     except BaseException as error:
@@ -101,9 +101,14 @@ def _run(assigned: dict[str, Any]) -> LearnerResult:
     return collect(trainer)
 
 
-def _begin_signs(path: Path) -> None:
+def _begin_signs(path: Path, spare_dir: Path | None) -> None:
     try:
-        begin_signs(path)
+        try:
+            begin_signs(path)
+        except OSError:
+            if spare_dir is None:
+                raise
+            begin_signs(spare_dir / path.name)
     except OSError as error:
         _log.warning(
             "%s cannot be written (%s): whether this learner hangs is told by the CPU that it uses, not by its batches.", path, error

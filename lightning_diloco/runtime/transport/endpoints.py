@@ -132,11 +132,11 @@ class SyncerTransport(Transport):
             for watch in self._watches:
                 for reason in watch.look():
                     self._gate.turned_away(reason)
-            self._shut_out(self._gate)
+            self._shut_out(self._gate, is_due=True)
         return woken
 
-    def _shut_out(self, gate: Gate) -> None:
-        self._events += [KeyRevoked(peer) for peer in gate.look()]
+    def _shut_out(self, gate: Gate, *, is_due: bool) -> None:
+        self._events += [KeyRevoked(peer) for peer in gate.look(is_due=is_due)]
 
     def _listen(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, is_bulk: bool) -> tuple[zmq.Socket[bytes], str]:
         sock = make_socket(context, is_router=True, is_bulk=is_bulk, options=self._options, configure=self._configure)
@@ -168,7 +168,7 @@ class SyncerTransport(Transport):
             return None
         if self._gate is not None:
             if self._gate.has_changed():
-                self._shut_out(self._gate)
+                self._shut_out(self._gate, is_due=False)
             if not self._gate.admits(peer, parts[0]):
                 return None
         return peer, parts[1:]

@@ -161,11 +161,15 @@ class Gate:
         """Whether a file came or went since the last look. A file written anew in its place is for the next look to see."""
         return _time_of(self._keys.admitted) not in (self._folder_ns, None)
 
-    def look(self) -> list[bytes]:
-        """Look at the folder of admitted keys; returns the peers that are shut out from here on."""
+    def look(self, *, is_due: bool = True) -> list[bytes]:
+        """Look at the folder of admitted keys; returns the peers that are shut out from here on.
+
+        Args:
+            is_due: one of the looks that come twice a second. Others, which a message makes, take no part in the count of doubts.
+        """
         self._revive()
         before = self._admitted
-        self._read()
+        self._read(is_due=is_due)
         if self._admitted is before:
             return []
         for key, name in self._admitted.items():
@@ -193,7 +197,7 @@ class Gate:
             why = f"its key {key} is not admitted (lightning-diloco keygen {self._keys.folder} --admit NAME {key} lets it in)"
         self._refuse(reason, "A connection", why)
 
-    def _read(self) -> None:
+    def _read(self, *, is_due: bool = True) -> None:
         """Read the folder, if anything in it may have changed."""
         self._folder_ns = _time_of(self._keys.admitted) or 0
         try:
@@ -209,7 +213,7 @@ class Gate:
         doubts: dict[str, int] = {}
         for name, key in found.items():
             if isinstance(key, ConfigurationError):
-                doubts[name] = min(self._doubts.get(name, 0) + 1, DOUBT_LOOKS + 1)
+                doubts[name] = min(self._doubts.get(name, 0) + is_due, DOUBT_LOOKS + 1)
                 if name not in self._doubts:
                     _LOGGER.warning("The key file of site %s cannot be taken; it counts as before for %d looks. %s", name, DOUBT_LOOKS, key)
                 if doubts[name] <= DOUBT_LOOKS and name in self._sites:
