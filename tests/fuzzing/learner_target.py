@@ -25,6 +25,7 @@ from lightning_diloco.outer import plan_layout
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.messages import (
     Contribution,
+    Describe,
     Envelope,
     Fenced,
     Found,
@@ -191,7 +192,8 @@ class FalseSyncer(SyncerTransport):
             return False
         if isinstance(message, Recall) and message.fragment_id == len(self.layout.fragments) - 1:
             return True
-        if isinstance(message, Welcome | Recall) and any(s.bulk_endpoint.startswith("tcp://127.0.0.1:") for s in message.shards[:1]):
+        is_dialled = isinstance(message, Welcome | Recall | Describe) and bool(message.shards)
+        if is_dialled and message.shards[0].bulk_endpoint.startswith("tcp://127.0.0.1:"):
             return message.shards[0].bulk_endpoint != self.bulk_endpoint or (isinstance(message, Welcome) and envelope.epoch > JOB.epoch)
         if isinstance(message, Welcome):
             return envelope.epoch > JOB.epoch
