@@ -54,7 +54,7 @@ def advise_before(config: SyncConfig, max_steps: int) -> list[str]:
         sentences.append(
             f"sync_interval_steps={interval} with outer_lr={config.outer_lr:g} and outer_momentum={momentum:g}: momentum counts merges, "
             "and with short intervals there are many. With 8 steps, 0.7 and at most 0.8 ended at a loss of 1.49, and outer_lr=0.4 with "
-            "outer_momentum=0.7 and outer_momentum_warmup=15 at 1.39. "
+            "outer_momentum=0.7 and outer_momentum_warmup=15 at 1.39 and 1.41. "
             f"Pass {'these, or ' if interval == SHORT_INTERVAL else ''}a longer interval."
         )
     if momentum_at(EARLY_MERGE, momentum, config.outer_momentum_warmup) > HIGH_MOMENTUM and merges < FEW_MERGES:

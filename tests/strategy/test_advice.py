@@ -44,9 +44,9 @@ def test_a_run_with_nothing_to_say_about_is_silent(silent):
 def test_short_intervals_with_the_default_momentum_are_told_about_with_the_figures():
     (sentence,) = advise_before(SyncConfig(sync_interval_steps=SHORT_INTERVAL), 10_000)
     assert sentence.startswith(f"sync_interval_steps={SHORT_INTERVAL} with outer_lr=0.7 and outer_momentum=0.8: ")
-    assert "1.49" in sentence and sentence.endswith("outer_momentum_warmup=15 at 1.39. Pass these, or a longer interval.")
+    assert "1.49" in sentence and sentence.endswith("outer_momentum_warmup=15 at 1.39 and 1.41. Pass these, or a longer interval.")
     (shorter,) = advise_before(SyncConfig(sync_interval_steps=SHORT_INTERVAL // 2), 10_000)
-    assert shorter.endswith("at 1.39. Pass a longer interval."), "what helps at 8 steps was bad at 4"
+    assert shorter.endswith("at 1.39 and 1.41. Pass a longer interval."), "what helps at 8 steps was bad at 4"
 
 
 def test_constant_high_momentum_in_a_short_run_is_told_about():
