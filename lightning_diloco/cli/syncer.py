@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lightning_diloco.cli.shards import refuse_shards, run_shards
-from lightning_diloco.errors import CannotListenError, ConfigurationError, DiskError
+from lightning_diloco.errors import CannotListenError, ConfigurationError
 from lightning_diloco.runtime.addresses import bulk_after, is_loopback, split
 from lightning_diloco.runtime.disk import disk_errors, lose_output_of_a_full_disk, unlink_quietly
 from lightning_diloco.runtime.shard_process import CANNOT_LISTEN
@@ -142,7 +142,7 @@ def _serve(args: argparse.Namespace, keys: SyncerKeys | None) -> int:
     try:
         with disk_errors(args.run_dir):
             _announce(args, endpoint, service, "" if lone is None else lone.metrics_url, keys)
-    except DiskError:
+    except ConfigurationError:
         # Nobody could find the syncer. Its number is used up, and nothing was served under it.
         (service if lone is None else lone).abandon()
         raise

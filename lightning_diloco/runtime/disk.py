@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from lightning_diloco.errors import DiskError
+from lightning_diloco.errors import ConfigurationError, DiskError
 
 __all__ = ["DISK_FAILED", "FAILS", "disk_errors", "lose_output_of_a_full_disk", "unlink_quietly"]
 
@@ -38,13 +38,16 @@ def disk_errors(folder: Path) -> Iterator[None]:
         folder: what is written to.
 
     Raises:
-        DiskError: instead of an OSError that says so; another one is raised as it is.
+        DiskError: instead of an OSError that says so.
+        ConfigurationError: instead of another one, as of rights. (Whoever reads our output and goes is no matter of the folder.)
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in FAILS:
+        if isinstance(error, BrokenPipeError):
             raise
+        if error.errno not in FAILS:
+            raise ConfigurationError(f"{folder}: cannot be written to ({error}). Give a directory that can be written to.") from error
         raise DiskError(
             f"{folder}: its disk takes nothing ({error}). A syncer that cannot write down its start serves nothing. Free the disk, or make "
             "it writable, and start again."
@@ -77,6 +80,7 @@ class _Lossy(io.FileIO):
     """A file that takes everything, and keeps what its disk takes."""
 
     def write(self, data: Any, /) -> int:
+        """Write what the disk takes; what a full or read-only one refuses counts as written."""
         try:
             return super().write(data)
         except OSError as error:

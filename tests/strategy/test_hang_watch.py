@@ -85,6 +85,15 @@ def await_work(process: subprocess.Popen) -> None:
     wait_until(lambda: cpu_s(process.pid) >= used_s + 0.05, "it has worked")
 
 
+def is_hung_at_work(watch: Watch, process: subprocess.Popen) -> bool:
+    """Three times, for most of a timeout of 2 s, with work between."""
+    for _ in range(3):
+        if is_hung_within(watch, 1.5):
+            return True
+        await_work(process)
+    return False
+
+
 @pytest.mark.parametrize("code", [SLEEPS, POLLS, HAS_A_SPINNING_THREAD], ids=["sleeps", "polls", "spinning_thread"])
 def test_a_process_whose_main_thread_does_nothing_hangs(start, tmp_path, code):
     assert is_hung_within(watch(start(code), tmp_path), 4.0, real_s=0.005)
@@ -99,9 +108,7 @@ def test_it_does_not_hang_before_the_timeout(start, tmp_path):
 def test_a_stopped_process_hangs_and_does_not_when_it_goes_on(start, tmp_path):
     process = start(SPINS)
     watched = watch(process, tmp_path)
-    for _ in range(3):
-        assert not is_hung_within(watched, 1.5)
-        await_work(process)
+    assert not is_hung_at_work(watched, process)
     process.send_signal(signal.SIGSTOP)
     assert not is_hung_within(watched, 1.5)
     process.send_signal(signal.SIGCONT)
@@ -114,9 +121,7 @@ def test_a_stopped_process_hangs_and_does_not_when_it_goes_on(start, tmp_path):
 def test_a_process_that_waits_for_one_at_work_does_not_hang_until_that_ends(start, tmp_path):
     process = start(HAS_A_SPINNING_CHILD)
     watched = watch(process, tmp_path)
-    for _ in range(3):
-        assert not is_hung_within(watched, 1.5)
-        await_work(process)
+    assert not is_hung_at_work(watched, process)
     os.kill(int(process.first_line), signal.SIGKILL)
     assert process.stdout.readline() == "reaped\n"
     assert is_hung_within(watched, 5.0)
