@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from lightning_diloco.runtime.transport import MAX_CONTROL_BYTES, SYNCER, LearnerTransport
-from lightning_diloco.runtime.transport.frames import Begin, Cancel, Chunk, Grant, Received, Refused, encode_frame, seal, unseal
+from lightning_diloco.runtime.transport.frames import Alive, Begin, Cancel, Chunk, Grant, Received, Refused, encode_frame, seal, unseal
 from tests.runtime.transport_helpers import MIB, NONCE, Pair, RawPeer, accept_all
 
 EVIL = b"evil-peer-nonce!"
@@ -197,7 +197,7 @@ def _turned(data: bytes, bit: int) -> bytes:
 def test_random_frames_raise_nothing_and_deliver_nothing(pair: Pair) -> None:
     raw = RawPeer(pair, EVIL)
     rng = random.Random(1)
-    templates = [encode_frame(f) for f in (Begin(1, 1, b"hh", 3, 1, 9), Chunk(1, 0), Cancel(1), Grant(1, 1, 0, 1), Received(1))]
+    templates = [encode_frame(f) for f in (Begin(1, 1, b"hh", 3, 1, 9), Chunk(1, 0), Cancel(1), Alive(), Grant(1, 1, 0, 1), Received(1))]
     for k in range(600):
         inner = bytearray(unseal(rng.choice(templates)) or b"")
         for _ in range(rng.randrange(4)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -83,6 +84,39 @@ def test_a_payload_survives_cuts_of_control(pair: ProxiedPair) -> None:
         pair.control_proxy.cut()
     pair.until(lambda: bool(pair.delivered()), limit_s=40)
     assert [bytes(e.payload) for e in pair.received()] == [payload]
+
+
+@pytest.mark.parametrize("channel", ["control", "bulk"])
+def test_what_went_with_a_connection_is_offered_again_when_it_is_back_and_not_a_resend_later(channel: str) -> None:
+    with ExitStack() as stack:
+        pair = ProxiedPair(stack, resend_after_s=60.0, resend_max_s=60.0)
+        stack.callback(pair.close)
+        pair.meet()
+        payload = make_bytes(48 * MIB)
+        pair.learner.send_payload(SYNCER, b"up", payload)
+        pair.until_passed(8 * MIB)
+        (pair.control_proxy if channel == "control" else pair.bulk_proxy).cut()
+        pair.until(lambda: bool(pair.delivered()), limit_s=20)
+        assert [bytes(e.payload) for e in pair.received()] == [payload]
+        assert pair.learner.stats.drops["offered_again"] == 1
+
+
+def test_a_learner_that_only_waits_finds_out_that_somebody_has_its_place_on_bulk() -> None:
+    with ExitStack() as stack:
+        pair = ProxiedPair(stack, heartbeat_interval_s=0.2, heartbeat_timeout_s=1.0)
+        stack.callback(pair.close)
+        pair.meet()
+        pair.syncer.send_payload(NONCE, b"before", make_bytes(100))
+        pair.until(lambda: len(pair.delivered()) == 1)
+        with socket.create_connection(("127.0.0.1", _port(pair.syncer.bulk_endpoint)), timeout=5) as line:
+            line.sendall(bytes(pair.bulk_proxy.recorded[0][:64]))
+            assert line.recv(64)
+            line.sendall(bytes(pair.bulk_proxy.recorded[0][64:]))
+            pair.steps_for(0.3)
+        pair.syncer.send_payload(NONCE, b"down", make_bytes(100))
+        pair.until(lambda: len(pair.delivered()) == 2, limit_s=20)
+        assert [e.header for e in pair.received()] == [b"before", b"down"]
+        assert pair.learner.bulk_link.times_back == 1
 
 
 def test_an_outage_of_both_sockets_loses_no_payload_and_blocks_nobody(pair: ProxiedPair) -> None:

@@ -9,6 +9,7 @@ the learner makes a new transport.
 from __future__ import annotations
 
 import errno
+import math
 import re
 import time
 from collections.abc import Callable
@@ -21,13 +22,13 @@ from lightning_diloco.runtime.keys import SyncerKeys
 
 from .base import Transport
 from .events import SYNCER, KeyRevoked
-from .frames import BULK_PREFIX, CONTROL_PREFIX, NONCE_BYTES, parse_routing_id
+from .frames import BULK_PREFIX, CONTROL_PREFIX, NONCE_BYTES, Alive, encode_frame, parse_routing_id
 from .gate import Gate
 from .handshakes import HandshakeWatch
 from .links import LinkWatch
 from .options import TransportOptions
 from .peers import Accept
-from .sockets import ConfigureSocket, make_socket
+from .sockets import ConfigureSocket, make_socket, send_parts
 
 __all__ = ["LearnerTransport", "SyncerTransport"]
 
@@ -224,6 +225,8 @@ class LearnerTransport(Transport):
         self._bulk_endpoint: str | None = None
         self._nonce = nonce
         self._look_s = 0.0
+        self._times_back = 0
+        self._alive_s = -math.inf
         self._mute_since_s: dict[bytes, float] = {}
         self._is_ipv6: bool | None = None  # of the one host that is dialled, once it is known
         self.control_link = LinkWatch()
@@ -265,8 +268,22 @@ class LearnerTransport(Transport):
             bulk = self._dial(endpoint, BULK_PREFIX)
             self._hang_up(self._bulk)
             self._bulk, self._bulk_endpoint = bulk, endpoint
+        self._offer_again()
+
+    def _offer_again(self) -> None:
         for outgoing in self._outgoing.values():
             outgoing.offer_again()
+
+    def _say_alive(self, now_s: float) -> None:
+        """Find out whether the other end still knows whose connection bulk is.
+
+        When somebody else shows this learner's ids, ZeroMQ's ROUTER gives them to him, and what it has left of this connection answers
+        heartbeats, so that it seems to be up. It stops to do so with the first message that it cannot hand on: then the heartbeats cut
+        it, and it is dialled anew. A learner that waits for a payload has no message; control has its heartbeats.
+        """
+        if self._bulk is not None and self.bulk_link.is_up and now_s - self._alive_s >= self._options.heartbeat_timeout_s:
+            self._alive_s = now_s
+            send_parts(self._bulk, [encode_frame(Alive())])
 
     def _hang_up(self, sock: zmq.Socket[bytes] | None) -> None:
         if sock is not None:
@@ -280,8 +297,17 @@ class LearnerTransport(Transport):
             self._look_s = now_s + _LOOK_S
             self.control_link.look(now_s)
             self.bulk_link.look(now_s)
+            self._offer_what_was_lost()
+            self._say_alive(now_s)
             self._replace_mute(now_s)
         return woken
+
+    def _offer_what_was_lost(self) -> None:
+        """After a connection came back: an offer, its answer or the last word may have gone with it, and the wait for them has grown."""
+        times_back = self.control_link.times_back + self.bulk_link.times_back
+        if times_back != self._times_back:
+            self._times_back = times_back
+            self._offer_again()
 
     def close(self) -> None:
         """Close the sockets and the wake-up; idempotent. Nothing that is pending is reported."""

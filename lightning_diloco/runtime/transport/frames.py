@@ -1,9 +1,10 @@
 """The frames of the transport: their fields, their limits and their bytes.
 
 Two sockets join a learner to the syncer. The *bulk* socket carries, from the sender of a payload to its receiver, `Begin`,
-`Chunk` (followed by one raw part with the bytes) and `Cancel`, in this order of sending. The *control* socket carries the
-user's messages and, from the receiver of a payload back to its sender, `Grant`, `Received` and `Refused`: a credit must not
-queue behind the payload that waits for it. One leading byte tells the user's control messages from frames of ours.
+`Chunk` (followed by one raw part with the bytes) and `Cancel`, in this order of sending; and now and then a learner's `Alive`.
+The *control* socket carries the user's messages and, from the receiver of a payload back to its sender, `Grant`, `Received` and
+`Refused`: a credit must not queue behind the payload that waits for it. One leading byte tells the user's control messages from
+frames of ours.
 
 Every frame and every message ends with the CRC-32 of what stands before it (`seal`): a bit that was turned on the way costs that
 message, which is then as good as lost, and both ends live with lost ones. Without it one bit of an id or a counter could be
@@ -38,6 +39,7 @@ __all__ = [
     "NONCE_BYTES",
     "SEAL_BYTES",
     "USER_KIND",
+    "Alive",
     "Begin",
     "BulkFrame",
     "Cancel",
@@ -138,6 +140,10 @@ class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="cance
     transfer_id: _Id
 
 
+class Alive(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="alive", tag_field="k"):
+    """Nothing but bytes: it shows ZeroMQ at the other end whether anybody there still takes what this connection brings."""
+
+
 class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="grant", tag_field="k"):
     """Credit of the receiver.
 
@@ -176,8 +182,8 @@ class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refu
     reason: RefusalReason
 
 
-BulkFrame = Begin | Chunk | Cancel
-"""Frames of the bulk socket, from the sender of a payload."""
+BulkFrame = Begin | Chunk | Cancel | Alive
+"""Frames of the bulk socket, from the sender of a payload; an `Alive` is of none."""
 
 ReplyFrame = Grant | Received | Refused
 """Frames of the control socket, from the receiver of a payload."""

@@ -42,6 +42,9 @@ class LinkWatch:
         """Whether ZeroMQ does not dial again, as far as it has said until now: it says so a moment after the connection is lost."""
         self.failed: set[str] = set()
         """What went wrong since it was up, as `HandshakeWatch` calls it."""
+        self.times_back = 0
+        """How often a connection that was lost was there again: what was on its way meanwhile may be lost."""
+        self._is_lost = False
         self.refused_s = 0.0
         """From the first to the last refusal of the row that goes on; 0 without one."""
         self._refused_since_s = self._refused_last_s = math.nan
@@ -57,7 +60,7 @@ class LinkWatch:
         """
         self.look(now_s)
         self.close()
-        self._watch = watch
+        self._watch, self._is_lost = watch, False
         if endpoint != self.endpoint:
             self.endpoint, self.was_up, self.down_since_s = endpoint, False, math.inf
             self.failed.clear()
@@ -85,11 +88,13 @@ class LinkWatch:
         if word == "again":
             self.is_given_up = False
         elif word == "down":
+            self._is_lost |= self.is_up
             self.is_up, self.is_given_up = False, True
             self.down_since_s = min(self.down_since_s, now_s)
         elif word == "up":
             self.is_up, self.was_up, self.is_given_up = True, True, False
-            self.down_since_s = math.inf
+            self.times_back += self._is_lost
+            self._is_lost, self.down_since_s = False, math.inf
             self.failed.clear()
             self._break_row()
         else:

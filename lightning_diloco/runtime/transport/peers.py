@@ -15,7 +15,7 @@ from typing import Final
 
 from lightning_diloco.runtime.blocks import Blocks
 
-from .frames import Begin, Cancel, Chunk
+from .frames import Alive, Begin, BulkFrame, Chunk
 from .receiving import IncomingTransfers, Reaction
 
 __all__ = ["MAX_FORGOTTEN", "Accept", "IncomingPeers"]
@@ -61,7 +61,7 @@ class IncomingPeers:
         """Peers that occupy memory, the forgotten ones included."""
         return len(self._present) + len(self._forgotten)
 
-    def on_frame(self, peer: bytes, frame: Begin | Chunk | Cancel, data: memoryview, now_s: float) -> Reaction:
+    def on_frame(self, peer: bytes, frame: BulkFrame, data: memoryview, now_s: float) -> Reaction:
         """Take a frame of the bulk socket.
 
         Args:
@@ -70,6 +70,8 @@ class IncomingPeers:
             data: the raw bytes of a `Chunk`, else empty.
             now_s: the caller's clock in seconds.
         """
+        if isinstance(frame, Alive):
+            return Reaction()
         incoming = self._present.get(peer) or self._forgotten.get(peer) or self._new(peer)
         reaction = Reaction()
         if isinstance(frame, Begin):
