@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NUM_PARAMS = 854_272
 """Of the model of `wan.py`."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+SHORT_RATIO = ["--steps", "24", "--rounds", "1", "--batch", "2", "--ratio", "8", "--ddp-steps", "2", "--no-losses"]
 two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 namespaces = pytest.mark.skipif(is_possible() is not None, reason=f"no network namespaces: {is_possible()}")
 
@@ -75,12 +76,25 @@ def test_wan_never_waits(tmp_path):
 
 @two_cores
 @namespaces
+def test_wan_ratio(tmp_path):
+    said, rows = run(tmp_path, "wan.py", *SHORT_RATIO, "--wire", "bf16", "--keys")
+    jobs = rows["jobs"]
+    assert list(jobs) == ["alone 0", "ddp", "post_local_sgd", "bf16 0", "alone 1"]
+    ddp, ours = jobs["ddp"], jobs["bf16 0"]
+    tokens = [row["tokens_per_s"] * row["step_s"] for row in (ddp, ours)]
+    assert tokens == [pytest.approx(2 * 2 * 64, rel=1e-3)] * 2, "two learners, two windows of 64 bytes"
+    assert 40 < ddp["per_step"]["link_up"] / ours["per_step"]["link_up"] < 60, "bf16, once in 24 steps, against float32 in each"
+    assert ours["merges"] >= 20 and ours["summary"]["tokens_discarded"] == 0
+    assert "| `ddp` | 1 |" in said and "| ours, bf16 | 1 |" in said and "the ratio of" in said
+
+
+@two_cores
+@namespaces
 def test_wan_torchft(tmp_path):
     # A test installs nothing.
     if not (ROOT / "outputs" / f"torchft-{TORCHFT_VERSION}").exists():
         pytest.skip("torchft is not installed; `benchmarks/wan.py --torchft` does that in outputs/")
-    sizes = ["--steps", "24", "--rounds", "1", "--batch", "2", "--ratio", "8", "--ddp-steps", "2", "--no-losses"]
-    said, rows = run(tmp_path, "wan.py", *sizes, "--torchft")
+    said, rows = run(tmp_path, "wan.py", *SHORT_RATIO, "--torchft")
     jobs = rows["jobs"]
     for title, name, num_fragments in (("DiLoCo", "torchft_diloco", 1), ("streaming DiLoCo", "torchft_streaming", 4)):
         row = jobs[name]
