@@ -12,7 +12,8 @@ others are half through (as `summary.json` says, which is up to 5 s old), or it 
 run directory holds or without. Those in which it is slow or late end when all have trained 3.5 times the tokens of one, which is when the
 others are through: nobody trains on alone.
 
-Rows that the JSON file holds are not run again. ``--one`` is how a row of ``events`` is run in a process of its own.
+Rows that the JSON file holds are not run again. The exit code is 1 if one is missing or has failed. ``--one`` is how a row of ``events``
+is run in a process of its own.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ TABLES: dict[str, dict[str, list[str]]] = {
 def main() -> int:
     """Run what is missing, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=list(TABLES), default=list(TABLES), metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES), metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose setting contains this text")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default 1)")
     parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "ablation.json", metavar="FILE", help="rows so far")
@@ -94,6 +95,10 @@ def main() -> int:
     if arguments.one:
         train_with_event(arguments.one)
         return 0
+    if arguments.seeds < 1:
+        parser.error(f"--seeds {arguments.seeds}: there has to be one at least.")
+    if not any(arguments.rows in title for name in arguments.only for title in TABLES[name]):
+        parser.error(f"--rows {arguments.rows!r}: no row of {', '.join(arguments.only)} contains that.")
     rows, is_complete = Rows(arguments.json), True
     for name in arguments.only:
         lines = []

@@ -33,12 +33,21 @@ from emulate_adamw import OtherAdamW, step_together
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
+from lightning_diloco.config import SyncConfig
 from lightning_diloco.outer import FragmentState, FragmentView, MergeAccumulator, last_step, momentum_at, outer_step, plan_layout
 from recipes.byte_model import warmup_cosine
 from recipes.gpt_text import build
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
+DEFAULTS = SyncConfig()
+CHOICES = {
+    "method": ("diloco", "ddp"),
+    "merge": ("rda", "mean"),
+    "adopt": ("rebase", "overwrite"),
+    "inner": ("adamw", "muon", "shared", "estimate"),
+}
+IDEAS = ("cool", "rise", "average", "smooth", "agree", "cautious", "restart", "direct", "fine", "noise")
 
 
 @dataclass(kw_only=True)
@@ -55,9 +64,9 @@ class Settings:
     delay: int = 2
     merge: str = "rda"
     adopt: str = "rebase"
-    outer_lr: float = 0.7
-    outer_momentum: float = 0.9
-    warmup: int = 5
+    outer_lr: float = DEFAULTS.outer_lr
+    outer_momentum: float = DEFAULTS.outer_momentum
+    warmup: int = DEFAULTS.outer_momentum_warmup
     idea: str = ""
     """What is tried beside, NAME:NUMBER joined by ``+``.
 
@@ -334,6 +343,21 @@ class Outer:
         return loss
 
 
+def read(parser: argparse.ArgumentParser, name: str, kind: type, text: str) -> list[Any]:
+    """The values of one NAME=VALUE; one that cannot be is told about, since a typo would give a plausible figure for something else."""
+    choices = CHOICES.get(name)
+    for part in text.split(",") if choices else ():
+        if part not in choices:
+            parser.error(f"{name}={part}: give one of {', '.join(choices)}.")
+    for part in text.replace(",", "+").split("+") if name == "idea" else ():
+        if part.partition(":")[0] not in ("", *IDEAS):
+            parser.error(f"idea={part}: there are {', '.join(IDEAS)}.")
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        parser.error(f"{name}={text}: give a {kind.__name__}, or several with commas.")
+
+
 def main() -> int:
     """Run what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -349,7 +373,9 @@ def main() -> int:
         name, _, value = item.partition("=")
         if name not in kinds:
             parser.error(f"{name!r} is no setting: there are {', '.join(kinds)}.")
-        rows = [{**row, name: kinds[name](part)} for row in rows for part in value.split(",")]
+        rows = [{**row, name: part} for row in rows for part in read(parser, name, kinds[name], value)]
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
         settings = Settings(**row)
         if settings.method == "ddp" and settings.inner in ("shared", "estimate"):
@@ -364,14 +390,14 @@ def main() -> int:
             start_s = time.monotonic()
             result = Run(settings).train()
             result["seconds"] = round(time.monotonic() - start_s, 1)
-            assert math.isfinite(result["val_loss"])
+            result = {k: v if math.isfinite(v) else None for k, v in result.items()}
             if arguments.json:
                 known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
                 known[name] = result
                 arguments.json.write_text(json.dumps(known, indent=1) + "\n")
             else:
                 known[name] = result
-        print(name, {k: round(v, 4) for k, v in known[name].items()}, flush=True)
+        print(name, {k: "not finite" if v is None else round(v, 4) for k, v in known[name].items()}, flush=True)
     return 0
 
 

@@ -47,7 +47,7 @@ class Rows:
     def take(self, folder: Path, recipe: str, *names: str) -> int:
         """Take the runs of a sweep (``recipes/train.py -m``) as rows, named by these values of their configuration.
 
-        Runs of other recipes, and those in which anything beside these values was changed, are other jobs and left out.
+        What else the command line has changed stands behind them, in its order. Runs of other recipes are left out.
 
         Args:
             folder: of the sweep; all run directories below it count.
@@ -59,12 +59,13 @@ class Rows:
         """
         count = 0
         for path in sorted(folder.rglob("logs/hydra/config.yaml")):
-            changed = dict(str(item).split("=", 1) for item in OmegaConf.load(path.with_name("overrides.yaml")))
-            if changed.pop("recipe", None) != recipe or not set(changed) <= set(names):
+            changed = [str(item) for item in OmegaConf.load(path.with_name("overrides.yaml"))]
+            if f"recipe={recipe}" not in changed:
                 continue
             cfg = OmegaConf.load(path)
             values = [(name, OmegaConf.select(cfg, name)) for name in names]
-            key = " ".join([f"recipe={recipe}", *(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in values)])
+            more = [item for item in changed if item.partition("=")[0] not in ("recipe", *names)]
+            key = " ".join([f"recipe={recipe}", *(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in values), *more])
             row = _figures(path.parents[2])
             if row is not None and "val_loss" not in self.known.get(key, {}):
                 self.known[key], count = row, count + 1
@@ -73,7 +74,9 @@ class Rows:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.known, indent=1) + "\n")
+        new = self.path.with_name(self.path.name + ".new")
+        new.write_text(json.dumps(self.known, indent=1) + "\n")
+        new.replace(self.path)  # whoever is killed here leaves the rows that were there
 
 
 def _run(script: list[str], overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -101,6 +104,8 @@ def _figures(run_dir: Path) -> dict[str, Any] | None:
     for name in ("wall_s", "tokens", "merges", "mean_members", "bytes_up", "steps_lost"):
         if name in summary:
             row[name] = summary[name]
+    if "config" in summary:
+        row["config"] = summary["config"]
     learners = summary.get("learners", [])
     if learners:
         row["participation"] = min(learner["participation"] or 0.0 for learner in learners)

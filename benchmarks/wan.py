@@ -169,27 +169,29 @@ def run_ratio(bench: Bench) -> list[str]:
         # Two whole intervals count, each with its average.
         post_local = bench.get("post_local_sgd", "post_local_sgd", max_steps=3 * INTERVAL, first_step=INTERVAL, bytes_per_s=rate)
     first, last = 2 * INTERVAL, 2 * INTERVAL + arguments.steps
-    number, ours = 0, {}
+    number, wall_s = 0, 0.0
     for i in range(arguments.rounds):
         for wire in arguments.wire:
             ours = bench.get(f"{wire} {i}", "ours", max_steps=last, first_step=first, bytes_per_s=rate, sync={"wire_dtype": wire})
+            # Until its model is there, with the last merges; the others get the time of the slowest of ours.
+            wall_s = max(wall_s, ours["wall_s"] + ours["end_s"])
             number += 1
             bench.alone(number)
     if setting.torchft is not None:
-        run_torchft(bench, rate, ours["wall_s"])
+        run_torchft(bench, rate, wall_s)
     if bench.net is not None and not arguments.no_losses:
         for factor in RATES:
             options = {"learning_rate": factor * arguments.learning_rate}
             bench.get(f"ddp, equal tokens, {factor:g}", "ddp", max_steps=last, first_step=DDP_FIRST, **options)
-            steps = max(2, int(ours["wall_s"] / ddp["step_s"]))
+            steps = max(2, int(wall_s / ddp["step_s"]))
             bench.get(f"ddp, equal time, {factor:g}", "ddp", max_steps=steps, first_step=1, **options)
         bench.get("post_local_sgd, equal tokens", "post_local_sgd", max_steps=last, first_step=1)
-        bench.get("post_local_sgd, equal time", "post_local_sgd", max_steps=whole_intervals(ours["wall_s"], post_local), first_step=1)
+        bench.get("post_local_sgd, equal time", "post_local_sgd", max_steps=whole_intervals(wall_s, post_local), first_step=1)
     return ratio(bench.jobs, arguments.wire, arguments.rounds, bench.num_params, setting.num_learners)
 
 
 def run_torchft(bench: Bench, rate: float, wall_s: float) -> None:
-    """The two rows of torchft, over as many steps as ours; `wall_s` is what ours took for them."""
+    """The two rows of torchft, over as many steps as ours; `wall_s` is what ours took until its model was there."""
     first, last = 2 * INTERVAL, 2 * INTERVAL + bench.arguments.steps
     bench.alone("torchft")
     for method, num_fragments in (("torchft_diloco", 1), ("torchft_streaming", MODEL["num_layers"])):

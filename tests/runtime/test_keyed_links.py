@@ -88,6 +88,7 @@ def test_strangers_are_refused_counted_logged_once_and_change_nothing(keys, tmp_
         peers = {name: RawPeer(job.endpoint, make_module(1), CONFIG, transport=transport_with(k)) for name, k in strangers.items()}
         try:
             for peer in peers.values():
+                peer.transport.connect_bulk(job.service.bulk_endpoint)
                 peer.hello(learner_id=1)
                 peer.offer(b"anything", b"x" * 1000)
             until(lambda: {"unknown_key", "other_syncer"} <= stats.drops.keys() and {"no_keys", "handshake"} & stats.drops.keys())
@@ -96,6 +97,8 @@ def test_strangers_are_refused_counted_logged_once_and_change_nothing(keys, tmp_
                     peer.poll(0.05)
             # A handshake that fails says nothing of the job.
             assert [name for name, peer in peers.items() if peer.heard or peer.published] == []
+            links = [link for peer in peers.values() for link in (peer.transport.control_link, peer.transport.bulk_link)]
+            assert all(link.failed and not link.was_up for link in links), "both doors were tried"
         finally:
             for peer in peers.values():
                 peer.transport.close()
@@ -107,7 +110,9 @@ def test_strangers_are_refused_counted_logged_once_and_change_nothing(keys, tmp_
     lines = [record.getMessage() for record in caplog.records if record.name.endswith("gate")]
     for words in (" is not admitted (lightning-diloco keygen", "does not open with this syncer's key"):
         assert 1 <= sum(words in line for line in lines) <= 2, lines
-    assert stats.drops["unknown_key"] >= 2 and len(lines) < sum(stats.drops.values())
+    assert stats.drops["unknown_key"] >= 4 and len(lines) < sum(stats.drops.values())
+    (counted,) = [line for line in lines if line.startswith("Refused in all: ")]
+    assert f"unknown_key {stats.drops['unknown_key']}" in counted
 
 
 def test_a_site_that_is_admitted_meanwhile_comes_in(keys):
@@ -149,19 +154,26 @@ def test_a_learner_whose_keys_do_not_fit_ends_with_a_sentence(keys, tmp_path, wh
     assert (which == "stranger") == (site is not None and site.public.hex() in str(caught.value))
 
 
-def test_what_was_recorded_and_is_played_back_is_refused(keys):
+@pytest.mark.parametrize("channel", ["control", "bulk"])
+def test_what_was_recorded_and_is_played_back_is_refused(keys, channel):
     site = keys.site("paris")
     with listening(keys) as syncer:
-        port = urlsplit(syncer.control_endpoint).port
+        port = urlsplit(syncer.control_endpoint if channel == "control" else syncer.bulk_endpoint).port
         assert port is not None
         with TransportProxy(port) as proxy:
-            with dialling(f"tcp://127.0.0.1:{proxy.port}", site) as learner:
-                learner.send_control(SYNCER, b"a word that is said once")
-                assert hear(syncer, ControlReceived).data == b"a word that is said once"
+            if channel == "control":
+                with dialling(f"tcp://127.0.0.1:{proxy.port}", site) as learner:
+                    learner.send_control(SYNCER, b"a word that is said once")
+                    assert hear(syncer, ControlReceived).data == b"a word that is said once"
+            else:
+                with dialling(syncer.control_endpoint, site) as learner:
+                    learner.connect_bulk(f"tcp://127.0.0.1:{proxy.port}")
+                    learner.send_payload(SYNCER, b"", b"a word that is said once")
+                    until(lambda: [*learner.poll(0.02), *syncer.poll(0.02)] and syncer.stats.payloads_received == 1)
             until(lambda: len(proxy.recorded[0]) > 500)
             record = bytes(proxy.recorded[0])
         assert b"a word that is said once" not in record and b"n" * 16 not in record
-        before = syncer.stats.control_received
+        before = (syncer.stats.control_received, syncer.stats.bytes_up, syncer.stats.payloads_received)
         # In one piece, and in the pieces of a handshake: greeting, HELLO, INITIATE, the rest.
         for cuts in ([0, len(record)], [0, 64, 266, 523, len(record)]):
             with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
@@ -171,7 +183,7 @@ def test_what_was_recorded_and_is_played_back_is_refused(keys):
                 line.settimeout(10)
                 assert _is_hung_up_on(line)
         heard(syncer, 0.6)
-        assert syncer.stats.control_received == before
+        assert (syncer.stats.control_received, syncer.stats.bytes_up, syncer.stats.payloads_received) == before
         assert syncer.stats.drops["other_syncer"] + syncer.stats.drops.get("handshake", 0) >= 2
 
 

@@ -72,6 +72,23 @@ def test_a_link_is_down_since_it_was_dialled_or_lost_and_another_socket_changes_
     assert (link.is_up, link.was_up, link.down_since_s, link.failed) == (False, False, 7.0, set())
 
 
+def test_a_connection_is_back_when_one_was_lost_whatever_socket_has_it(link, monitor):
+    hear(link, monitor, 1.0, "down", "again", "up")
+    assert link.times_back == 0, "nothing was lost before the first one"
+    hear(link, monitor, 2.0, "down", "again", "down", "again", "up")
+    assert link.times_back == 1
+    hear(link, monitor, 3.0, "down")
+    link.follow(monitor, HERE, 4.0)
+    hear(link, monitor, 5.0, "up")
+    assert link.times_back == 2, "the socket was given up"
+    link.follow(monitor, HERE, 6.0)
+    hear(link, monitor, 7.0, "up")
+    assert link.times_back == 3, "it took no message, and nothing was said of its connection"
+    link.follow(monitor, "tcp://127.0.0.1:2", 8.0)
+    hear(link, monitor, 9.0, "up")
+    assert link.times_back == 3, "nothing was lost at this address"
+
+
 def test_within_one_process_a_link_is_up_at_once(link):
     link.follow(None, "inproc://x", 1.0)
     assert (link.is_up, link.was_up, link.down_since_s) == (True, True, math.inf)

@@ -118,6 +118,7 @@ class SyncerTransport(Transport):
         self._stop_watching()
         if self._gate is not None:
             self._gate.stop()
+            self._gate.sum_up()
         super().close()
 
     def _stop_watching(self) -> None:

@@ -183,7 +183,7 @@ class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refu
 
 
 BulkFrame = Begin | Chunk | Cancel | Alive
-"""Frames of the bulk socket, from the sender of a payload; an `Alive` is of none."""
+"""Frames of the bulk socket, from the sender of a payload; an `Alive` belongs to no payload."""
 
 ReplyFrame = Grant | Received | Refused
 """Frames of the control socket, from the receiver of a payload."""

@@ -12,7 +12,8 @@ cannot be taken (half written, say) counts as before for `DOUBT_LOOKS` more look
 let in, and nobody is told that his key is unknown: a learner takes that for a revocation when it lasts (`runtime.link_care`).
 
 A connection that is refused tells its key to the authenticator if it has one; those without, or with another syncer's in mind, fail before
-and are seen by `handshakes` only. All are counted, and told in the log at most every `COMPLAIN_S`, by reason.
+and are seen by `handshakes` only. All are counted, and told in the log at most every `COMPLAIN_S`, by reason; how many there were is said at the
+end, where no endpoint has the counters too.
 
 Threads: `callback` is called by the authenticator's thread and reads one reference; all else belongs to the transport's.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -69,6 +70,7 @@ class Gate:
         self._peers: dict[str, OrderedDict[bytes, None]] = {}
         self._strangers: deque[str] = deque(maxlen=16)
         self._complaints: dict[str, Complaints] = {}
+        self._refused: Counter[str] = Counter()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._authenticator: ThreadAuthenticator | None = None
         self._read()
@@ -237,8 +239,15 @@ class Gate:
             self._authenticator = self._authenticator or before  # tried again at the next look
             self._complain("authenticator again", f"It cannot be started now ({error}): until then no new connection is let in")
 
+    def sum_up(self) -> None:
+        """Say in the log how many were refused since the last time that this was asked, if there were any."""
+        refused, self._refused = self._refused, Counter()
+        if refused:
+            _LOGGER.warning("Refused in all: %s.", ", ".join(f"{reason} {count}" for reason, count in sorted(refused.items())))
+
     def _refuse(self, reason: str, what: str, why: str) -> bool:
         self._count(reason)
+        self._refused[reason] += 1
         self._complaints.setdefault(reason, Complaints(_LOGGER)).add(what, why)
         return False
 

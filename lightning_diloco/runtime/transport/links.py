@@ -60,7 +60,8 @@ class LinkWatch:
         """
         self.look(now_s)
         self.close()
-        self._watch, self._is_lost = watch, False
+        self._watch = watch
+        self._is_lost = endpoint == self.endpoint and (self._is_lost or self.is_up)
         if endpoint != self.endpoint:
             self.endpoint, self.was_up, self.down_since_s = endpoint, False, math.inf
             self.failed.clear()

@@ -39,7 +39,8 @@ class TransportOptions:
     """ZeroMQ pings on a silent connection (tcp only)."""
 
     heartbeat_timeout_s: float = 15.0
-    """A connection without an answer for so long is cut and opened again (tcp only)."""
+    """A control connection without an answer for so long is cut and opened again, one for bulk after four times as long (tcp only). Bulk's
+    has to carry a chunk in that time."""
 
     def __post_init__(self) -> None:
         """Check every number."""

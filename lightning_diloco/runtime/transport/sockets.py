@@ -32,6 +32,10 @@ _CONNECT_MS = 10_000
 """An attempt to connect is given up after so long and another one begins. Where a firewall drops what comes, the operating system would ask
 more and more seldom, for two minutes: a port that is opened then would be noticed up to a minute late."""
 
+_BULK_PATIENCE = 4
+"""Bulk waits so many times as long for a heartbeat. ZeroMQ takes nothing but a whole message for a sign of life, and a heartbeat waits
+behind the chunk that is being sent: a chunk has to pass in this time, or its connection is cut in its middle, again and again."""
+
 _write = ctypes.PyDLL(None).write
 """write(2), with the interpreter's lock held."""
 _write.argtypes, _write.restype = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t), ctypes.c_ssize_t
@@ -65,7 +69,7 @@ def make_socket(
     sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
     sock.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
     sock.setsockopt(zmq.HEARTBEAT_IVL, int(1000 * options.heartbeat_interval_s))
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * options.heartbeat_timeout_s))
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * options.heartbeat_timeout_s * (_BULK_PATIENCE if is_bulk else 1)))
     sock.setsockopt(zmq.IPV6, 1)
     if is_router:
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
