@@ -3,7 +3,8 @@
 **Before.** Momentum counts merges. A merge of few steps is small and there are many of them, so the same momentum moves further for the
 steps done; a short run ends before constant high momentum has settled. What rounding to four bits takes is sent later by rebase alone.
 Each rule names what it cost where it was measured (``docs/benchmarks/ablation.md``, ``docs/numerics.md``): a hint of its size, for another
-model it differs.
+model it differs. Not told about before is what depends on how a run goes: whether a quorum of one leaves learners out (it is told after),
+and a schedule on a learner's own clock, which costs only who comes late.
 
 **After.** Nobody looks at participation when all processes are alive and the loss falls, and a job whose merges hold half of the learners
 wastes the other half's work for an interval each time, or worse: with outer momentum, contributions that learned the same thing and arrive
@@ -26,6 +27,9 @@ lowest had 0.84, with a quorum of one, ended 6 % behind four that are waited for
 FEW_ROUNDS = 20
 """Of fewer merges a share says little."""
 HIGH_MOMENTUM = 0.75
+HIGH_LR = 1.0
+"""An outer rate that was measured as too much together with momentum."""
+SOME_MOMENTUM = 0.5
 SHORT_INTERVAL = 8
 """Inner steps between merges of a fragment, at and below which an outer rate of 0.7 and a momentum of 0.8 were measured as too much."""
 FEW_MERGES = 100
@@ -53,8 +57,8 @@ def advise_before(config: SyncConfig, max_steps: int) -> list[str]:
     if interval <= SHORT_INTERVAL and reached > HIGH_MOMENTUM and config.outer_lr > 0.5:
         sentences.append(
             f"sync_interval_steps={interval} with outer_lr={config.outer_lr:g} and outer_momentum={momentum:g}: momentum counts merges, "
-            "and with short intervals there are many. With 8 steps, 0.7 and at most 0.8 ended at a loss of 1.49, and outer_lr=0.4 with "
-            "outer_momentum=0.7 and outer_momentum_warmup=15 at 1.39 and 1.41. "
+            "and with short intervals there are many. With 8 steps, 0.7 and at most 0.8 ended at a loss of 1.49; outer_lr=0.4 with "
+            "outer_momentum=0.7 and outer_momentum_warmup=15 at 1.41, and an interval of 24 steps at 1.44. "
             f"Pass {'these, or ' if interval == SHORT_INTERVAL else ''}a longer interval."
         )
     if momentum_at(EARLY_MERGE, momentum, config.outer_momentum_warmup) > HIGH_MOMENTUM and merges < FEW_MERGES:
@@ -68,6 +72,16 @@ def advise_before(config: SyncConfig, max_steps: int) -> list[str]:
         sentences.append(
             f"outer_momentum=0 with outer_lr={config.outer_lr:g}: a merge goes only so far of what the learners did, and nothing makes up "
             "for it. With 33 merges and 0.7 that ended at a loss of 1.49, and the default outer_momentum=0.8 at 1.43. Pass that."
+        )
+    if config.outer_lr >= HIGH_LR and reached > SOME_MOMENTUM:
+        sentences.append(
+            f"outer_lr={config.outer_lr:g} with outer_momentum={momentum:g}: a merge goes as far as the learners did, and momentum further. "
+            "With 33 merges, 1.0 ended at a loss of 1.51, and 0.7 at 1.43. Pass that."
+        )
+    if interval > SyncConfig().sync_interval_steps and 0 < merges < SOME_MERGES:
+        sentences.append(
+            f"sync_interval_steps={interval} in a run of {max_steps} steps: {merges} merges of a fragment. With 8 of them (96 in 800) "
+            "that ended at a loss of 1.49, and with 33 (24 in 800) at 1.43. Pass a shorter interval."
         )
     if config.wire_dtype == "int4" and config.adopt == "overwrite":
         sentences.append(

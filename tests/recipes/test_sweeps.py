@@ -39,7 +39,7 @@ def run_directory(folder: Path, overrides: list[str], val_loss: float, status: s
     (folder / "result.json").write_text(json.dumps({"status": status, "val": {"val_loss": val_loss}}))
 
 
-def test_rows_of_the_recipe_are_taken_and_those_of_other_jobs_left_out(tmp_path, rows):
+def test_rows_of_the_recipe_are_taken_with_what_was_changed_and_those_of_others_left_out(tmp_path, rows):
     rows.known = {ROW: {"error": "an earlier try"}}
     runs = (
         ["recipe=quality", "strategy.name=ddp", "seed=1"],
@@ -50,8 +50,9 @@ def test_rows_of_the_recipe_are_taken_and_those_of_other_jobs_left_out(tmp_path,
     for i, overrides in enumerate(runs):
         run_directory(tmp_path / "sweep" / str(i), overrides, 1.0 + i)
     run_directory(tmp_path / "sweep" / "failed", ["recipe=quality", "seed=2"], 9.0, status="failed")
-    assert rows.take(tmp_path / "sweep", "quality", *NAMES) == 1
-    assert json.loads((tmp_path / "rows.json").read_text()) == {ROW: {"val_loss": 1.0}}
+    assert rows.take(tmp_path / "sweep", "quality", *NAMES) == 2
+    other = "recipe=quality strategy.name=decoupled_diloco trainer.devices=2 seed=1 +strategy.outer_lr=0.5"
+    assert json.loads((tmp_path / "rows.json").read_text()) == {ROW: {"val_loss": 1.0}, other: {"val_loss": 3.0}}
     assert rows.take(tmp_path / "sweep", "quality", *NAMES) == 0
 
 

@@ -44,9 +44,9 @@ def test_a_run_with_nothing_to_say_about_is_silent(silent):
 def test_short_intervals_with_the_default_momentum_are_told_about_with_the_figures():
     (sentence,) = advise_before(SyncConfig(sync_interval_steps=SHORT_INTERVAL), 10_000)
     assert sentence.startswith(f"sync_interval_steps={SHORT_INTERVAL} with outer_lr=0.7 and outer_momentum=0.8: ")
-    assert "1.49" in sentence and sentence.endswith("outer_momentum_warmup=15 at 1.39 and 1.41. Pass these, or a longer interval.")
+    assert "1.49" in sentence and sentence.endswith("at 1.41, and an interval of 24 steps at 1.44. Pass these, or a longer interval.")
     (shorter,) = advise_before(SyncConfig(sync_interval_steps=SHORT_INTERVAL // 2), 10_000)
-    assert shorter.endswith("at 1.39 and 1.41. Pass a longer interval."), "what helps at 8 steps was bad at 4"
+    assert shorter.endswith("an interval of 24 steps at 1.44. Pass a longer interval."), "what helps at 8 steps was bad at 4"
 
 
 def test_constant_high_momentum_in_a_short_run_is_told_about():
@@ -65,6 +65,19 @@ def test_no_momentum_is_told_about_where_a_merge_goes_only_part_of_the_way():
     assert sentence.startswith("outer_momentum=0 with outer_lr=0.7: ") and sentence.endswith("outer_momentum=0.8 at 1.43. Pass that.")
     assert advise_before(config, 10 * config.sync_interval_steps - 1) == []
     assert advise_before(SyncConfig(outer_momentum=0.0, outer_lr=1.0), 800) == []
+
+
+def test_a_high_outer_rate_with_momentum_is_told_about():
+    (sentence,) = advise_before(SyncConfig(outer_lr=1.0), 800)
+    assert sentence.startswith("outer_lr=1 with outer_momentum=0.8: ") and sentence.endswith("0.7 at 1.43. Pass that.")
+    assert advise_before(SyncConfig(outer_lr=0.9), 800) == [], "not measured"
+
+
+def test_an_interval_that_leaves_few_merges_is_told_about_where_it_was_chosen():
+    (sentence,) = advise_before(SyncConfig(sync_interval_steps=96), 800)
+    assert sentence.startswith("sync_interval_steps=96 in a run of 800 steps: 8 merges of a fragment.") and "1.49" in sentence
+    for interval, max_steps in ((24, 100), (96, 960), (96, -1), (96, 95)):
+        assert advise_before(SyncConfig(sync_interval_steps=interval), max_steps) == []
 
 
 def test_four_bits_without_feedback_are_told_about():

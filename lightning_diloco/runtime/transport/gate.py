@@ -12,8 +12,8 @@ cannot be taken (half written, say) counts as before for `DOUBT_LOOKS` more look
 let in, and nobody is told that his key is unknown: a learner takes that for a revocation when it lasts (`runtime.link_care`).
 
 A connection that is refused tells its key to the authenticator if it has one; those without, or with another syncer's in mind, fail before
-and are seen by `handshakes` only. All are counted, and told in the log at most every `COMPLAIN_S`, by reason; how many there were is said at the
-end, where no endpoint has the counters too.
+and are seen by `handshakes` only. All are counted, and told in the log at most every `COMPLAIN_S`, by reason; the counts are told at the
+end, for there may be no endpoint that has them.
 
 Threads: `callback` is called by the authenticator's thread and reads one reference; all else belongs to the transport's.
 """
