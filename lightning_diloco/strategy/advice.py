@@ -75,7 +75,7 @@ def advise_before(config: SyncConfig, max_steps: int) -> list[str]:
         )
     if config.outer_lr >= HIGH_LR and reached > SOME_MOMENTUM:
         sentences.append(
-            f"outer_lr={config.outer_lr:g} with outer_momentum={momentum:g}: a merge goes as far as the learners did, and momentum further. "
+            f"outer_lr={config.outer_lr:g} with outer_momentum={momentum:g}: a merge goes as far as learners did, and momentum further. "
             "With 33 merges, 1.0 ended at a loss of 1.51, and 0.7 at 1.43. Pass that."
         )
     if interval > SyncConfig().sync_interval_steps and 0 < merges < SOME_MERGES:
