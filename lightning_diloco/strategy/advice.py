@@ -23,7 +23,7 @@ __all__ = ["advise", "advise_before"]
 
 LOW_PARTICIPATION = 0.9
 """Below it a learner is told about. Two equal learners that answer in time have 1.0, one that is always late about 0.5. Four of which the
-lowest had 0.84, with a quorum of one, ended 6 % behind four that are waited for (``docs/benchmarks/ablation.md``, one seed)."""
+lowest had 0.77 to 0.84, with a quorum of one, ended 4 % behind four that are waited for (``docs/benchmarks/ablation.md``, three seeds)."""
 FEW_ROUNDS = 20
 """Of fewer merges a share says little."""
 HIGH_MOMENTUM = 0.75
