@@ -25,15 +25,16 @@ from lightning_diloco.cli.main import main
 from lightning_diloco.protocol.observer_messages import Status
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
 from lightning_diloco.runtime.rundir import lock_run_dir
-from lightning_diloco.runtime.service import ServiceOptions, SyncerService
 from lightning_diloco.runtime.shards import shard_dir
 from tests.cli.test_command_line import is_one_sentence, refuse
-from tests.runtime.job_helpers import CONFIG, Background, make_module, running_job, train, until, whole_life
+from tests.runtime.job_helpers import CONFIG, Background, make_module, running_job, train, until
+from tests.runtime.key_helpers import Keys
 from tests.runtime.metrics_reading import assert_equals_summary, samples_of, scrape
 from tests.runtime.shard_helpers import sharded_run
 from tests.runtime.test_service_process import syncer
 from tests.tape_checker import check_run
 
+PORT = 7797
 COMMAND = [sys.executable, "-m", "lightning_diloco", "status"]
 
 
@@ -215,7 +216,7 @@ def test_a_shard_that_is_killed_and_starts_again_is_watched_on_by_its_folder(tmp
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root")
-def test_it_is_asked_from_another_network_namespace(tmp_path):
+def test_it_is_asked_with_keys_from_another_network_namespace(tmp_path):
     name, ours, theirs = f"ld{os.getpid()}", "10.231.77.1", "10.231.77.2"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True) if shutil.which("ip") else None
     if made is None or made.returncode:
@@ -230,29 +231,41 @@ def test_it_is_asked_from_another_network_namespace(tmp_path):
             f"ip -n {name} link set {link[1]} up",
         ):
             subprocess.run(command.split(), check=True)
-        with listening(tmp_path, f"tcp://{ours}:0") as endpoint:
-            options = ClientOptions(learner_id=0, endpoint=endpoint, config=CONFIG, counters_path=tmp_path / "counters")
-            whole_life(LearnerClient(make_module(0), options), 20)
+        keys = Keys(tmp_path / "keys")
+        learner, _ = keys.site("learner"), keys.site("watcher")
+        serve = ["syncer", "--bind", f"tcp://{ours}:{PORT}", "--keys", str(keys.folder), "--run-dir", str(tmp_path / "run")]
+        with process(*serve, stdout=subprocess.PIPE) as serving:
+            said = serving.stdout.readline()
+            assert f"syncer='tcp://{ours}:{PORT}', keys='DIR'" in said
+            options = ClientOptions(
+                learner_id=0, endpoint=f"tcp://{ours}:{PORT}", config=CONFIG, counters_path=tmp_path / "counters", keys=learner
+            )
+            client = LearnerClient(make_module(0), options)
+            client.join()
+            train(client, 20)
             inside = ["ip", "netns", "exec", name, *COMMAND]
-            target = f"tcp://{ours}:{endpoint.rpartition(':')[2]}"
-            seen = subprocess.run([*inside, target, "--json"], capture_output=True, text=True, timeout=60)
-            status = msgspec.json.decode(seen.stdout, type=Status)
-            assert status.tokens == 320 and status.learners[0].state == "gone"
-            unseen = subprocess.run([*inside, "tcp://127.0.0.1:7777", "--timeout", "0.5"], capture_output=True, text=True, timeout=60)
-            assert unseen.returncode == 2 and "No syncer answered" in unseen.stderr
+            ask = [*inside, f"tcp://{ours}:{PORT}", "--json", "--timeout", "10"]
+            with_keys = [*ask, "--keys", str(keys.site_folder("watcher"))]
+            told: list[Status] = []
+
+            def is_told() -> bool:
+                seen = subprocess.run(with_keys, capture_output=True, text=True, timeout=60)
+                told.append(msgspec.json.decode(seen.stdout, type=Status))
+                return told[-1].tokens == 320
+
+            until(is_told, 60)
+            assert told[-1].num_members == 1 and told[-1].learners[0].inner_step == 20
+            for command, words in (
+                (ask, "keys"),
+                ([*inside, "tcp://127.0.0.1:7777", "--timeout", "0.5"], "No syncer answered"),
+            ):
+                unseen = subprocess.run(command, capture_output=True, text=True, timeout=60)
+                assert unseen.returncode == 2 and unseen.stdout == "" and words in unseen.stderr
+            client.leave("limit")
+            client.close()
+            assert serving.wait(30) == 0
     finally:
         subprocess.run(["ip", "netns", "del", name], check=True)
-
-
-@contextmanager
-def listening(run_dir: Path, bind: str) -> Iterator[str]:
-    """A syncer's service at an address that the command does not bind yet."""
-    service = SyncerService(ServiceOptions(run_dir=run_dir, bind=bind, supervised=True))
-    try:
-        yield service.start()
-    finally:
-        service.finish("finished")
-        assert service.join(20) and service.error is None
 
 
 @pytest.mark.slow
