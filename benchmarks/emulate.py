@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 from emulate_adamw import OtherAdamW, step_together
+from emulate_arguments import read
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
@@ -41,13 +42,8 @@ from recipes.gpt_text import build
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 DEFAULTS = SyncConfig()
-CHOICES = {
-    "method": ("diloco", "ddp"),
-    "merge": ("rda", "mean"),
-    "adopt": ("rebase", "overwrite"),
-    "inner": ("adamw", "muon", "shared", "estimate"),
-}
-IDEAS = ("cool", "rise", "average", "smooth", "agree", "cautious", "restart", "direct", "fine", "noise")
+NAMED = ("method", "learners", "steps", "lr", "seed", "batch", "outer_lr", "outer_momentum", "warmup")
+"""What the name of a row always says: defaults change."""
 
 
 @dataclass(kw_only=True)
@@ -343,21 +339,6 @@ class Outer:
         return loss
 
 
-def read(parser: argparse.ArgumentParser, name: str, kind: type, text: str) -> list[Any]:
-    """The values of one NAME=VALUE; one that cannot be is told about, since a typo would give a plausible figure for something else."""
-    choices = CHOICES.get(name)
-    for part in text.split(",") if choices else ():
-        if part not in choices:
-            parser.error(f"{name}={part}: give one of {', '.join(choices)}.")
-    for part in text.replace(",", "+").split("+") if name == "idea" else ():
-        if part.partition(":")[0] not in ("", *IDEAS):
-            parser.error(f"idea={part}: there are {', '.join(IDEAS)}.")
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        parser.error(f"{name}={text}: give a {kind.__name__}, or several with commas.")
-
-
 def main() -> int:
     """Run what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -380,11 +361,7 @@ def main() -> int:
         settings = Settings(**row)
         if settings.method == "ddp" and settings.inner in ("shared", "estimate"):
             parser.error(f"inner={settings.inner} is about learners; method=ddp has none.")
-        name = " ".join(
-            f"{k}={v}"
-            for k, v in asdict(settings).items()
-            if v != getattr(Settings, k) or k in ("method", "learners", "steps", "lr", "seed", "batch")
-        )
+        name = " ".join(f"{k}={v}" for k, v in asdict(settings).items() if v != getattr(Settings, k) or k in NAMED)
         known = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
         if name not in known:
             start_s = time.monotonic()

@@ -17,9 +17,8 @@ the steps. The highest of the whole run is beside it: at its beginning the whole
 under way at once.
 
 The line through the sizes gives the bytes per parameter; its start, at no parameters, is what the process is; beside it the slope from
-each size to the next. The exit code is 1 if a slope
-of the training is outside its formula (with the largest fragment's real share) by more than 15 %. Rows that the JSON file holds are not run
-again.
+each size to the next. The exit code is 1 if a slope of the training is outside its formula (with the largest fragment's real share) by more
+than 15 %. Rows that the JSON file holds are not run again.
 """
 
 from __future__ import annotations

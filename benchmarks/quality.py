@@ -9,7 +9,7 @@ rate each is then run with two more seeds. The figure of a cell is the mean over
 final global model, with its least and largest. Cells that end with ``/8`` are the same with a merge every 8 steps instead of 24, and the
 outer rate and momentum that `ablation.py` finds for that: three times the bytes.
 
-Rows that the JSON file holds are not run again; each says under ``config`` with which options of outer synchronization it ran.
+Rows that the JSON file holds are not run again; a new one of ours says under ``config`` with which options it ran.
 ``python recipes/train.py -m recipe=quality`` makes all rows of a cell, more of them than needed; ``--from`` takes them, and runs
 nothing. The exit code is 1 if an aim is missed, or a cell is not complete.
 """

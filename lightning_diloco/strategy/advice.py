@@ -30,6 +30,7 @@ HIGH_MOMENTUM = 0.75
 HIGH_LR = 1.0
 """An outer rate that was measured as too much together with momentum."""
 SOME_MOMENTUM = 0.5
+"""Up to it a high outer rate is not told about: that was not measured."""
 SHORT_INTERVAL = 8
 """Inner steps between merges of a fragment, at and below which an outer rate of 0.7 and a momentum of 0.8 were measured as too much."""
 FEW_MERGES = 100
@@ -73,7 +74,7 @@ def advise_before(config: SyncConfig, max_steps: int) -> list[str]:
             f"outer_momentum=0 with outer_lr={config.outer_lr:g}: a merge goes only so far of what the learners did, and nothing makes up "
             "for it. With 33 merges and 0.7 that ended at a loss of 1.49, and the default outer_momentum=0.8 at 1.43. Pass that."
         )
-    if config.outer_lr >= HIGH_LR and reached > SOME_MOMENTUM:
+    if config.outer_lr >= HIGH_LR and reached > SOME_MOMENTUM and config.merge == "rda" and interval > SHORT_INTERVAL:
         sentences.append(
             f"outer_lr={config.outer_lr:g} with outer_momentum={momentum:g}: a merge goes as far as learners did, and momentum further. "
             "With 33 merges, 1.0 ended at a loss of 1.51, and 0.7 at 1.43. Pass that."

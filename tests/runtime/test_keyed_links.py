@@ -95,10 +95,17 @@ def test_strangers_are_refused_counted_logged_once_and_change_nothing(keys, tmp_
             for _ in range(4):
                 for peer in peers.values():
                     peer.poll(0.05)
+            links = [link for peer in peers.values() for link in (peer.transport.control_link, peer.transport.bulk_link)]
+
+            def were_refused_at_both_doors() -> bool:
+                for peer in peers.values():
+                    peer.poll(0.02)
+                return all(link.failed for link in links) and stats.drops.get("unknown_key", 0) >= 4
+
+            until(were_refused_at_both_doors)
+            assert not any(link.was_up for link in links)
             # A handshake that fails says nothing of the job.
             assert [name for name, peer in peers.items() if peer.heard or peer.published] == []
-            links = [link for peer in peers.values() for link in (peer.transport.control_link, peer.transport.bulk_link)]
-            assert all(link.failed and not link.was_up for link in links), "both doors were tried"
         finally:
             for peer in peers.values():
                 peer.transport.close()
@@ -110,7 +117,7 @@ def test_strangers_are_refused_counted_logged_once_and_change_nothing(keys, tmp_
     lines = [record.getMessage() for record in caplog.records if record.name.endswith("gate")]
     for words in (" is not admitted (lightning-diloco keygen", "does not open with this syncer's key"):
         assert 1 <= sum(words in line for line in lines) <= 2, lines
-    assert stats.drops["unknown_key"] >= 4 and len(lines) < sum(stats.drops.values())
+    assert len(lines) < sum(stats.drops.values())
     (counted,) = [line for line in lines if line.startswith("Refused in all: ")]
     assert f"unknown_key {stats.drops['unknown_key']}" in counted
 

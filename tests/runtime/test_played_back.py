@@ -1,7 +1,7 @@
 """What learners have said, recorded and played back without keys while the job runs: a ROUTER takes it for them, and nothing changes.
 
-Whoever plays it back has a member's name, so that member's connection is cut (ROUTER_HANDOVER). It finds that out by ZeroMQ's heartbeats,
-after 15 s, and dials again; here they are quicker. With keys nobody gets so far (`test_keyed_links.py`).
+Whoever plays it back has a member's name, so that member's connection is cut (ROUTER_HANDOVER). It finds that out by ZeroMQ's heartbeats
+(control after 17 s, bulk after up to 80), and dials again; here they are quicker. With keys nobody gets so far (`test_keyed_links.py`).
 """
 
 from __future__ import annotations

@@ -114,12 +114,15 @@ def test_what_went_with_a_connection_is_offered_again_when_it_is_back_and_not_a_
         pair.until_passed(8 * MIB)
         proxy = pair.control_proxy if channel == "control" else pair.bulk_proxy
         if end == "cut":
-            proxy.cut()
+            # So long that all chunks under way are answered into the void: nothing but a new offer helps.
+            proxy.cut(stay_closed=True)
+            pair.steps_for(0.7)
+            proxy.reopen()
         else:
             proxy.slip_in(b"\x02" + (1 << 50).to_bytes(8, "big"))  # no message: ZeroMQ ends the session and does not dial again
         pair.until(lambda: bool(pair.delivered()), limit_s=20)
         assert [bytes(e.payload) for e in pair.received()] == [payload]
-        assert 1 <= pair.learner.stats.drops["offered_again"] <= 2
+        assert 1 <= pair.learner.stats.drops.get("offered_again", 0) <= 2
 
 
 def test_a_learner_that_only_waits_finds_out_that_somebody_has_its_place_on_bulk() -> None:

@@ -71,6 +71,9 @@ def test_a_high_outer_rate_with_momentum_is_told_about():
     (sentence,) = advise_before(SyncConfig(outer_lr=1.0), 800)
     assert sentence.startswith("outer_lr=1 with outer_momentum=0.8: ") and sentence.endswith("0.7 at 1.43. Pass that.")
     assert advise_before(SyncConfig(outer_lr=0.9), 800) == [], "not measured"
+    assert advise_before(SyncConfig(outer_lr=1.0, merge="mean"), 800) == [], "a mean is shorter than what learners did"
+    (short,) = advise_before(SyncConfig(outer_lr=1.0, sync_interval_steps=SHORT_INTERVAL), 800)
+    assert short.startswith("sync_interval_steps="), "one remedy, not two that differ"
 
 
 def test_an_interval_that_leaves_few_merges_is_told_about_where_it_was_chosen():

@@ -193,7 +193,7 @@ class OutgoingTransfers:
         self._blocked_until_s = None
 
     def offer_again(self) -> None:
-        """The peer may be another process than the one that had the offer: make it again at once; the next wait is a short one."""
+        """Make the offer again at once, and the next wait a short one: it may have gone with a connection, or with another process."""
         self.unblock()
         if self._queue and self._queue[0].is_offered:
             self._repeat(self._queue[0])
