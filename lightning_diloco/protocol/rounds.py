@@ -218,12 +218,14 @@ class Rounds:
             actions += self.progress(round_, now_s)
         return actions
 
-    def next_deadline_s(self) -> float | None:
-        """When `tick` has something to do next."""
+    def next_deadline_s(self, now_s: float) -> float | None:
+        """When `tick` has something to do next; `now_s` is when it was called last."""
         collecting = self._collecting()
         times = [r.deadline_s for r in collecting]
         times += [r.grace_opened_s + r.window_s for r in collecting if r.stage == "grace"]
-        times += [self._patience_ends_s(r) for r in collecting if r.stage == "pulling" and r.num_carried]
+        patience = [self._patience_ends_s(r) for r in collecting if r.stage == "pulling" and r.num_carried]
+        # One that is over has been looked at: as a deadline it would keep the runtime turning until the round ends.
+        times += [end_s for end_s in patience if end_s > now_s]
         return min(times, default=None)
 
     def _collecting(self) -> list[FragmentRound]:

@@ -164,7 +164,7 @@ class SyncerMachine:
             return self.recovery.next_deadline_s()
         if not self.job.is_founded:
             return None
-        times = (self._departures.next_deadline_s(self._now_s), self.rounds.next_deadline_s())
+        times = (self._departures.next_deadline_s(self._now_s), self.rounds.next_deadline_s(self._now_s))
         return min((t for t in times if t is not None), default=None)
 
     # ---- messages -----------------------------------------------------------------------------------------------------------
