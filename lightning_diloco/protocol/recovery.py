@@ -236,8 +236,8 @@ class Recovery:
         return []
 
     def next_deadline_s(self) -> float | None:
-        """When `progress` has something to do."""
-        return self._deadline_s if self.stage == "collecting" else None
+        """When `progress` has something to do. While fragments are missing that is for a message to say, not for the time."""
+        return self._deadline_s if self.stage == "collecting" and not self.missing else None
 
     def _has_collected(self, now_s: float) -> bool:
         if self.missing:

@@ -244,6 +244,8 @@ class Pair(Readings):
         """Time passes."""
         self.now_s += dt_s
         self.take(ev.Tick())
+        due_s = self.syncer.next_deadline_s()
+        assert due_s is None or due_s > self.now_s, "a deadline that has been looked at would keep the runtime turning"
 
     def merge(self) -> None:
         """Every `Close` that was asked for is performed."""
