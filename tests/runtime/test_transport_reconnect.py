@@ -92,7 +92,7 @@ def test_a_chunk_that_takes_longer_than_the_heartbeats_patience_gets_through(way
         pair = ProxiedPair(stack, heartbeat_interval_s=0.2, heartbeat_timeout_s=1.0)
         stack.callback(pair.close)
         pair.meet()
-        pair.bulk_proxy.bytes_per_s = MIB / 2.0  # heartbeats wait behind the 2 s of a chunk
+        pair.bulk_proxy.bytes_per_s = MIB / 1.5  # heartbeats wait behind the 1.5 s of a chunk
         payload = make_bytes(2 * MIB)
         if way == "up":
             pair.learner.send_payload(SYNCER, b"", payload)
