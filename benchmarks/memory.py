@@ -50,7 +50,7 @@ FRAGMENTS = 24
 def main() -> int:
     """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", nargs="*", type=int, choices=list(MODELS), default=list(MODELS), help="millions of parameters")
+    parser.add_argument("--params", nargs="+", type=int, choices=list(MODELS), default=list(MODELS), help="millions of parameters")
     parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "memory.json", metavar="FILE", help="rows so far")
     parser.add_argument("--process", nargs=2, metavar=("ENDPOINT", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -29,7 +29,10 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            self.known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise SystemExit(f"{path} is no file of rows ({error}). Mend or delete it, or give another one with --json.") from None
 
     def get(self, *overrides: str, script: list[str] | None = None, runs: bool = True) -> dict[str, Any] | None:
         """The row of these overrides; run now if it is not there and `runs` says so, by ``recipes/train.py`` or another script.

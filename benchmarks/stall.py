@@ -65,7 +65,7 @@ QUIET: dict[str, Any] = {
 def main() -> int:
     """Run what is missing, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", nargs="*", type=int, choices=list(MODELS), default=list(MODELS), help="millions of parameters")
+    parser.add_argument("--params", nargs="+", type=int, choices=list(MODELS), default=list(MODELS), help="millions of parameters")
     parser.add_argument("--blocks", type=int, default=6, help="blocks with and as many without, at least 3 (default 6)")
     parser.add_argument("--times", type=int, default=1, metavar="N", help="so many times the windows in a batch (default 1)")
     parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "stall.json", metavar="FILE", help="rows so far")
