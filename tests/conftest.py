@@ -8,6 +8,7 @@ import os
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 
+import sys  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
 
@@ -44,6 +45,22 @@ def _threads() -> dict[int, threading.Thread]:
         for thread in threading.enumerate()
         if not isinstance(thread, threading._DummyThread) and type(thread).__name__ not in KEPT_THREADS
     }
+
+
+_STATUS = pytest.StashKey[int]()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[_STATUS] = exitstatus
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End also where a test that failed has left a thread: the interpreter would wait for it without end, and without a word."""
+    left = [t.name for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    if left:
+        print(f"Threads of failed tests that still run: {', '.join(left)}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(config.stash.get(_STATUS, 1))
 
 
 @pytest.fixture(autouse=True)

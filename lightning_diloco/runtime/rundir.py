@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from lightning_diloco.errors import ConfigurationError, DiskError
-from lightning_diloco.runtime.disk import FAILS
+from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.runtime.disk import disk_errors
 from lightning_diloco.runtime.tape import TAPE_NAME
 
 __all__ = ["SUBFOLDERS", "RunDirLock", "link_latest", "lock_run_dir", "make_run_dir"]
@@ -80,11 +80,8 @@ def lock_run_dir(run_dir: Path) -> RunDirLock:
         ConfigurationError: another process holds it, or the directory cannot be written to.
         DiskError: its disk takes nothing now.
     """
-    try:
+    with disk_errors(run_dir):
         fd = os.open(run_dir / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        kind = DiskError if error.errno in FAILS else ConfigurationError
-        raise kind(f"{run_dir}: cannot be locked ({error}). Give a directory that can be written to.") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

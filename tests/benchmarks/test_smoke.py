@@ -81,8 +81,11 @@ def test_wan_ratio(tmp_path):
     jobs = rows["jobs"]
     assert list(jobs) == ["alone 0", "ddp", "post_local_sgd", "bf16 0", "alone 1"]
     ddp, ours = jobs["ddp"], jobs["bf16 0"]
-    tokens = [row["tokens_per_s"] * row["step_s"] for row in (ddp, ours)]
-    assert tokens == [pytest.approx(2 * 2 * 64, rel=1e-3)] * 2, "two learners, two windows of 64 bytes"
+    # Tokens per second are a sum over learners, the step a mean: their product is the tokens of a step where all are equally fast, as in
+    # ddp, and more where they are not.
+    tokens = 2 * 2 * 64
+    assert ddp["tokens_per_s"] * ddp["step_s"] == pytest.approx(tokens, rel=1e-3), "two learners, two windows of 64 bytes"
+    assert tokens * (1 - 1e-6) <= ours["tokens_per_s"] * ours["step_s"] < 1.5 * tokens
     assert 40 < ddp["per_step"]["link_up"] / ours["per_step"]["link_up"] < 60, "bf16, once in 24 steps, against float32 in each"
     assert ours["merges"] >= 20 and ours["summary"]["tokens_discarded"] == 0
     assert "| `ddp` | 1 |" in said and "| ours, bf16 | 1 |" in said and "the ratio of" in said

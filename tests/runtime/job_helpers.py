@@ -132,13 +132,16 @@ def poison(client: Any, module: nn.Module, healed: list[int]) -> int:
 
 
 class Background:
-    """Runs a function on a thread; `result` waits and raises what it raised."""
+    """Runs a function on a thread; `result` waits and raises what it raised.
+
+    A test that fails before it has told the function to end is reported for the thread it leaves; the interpreter does not wait for it.
+    """
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
         self._value: Any = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="test-learner")
+        self._thread = threading.Thread(target=self._run, name="test-learner", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

@@ -117,5 +117,5 @@ def test_lock_of_a_dead_process_is_free(tmp_path: Path):
 
 
 def test_directory_that_is_missing_cannot_be_locked(tmp_path: Path):
-    with pytest.raises(ConfigurationError, match="cannot be locked"):
+    with pytest.raises(ConfigurationError, match="missing: cannot be written to"):
         lock_run_dir(tmp_path / "missing")
