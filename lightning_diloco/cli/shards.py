@@ -77,13 +77,14 @@ def _number(text: str | None) -> int | None:
     return int(text)
 
 
-def run_shards(args: argparse.Namespace, num_shards: int, keys: SyncerKeys | None) -> int:
+def run_shards(args: argparse.Namespace, num_shards: int, keys: SyncerKeys | None, started_s: float) -> int:
     """Look after the shards of one job until it ends.
 
     Args:
         args: of `syncer`, checked.
         num_shards: at least 2.
         keys: of the syncer.
+        started_s: monotonic time at which this process started.
 
     Returns:
         The exit code.
@@ -96,7 +97,7 @@ def run_shards(args: argparse.Namespace, num_shards: int, keys: SyncerKeys | Non
     arguments = [*(["--keys", str(args.keys)] if args.keys is not None else []), *(["--insecure"] if args.insecure else [])]
     arguments += ["--verbose"] if args.verbose else []
     with lock_run_dir(args.run_dir):
-        syncer = ShardedSyncer(args.run_dir, num_shards, args.bind, arguments)
+        syncer = ShardedSyncer(args.run_dir, num_shards, args.bind, arguments, started_s)
         metrics = None
         if args.metrics_port is not None:
             from lightning_diloco.runtime.alone import open_metrics

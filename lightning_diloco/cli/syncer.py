@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     keys = _read_keys(args.keys)
     if num_shards > 1:
         _make_dir(args.run_dir)
-        return run_shards(args, num_shards, keys)
+        return run_shards(args, num_shards, keys, _STARTED_S)
     try:
         return _serve(args, keys)
     except CannotListenError as error:

@@ -52,6 +52,7 @@ class SummaryFold:
         self._last_s = 0.0
         self._end: tuple[float, EndRecord] | None = None
         self._run: RunRecord | None = None
+        self._startup_s: float | None = None
         self._leases: LeaseLedger | None = None
         self._sessions: dict[tuple[int, int], str] = {}
 
@@ -94,6 +95,8 @@ class SummaryFold:
                 self._end = (t_s, record)
             case RunRecord() as record:
                 self._run = record
+                # A syncer that goes on with a job has not seen its first join; the one before it may have.
+                self._startup_s = record.startup_s if record.startup_s is not None else self._startup_s
             case _:
                 pass  # rounds opened and cancelled, and what was refused, enter no figure of the summary
 
@@ -122,7 +125,7 @@ class SummaryFold:
             "job_id": job.job_id if job else None,
             "config": dict(job.config) if job else {},
             "versions": dict(job.versions) if job else {},
-            "startup_s": self._run.startup_s if self._run else t0_s,
+            "startup_s": t0_s if self._startup_s is None else self._startup_s,
             "wall_s": end_s - t0_s if t0_s is not None else None,
             "merges": self._num_merges(),
             "mean_members": self._merges.mean_members(),

@@ -316,12 +316,15 @@ class EndRecord(_Base, frozen=True, kw_only=True, tag="end"):
 
 
 class RunRecord(_Base, frozen=True, kw_only=True, tag="run"):
-    """What only the supervisor knows, appended after the end: start-up time, restarts, validation of the global model."""
+    """What only the supervisor knows, appended after the end: start-up time, restarts, validation of the global model.
+
+    `startup_s`: None if it saw no first join: nobody joined, or it began after that. In `val` None is a metric that is not finite.
+    """
 
     status: Literal["finished", "stopped", "failed"]
-    startup_s: float
+    startup_s: float | None
     restarts: dict[str, int]
-    val: dict[str, float] | None
+    val: dict[str, float | None] | None
 
 
 Record = (

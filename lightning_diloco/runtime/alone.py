@@ -44,6 +44,7 @@ class LoneSyncer:
         self._run_dir: Path = options.run_dir
         self._started_s = started_s
         self._startup_s: float | None = None
+        self._has_begun = options.resume or options.rebuild
         self._has_ended = False
 
     def bind(self) -> str:
@@ -102,6 +103,7 @@ class LoneSyncer:
         def keep() -> None:
             """Keep the summary up to date."""
             while not stop.wait(SUMMARY_PERIOD_S):
+                keeper.known = {} if self._startup_s is None else {"startup_s": self._startup_s}
                 keeper.tick(time.monotonic())
 
         thread = threading.Thread(target=keep, name="diloco-summary", daemon=True)
@@ -114,7 +116,7 @@ class LoneSyncer:
             stop.set()
             thread.join()
         status = self.service.status or "failed"
-        record = RunRecord(status=status, startup_s=self._startup_s or 0.0, restarts={"learners": 0, "syncer": 0}, val=None)
+        record = RunRecord(status=status, startup_s=self._startup_s, restarts={"learners": 0, "syncer": 0}, val=None)
         try:
             append_run_record(self._run_dir / TAPE_NAME, record)
         except OSError as error:
@@ -123,7 +125,7 @@ class LoneSyncer:
         return status
 
     def _note_join(self, line: TapeLine) -> None:
-        if self._startup_s is None and isinstance(line.record, JoinRecord):
+        if self._startup_s is None and not self._has_begun and isinstance(line.record, JoinRecord):
             self._startup_s = time.monotonic() - self._started_s
 
 

@@ -7,7 +7,8 @@ Layout, little endian: magic (8 bytes), version, incarnation (all ones: not know
 samples, end), each field 8 bytes. Samples are those trained under data leases (0 without them). An update writes the slot that does not
 hold the newest totals: begin = k, the totals, end = k, where k counts updates. A slot counts if begin == end; the valid slot with the
 larger k is the truth. A process killed between two stores leaves the other slot untouched, so one step at most is missing and a torn
-pair is never read.
+pair is never read. The file's name is its process's nonce, and whoever knows that can speak in its name: folder and files are for their
+owner alone.
 
 An update is five 8-byte stores on the training thread: no system call, no allocation that grows, no lock.
 """
@@ -28,7 +29,7 @@ from lightning_diloco.protocol.events import CountersRead
 from lightning_diloco.protocol.members import Member
 from lightning_diloco.runtime.disk import unlink_quietly
 
-__all__ = ["CounterFile", "CounterFileError", "Counters", "open_counters", "read_counters", "read_totals"]
+__all__ = ["CounterFile", "CounterFileError", "Counters", "counters_folder", "open_counters", "read_counters", "read_totals"]
 
 _MAGIC: Final = b"LDLCNT\r\n"
 _VERSION: Final = 2
@@ -55,6 +56,17 @@ class Counters:
     samples: int = 0
 
 
+def counters_folder(run_dir: Path) -> Path:
+    """The folder of a run directory's counter files, created if it is missing, its parents too.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    folder = run_dir / "counters"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
 class CounterFile:
     """The writing side; one process, one thread.
 
@@ -70,7 +82,7 @@ class CounterFile:
         if sys.byteorder != "little":
             raise CounterFileError(f"{path}: counter files are little endian and this machine is not. Run without a run directory.")
         self.path = path
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             # Real blocks now: a store into a hole of a full disk would end the process with SIGBUS.
             os.posix_fallocate(fd, 0, _SIZE)

@@ -16,13 +16,14 @@ from types import TracebackType
 from typing import Final
 
 from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.runtime.counters import counters_folder
 from lightning_diloco.runtime.disk import disk_errors
 from lightning_diloco.runtime.tape import TAPE_NAME
 
 __all__ = ["SUBFOLDERS", "RunDirLock", "link_latest", "lock_run_dir", "make_run_dir"]
 
-SUBFOLDERS: Final = ("checkpoints", "logs", "counters")
-"""Folders that every run directory has."""
+SUBFOLDERS: Final = ("checkpoints", "logs")
+"""Folders that every run directory has, beside that of the counters."""
 _OUTPUTS: Final = "outputs"
 _LATEST: Final = "latest"
 _LOCK_NAME: Final = ".lock"
@@ -48,6 +49,7 @@ def make_run_dir(path: Path | str | None = None) -> Path:
         run_dir = _make_dated(Path.cwd() / _OUTPUTS) if path is None else _make_given(Path(path).expanduser().absolute())
         for name in SUBFOLDERS:
             (run_dir / name).mkdir(exist_ok=True)
+        counters_folder(run_dir)
     except OSError as error:
         raise ConfigurationError(f"run_dir={str(path)!r}: cannot be created ({error}). Give a directory that can be written to.") from error
     link_latest(run_dir)

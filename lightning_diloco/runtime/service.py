@@ -45,7 +45,7 @@ from lightning_diloco.protocol.records import TapeLine
 from lightning_diloco.protocol.syncer import SyncerMachine
 from lightning_diloco.protocol.wire import decode_from_learner
 from lightning_diloco.runtime.complaints import COMPLAIN_S, Complaints
-from lightning_diloco.runtime.counters import read_totals
+from lightning_diloco.runtime.counters import counters_folder, read_totals
 from lightning_diloco.runtime.disk import disk_errors
 from lightning_diloco.runtime.intake import MIN_DECODING, Intake
 from lightning_diloco.runtime.live_summary import LiveSummary
@@ -151,7 +151,7 @@ class SyncerService:
         part = (options.shard, options.num_shards)
         with disk_errors(run_dir):
             opening = open_job(run_dir, SnapshotStore(run_dir), resume=options.resume or options.rebuild, part=part)
-            (run_dir / "counters").mkdir(exist_ok=True)
+            counters_folder(run_dir)
             self._tape = TapeWriter(run_dir / TAPE_NAME, t0_s=self._start_s - opening.elapsed_s)
         self._performer = Performer(
             options=self.options,

@@ -24,11 +24,13 @@ from typing import Any, Literal
 
 from lightning_diloco.errors import DiLoCoError
 from lightning_diloco.protocol.members import GIVEN_UP_S
+from lightning_diloco.protocol.records import JoinRecord
 from lightning_diloco.runtime.disk import disk_errors
 from lightning_diloco.runtime.shard_process import ShardProcess
 from lightning_diloco.runtime.sharded_live import ShardedLive
 from lightning_diloco.runtime.shards import endpoints_of, shard_dir, write_num_shards
 from lightning_diloco.runtime.summary import SummaryKeeper
+from lightning_diloco.runtime.tape import TAPE_NAME, TapeTail
 
 __all__ = ["ShardedSyncer"]
 
@@ -48,15 +50,21 @@ class ShardedSyncer:
         num_shards: S.
         bind: the address that the syncer was given.
         arguments: of every shard's command, beside folder and address.
+        started_s: monotonic time at which this process started: `startup_s` counts from here to the first join.
     """
 
-    def __init__(self, run_dir: Path, num_shards: int, bind: str, arguments: list[str]) -> None:
+    def __init__(self, run_dir: Path, num_shards: int, bind: str, arguments: list[str], started_s: float) -> None:
         self.live = ShardedLive(run_dir, num_shards)
         self.has_ended = False
         """Whether the job is over, and written down."""
         self._run_dir = run_dir
         self._keeper = SummaryKeeper(run_dir, live=self.live)
         self._stop = threading.Event()
+        self._started_s = started_s
+        self._startup_s: float | None = None
+        lead = TapeTail(shard_dir(run_dir, 0) / TAPE_NAME)
+        self._tail = None if lead.path.exists() else lead
+        """Until the first join was seen; None also where it was before this process."""
         self._drain_s: float | None = None
         """How long the job's learners wait at their end, by its configuration; None until a tape has told."""
         self._shards = []
@@ -128,8 +136,21 @@ class ShardedSyncer:
     def _turn(self) -> None:
         for shard in self._shards:
             shard.look_after()
-        self._keeper.known = {"restarts": self._restarts}
+        self._look_for_join()
+        self._keeper.known = self._known
         self._keeper.tick(time.monotonic())
+
+    def _look_for_join(self) -> None:
+        if self._tail is None:
+            return
+        # A tape that cannot be read is the keeper's to complain of.
+        with contextlib.suppress(OSError, DiLoCoError):
+            if any(isinstance(line.record, JoinRecord) for line in self._tail.read_new()):
+                self._startup_s, self._tail = time.monotonic() - self._started_s, None
+
+    @property
+    def _known(self) -> dict[str, Any]:
+        return {"restarts": self._restarts} | ({} if self._startup_s is None else {"startup_s": self._startup_s})
 
     def _word(self, now_s: float, over_s: float | None) -> Literal["finished", "stopped", "failed"] | None:
         """What those that still run are to be told: None while there is nothing to be said."""
@@ -167,7 +188,7 @@ class ShardedSyncer:
         except Exception as error:
             _log.error("The global model could not be put together in %s: %s. The run has failed.", self._run_dir, error)
             status = "failed"
-        self._keeper.known = {"status": status, "restarts": self._restarts, "global_sha256": sha256}
+        self._keeper.known = self._known | {"status": status, "global_sha256": sha256}
         self._keeper.finish()
         self.has_ended = True
         return status

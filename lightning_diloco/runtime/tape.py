@@ -242,8 +242,8 @@ def walk_tape(path: Path) -> Iterator[TapeLine]:
 def append_run_record(path: Path, record: RunRecord) -> TapeLine:
     """Append the supervisor's last word to the tape of a syncer that has exited, and make it durable.
 
-    Its time is that of the last line: the supervisor does not know the syncer's clock. JSON has no NaN, so a validation metric that is
-    not finite is left out of the record (the caller logs it).
+    Its time is that of the last line: the supervisor does not know the syncer's clock. JSON has no NaN: a validation metric that is not
+    finite becomes None.
 
     Returns:
         The line as written.
@@ -253,7 +253,7 @@ def append_run_record(path: Path, record: RunRecord) -> TapeLine:
         OSError: the disk failed.
     """
     if record.val is not None:
-        finite = {name: value for name, value in record.val.items() if math.isfinite(value)}
+        finite = {name: value if value is not None and math.isfinite(value) else None for name, value in record.val.items()}
         record = msgspec.structs.replace(record, val=finite)
     writer = TapeWriter(path, now=lambda: 0.0)
     line = writer.write(record)

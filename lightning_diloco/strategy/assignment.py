@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_diloco.runtime.counters import counters_folder
 from lightning_diloco.runtime.keys import SiteKeys
 from lightning_diloco.runtime.rejoin import FOLDER
 from lightning_diloco.strategy.options import ProcessOptions, Role
@@ -63,7 +64,7 @@ class Assignment:
         assert options.syncer is not None
         run_dir = options.run_dir
         if run_dir is not None:
-            (run_dir / "counters").mkdir(parents=True, exist_ok=True)
+            counters_folder(run_dir)
         return cls(
             role="island",
             endpoint=options.syncer,

@@ -79,7 +79,7 @@ class JobRecorder:
             self.tick(now_s, {"learners": 0, "syncer": 0})
 
     def finish(
-        self, status: Literal["finished", "stopped", "failed"], now_s: float, restarts: dict[str, int], val: dict[str, float] | None
+        self, status: Literal["finished", "stopped", "failed"], restarts: dict[str, int], val: dict[str, float | None] | None
     ) -> dict[str, Any]:
         """Append the run's record to the tape and write the last summary; what the disk does not take is logged, and never raised.
 
@@ -89,12 +89,11 @@ class JobRecorder:
         tape = self._run_dir / TAPE_NAME
         if not tape.exists():
             return {}
-        startup_s = now_s - self._called_s if self._startup_s is None else self._startup_s
         try:
-            append_run_record(tape, RunRecord(status=status, startup_s=startup_s, restarts=dict(restarts), val=val))
+            append_run_record(tape, RunRecord(status=status, startup_s=self._startup_s, restarts=dict(restarts), val=val))
         except (OSError, TapeError) as error:
             _log.error("%s: the run's end could not be written (%s). What the tape lacks is missing in its figures too.", tape, error)
-            self._keeper.known = {"status": status, "startup_s": startup_s, "restarts": dict(restarts), "val": val}
+            self._keeper.known = {"status": status, "startup_s": self._startup_s, "restarts": dict(restarts), "val": val}
         return self._keeper.finish()
 
 
@@ -189,7 +188,7 @@ def _save(checkpoint: dict[str, Any], temporary: Path, path: Path) -> None:
         torch_save({name: checkpoint[name] for name in kept if name in checkpoint}, temporary)
 
 
-def validate_global(trainer: pl.Trainer, fit: FitCall, run_dir: Path) -> dict[str, float] | None:
+def validate_global(trainer: pl.Trainer, fit: FitCall, run_dir: Path) -> dict[str, float | None] | None:
     """Validate the final global model once, quietly, over the fit's validation data.
 
     Returns:

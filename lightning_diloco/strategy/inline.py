@@ -76,7 +76,7 @@ class InlineLauncher(_Launcher):
         token = secrets.token_hex(32)
         service = SyncerService(_options(run_dir, exchange.spare_dir, token), context, on_line=recorder.on_line)
         status: Literal["finished", "stopped", "failed"] = "failed"
-        val: dict[str, float] | None = None
+        val: dict[str, float | None] | None = None
         policy = SigtermPolicy(lambda: strategy._outer_sync, is_guest=True)
         try:
             endpoint = service.start()
@@ -110,7 +110,7 @@ class InlineLauncher(_Launcher):
             strategy.final_state = None
             exchange.remove()
             context.destroy(linger=0)
-            strategy.summary = recorder.finish(status, time.monotonic(), _NO_RESTARTS, val)
+            strategy.summary = recorder.finish(status, _NO_RESTARTS, val)
         return None
 
     def kill(self, signum: _SIGNUM) -> None:

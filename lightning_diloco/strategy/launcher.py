@@ -27,7 +27,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_diloco.runtime.final_model import GLOBAL_NAME
 from lightning_diloco.runtime.rejoin import FOLDER as REJOIN_FOLDER
 from lightning_diloco.runtime.rundir import make_run_dir
-from lightning_diloco.strategy.advice import advise, advise_before
+from lightning_diloco.strategy.advice import advise, advise_before, warn
 from lightning_diloco.strategy.assignment import CHECKPOINT_DUMP
 from lightning_diloco.strategy.checks import check_callbacks, check_trainable
 from lightning_diloco.strategy.csv_logs import keep_csv_logs
@@ -82,14 +82,13 @@ class SupervisorLauncher(_Launcher):
             rank_zero_info("decoupled_diloco: one learner (on CPU devices='auto' means 1). Pass Trainer(devices=N) for N learners.")
         check_callbacks(trainer)
         check_trainable(fit.model)
-        for sentence in advise_before(strategy.sync, trainer.max_steps):
-            _log.warning("%s", sentence)
+        warn(advise_before(strategy.sync, trainer.max_steps))
         run_dir = make_run_dir(strategy.process_options.run_dir)
         self._prepare(trainer, fit)
         recorder = JobRecorder(run_dir, called_s)
         exchange = Exchange.make(run_dir)
         status: Literal["finished", "stopped", "failed"] = "failed"
-        val: dict[str, float] | None = None
+        val: dict[str, float | None] | None = None
         supervisor: Supervisor | None = None
         try:
             payload = Payload(trainer=trainer, function=function, args=args, kwargs=kwargs, state=InterpreterState.capture())
@@ -118,9 +117,8 @@ class SupervisorLauncher(_Launcher):
             # Of no use to another job: that one begins from a checkpoint.
             shutil.rmtree(run_dir / REJOIN_FOLDER, ignore_errors=True)
             restarts = {"learners": 0, "syncer": 0} if supervisor is None else supervisor.restarts
-            strategy.summary = recorder.finish(status, time.monotonic(), restarts, val)
-        for sentence in advise(strategy.summary):
-            _log.warning("%s", sentence)
+            strategy.summary = recorder.finish(status, restarts, val)
+        warn(advise(strategy.summary))
         return None
 
     def kill(self, signum: _SIGNUM) -> None:

@@ -36,7 +36,7 @@ from lightning_diloco.runtime.client import ClientOptions, JoinInfo
 from lightning_diloco.runtime.figures import Figures
 from lightning_diloco.runtime.global_state import GlobalState
 from lightning_diloco.runtime.sharded_client import AnyClient, join_job
-from lightning_diloco.strategy.advice import advise_before
+from lightning_diloco.strategy.advice import advise_before, advise_late, tell_fragments, warn
 from lightning_diloco.strategy.assignment import Assignment
 from lightning_diloco.strategy.checks import check_callbacks
 from lightning_diloco.strategy.counting import count_tokens
@@ -91,7 +91,7 @@ class OuterSync(Callback):
         self.figures: Figures | None = None
         """The client's figures at the last boundary; None before the first one."""
         self._written: dict[str, Any] | None = None
-        self.validated: dict[str, float] | None = None
+        self.validated: dict[str, float | None] | None = None
         """Metrics of the validation since the last inner step, if they are those of the final global model too; see `is_identity`."""
 
     @classmethod
@@ -152,8 +152,7 @@ class OuterSync(Callback):
         if assignment is not None and assignment.num_learners > 1:
             reseed_learner(assignment.learner_id, assignment.life)
         if assignment is not None and assignment.role != "learner":
-            for sentence in advise_before(self._strategy.sync, trainer.max_steps):
-                _log.warning("%s", sentence)
+            warn(advise_before(self._strategy.sync, trainer.max_steps))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Join; on return the module holds the global parameters."""
@@ -169,8 +168,9 @@ class OuterSync(Callback):
             patience_s(self._strategy.sync.heartbeat_s) if is_restarted_by_others else 0.0,
         )
         self._client, self.info = client, info
-        if (effective := sum(not f.holds_values for f in client.layout.fragments)) < self._strategy.sync.num_fragments:
-            _log.info("num_fragments=%d, but the model has %d tensors: that many are used", self._strategy.sync.num_fragments, effective)
+        if assignment.life == 0 and (assignment.role != "learner" or info.learner_id == 0):
+            tell_fragments(self._strategy.sync, client.layout)
+            warn(advise_late(self._strategy.sync, trainer))
         client.on_heal = lambda parameters: reset_nonfinite_moments(trainer.optimizers, parameters)
         _log.info("learner %d joined as %s, incarnation %d, job step %d", info.learner_id, info.role, info.incarnation, info.job_step)
         if info.role == "member":

@@ -27,7 +27,7 @@ def test_run_goes_to_outputs_by_date_with_its_subfolders_and_the_link(tmp_path: 
     run_dir = make_run_dir()
     assert run_dir.parent == tmp_path / "outputs"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run_dir.name)
-    assert all((run_dir / name).is_dir() for name in SUBFOLDERS)
+    assert all((run_dir / name).is_dir() for name in (*SUBFOLDERS, "counters"))
     assert os.readlink(tmp_path / "outputs" / "latest") == run_dir.name
     assert sorted(p.name for p in (tmp_path / "outputs").iterdir()) == sorted([run_dir.name, "latest"])
 

@@ -209,7 +209,7 @@ def test_a_lost_shards_json_is_noticed(tmp_path, capsys):
 
 def test_the_drain_of_a_job_that_is_over_somewhere_at_once_is_that_of_its_configuration(tmp_path):
     """The summary's fold may have seen nothing of the tapes yet, and its keeper feeds it every few seconds only."""
-    syncer = ShardedSyncer(tmp_path, 2, "tcp://127.0.0.1:0", [])
+    syncer = ShardedSyncer(tmp_path, 2, "tcp://127.0.0.1:0", [], 0.0)
     syncer._shards[0].is_done = True
     assert syncer._word(0.0, 0.0) is None and syncer._word(5.1, 0.0) == "finished", "no tape tells of a drain"
     tape = TapeBuilder()

@@ -277,9 +277,9 @@ def test_run_record_has_the_time_of_the_last_line(path: Path):
     assert read_tape(path)[-1] == line
 
 
-def test_run_record_without_a_tape_starts_one_and_drops_what_json_cannot_hold(path: Path):
+def test_run_record_without_a_tape_starts_one_and_has_null_for_what_json_cannot_hold(path: Path):
     diverged = RunRecord(status="failed", startup_s=1.0, restarts={}, val={"val_loss": float("nan"), "val_acc": 0.5})
     append_run_record(path, diverged)
-    assert read_tape(path)[0].record.val == {"val_acc": 0.5}
+    assert read_tape(path)[0].record.val == {"val_loss": None, "val_acc": 0.5}
     append_run_record(path, RunRecord(status="failed", startup_s=1.0, restarts={}, val=None))
     assert read_tape(path)[1].record.val is None

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 
 from lightning_diloco.config import SyncConfig
-from lightning_diloco.strategy.advice import FEW_MERGES, FEW_ROUNDS, LOW_PARTICIPATION, SHORT_INTERVAL, advise, advise_before
+from lightning_diloco.strategy.advice import (
+    FEW_MERGES,
+    FEW_ROUNDS,
+    LOW_PARTICIPATION,
+    SHORT_INTERVAL,
+    advise,
+    advise_before,
+    advise_late,
+)
 
 
 def summary(*shares: float | None, eligible: int = 100) -> dict:
@@ -21,7 +31,8 @@ def test_the_learner_that_was_in_the_fewest_merges_is_named_with_figure_and_reme
     for part in ("5.4 ms", "min_quorum=1", "overlap_steps=2"):
         assert part in sentence
     assert sentence.endswith(
-        "Pass min_quorum=3, so that a merge waits for all learners that are active, or overlap_steps=4, so that answers have more time."
+        "Pass min_quorum=3, so that a merge waits for all learners that are active (four of which the lowest had 77 to 84 % ended at a "
+        "loss 4 % above four that were waited for), or overlap_steps=4, so that answers have more time."
     )
 
 
@@ -79,8 +90,44 @@ def test_a_high_outer_rate_with_momentum_is_told_about():
 def test_an_interval_that_leaves_few_merges_is_told_about_where_it_was_chosen():
     (sentence,) = advise_before(SyncConfig(sync_interval_steps=96), 800)
     assert sentence.startswith("sync_interval_steps=96 in a run of 800 steps: 8 merges of a fragment.") and "1.49" in sentence
-    for interval, max_steps in ((24, 100), (96, 960), (96, -1), (96, 95)):
+    (none,) = advise_before(SyncConfig(sync_interval_steps=1000), 800)
+    assert "800 steps: 0 merges of a fragment" in none
+    for interval, max_steps in ((24, 100), (96, 960), (96, -1), (96, 0)):
         assert advise_before(SyncConfig(sync_interval_steps=interval), max_steps) == []
+
+
+def test_four_steps_between_merges_with_high_momentum_are_told_about_at_a_low_rate_too():
+    (sentence,) = advise_before(SyncConfig(sync_interval_steps=4, outer_lr=0.4, outer_momentum=0.9, outer_momentum_warmup=20), 800)
+    assert sentence.startswith("sync_interval_steps=4 with outer_lr=0.4 and outer_momentum=0.9: ") and "at a loss of 1.59" in sentence
+    fine = SyncConfig(sync_interval_steps=4, outer_lr=0.3, outer_momentum=0.9, outer_momentum_warmup=30)
+    assert advise_before(fine, 800) == [], "measured as good as the defaults"
+
+
+def test_a_low_outer_rate_is_told_about_with_an_interval_at_which_it_was_measured():
+    (sentence,) = advise_before(SyncConfig(outer_lr=0.3), 800)
+    assert sentence.startswith("outer_lr=0.3 with sync_interval_steps=24: ") and sentence.endswith("0.7 at 1.43. Pass that.")
+    for config in (SyncConfig(outer_lr=0.5), SyncConfig(outer_lr=0.3, sync_interval_steps=8, outer_momentum=0.7)):
+        assert advise_before(config, 800) == []
+
+
+@dataclass
+class Trainer:
+    """What of a Trainer tells how long a run is."""
+
+    max_steps: int = -1
+    max_epochs: int | None = 2
+    num_training_batches: float = 400
+    accumulate_grad_batches: int = 1
+
+
+def test_a_run_that_ends_by_epochs_is_told_about_when_its_length_is_known():
+    config = SyncConfig(outer_momentum_warmup=0, wire_dtype="int4", adopt="overwrite")
+    assert len(advise_before(config, -1)) == 1, "four bits without feedback, told already"
+    (sentence,) = advise_late(config, Trainer())
+    assert sentence.startswith("outer_momentum=0.8 with outer_momentum_warmup=0 in a run of 800 steps, 33 merges of a fragment")
+    assert "in a run of 400 steps" in advise_late(config, Trainer(accumulate_grad_batches=2))[0]
+    for silent in (Trainer(max_steps=800), Trainer(max_epochs=-1), Trainer(max_epochs=20), Trainer(num_training_batches=float("inf"))):
+        assert advise_late(config, silent) == []
 
 
 def test_four_bits_without_feedback_are_told_about():
