@@ -6,7 +6,8 @@ Half of the messages go to the real `lightning-diloco syncer` with two real lear
 in a process of its own. How they are made stands in `tests/fuzzing/shots.py`: from the types of the messages themselves, from a seed and
 a number.
 
-Aims, each of which sets the exit code: at least 30 % of the messages are decoded and reach a rule of the machine; no exception, no hang, an
+Aims, each of which sets the exit code: at least 30 % of the messages are decoded and judged by a rule of the machine,
+not by the first one alone (whether this session may speak at all); no exception, no hang, an
 orderly end; the job is that of the honest learners alone (members, versions, ledger, model), and the learner's parameters are those of the
 same steps without a syncer, bit for bit; resident memory at the end at most 20 MB above that after a tenth; logs below 200 kB.
 """
@@ -63,6 +64,7 @@ def show(tally: Tally) -> None:
     print(f"\n| {tally.target} | |\n|---|---|")
     print(f"| messages | {tally.num_fired:,} in {tally.wall_s:.0f} s |")
     print(f"| reached a rule | {tally.num_reached:,} ({tally.num_reached / max(1, tally.num_fired):.1%}) |")
+    print(f"| ... and were judged behind the door | {tally.num_judged:,} ({tally.num_judged / max(1, tally.num_fired):.1%}) |")
     print(f"| memory after a tenth, at the end, MB | {tally.rss[0] / 1e6:.1f}, {tally.rss[-1] / 1e6:.1f} ({grown:+.1f}) |")
     for title, counts in (("", tally.sessions), ("made as ", tally.fired), ("", tally.fates), ("answer ", tally.answers)):
         for name, count in counts.most_common():

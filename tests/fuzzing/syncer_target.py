@@ -1,6 +1,6 @@
 """A live syncer under fire: the real command, two real learners that train beside the attack, and peers that say anything.
 
-Half of the batches come from sessions that never joined, the other half from peers that were let in and speak as members until a rule ends
+One batch in four comes from sessions that never joined, the others from peers that were let in and speak as members until a rule ends
 them. No contribution of theirs is one that the rules may take: its values are not finite, or its header breaks a rule. So at the end the
 job must be the honest learners' alone.
 """
@@ -27,6 +27,7 @@ from lightning_diloco.protocol.messages import (
     Contribution,
     Envelope,
     Fenced,
+    Found,
     JoinRefused,
     Leave,
     Left,
@@ -46,6 +47,9 @@ from tests.runtime.job_helpers import until
 from tests.runtime.job_raw_peer import RawPeer
 
 BATCH = 100
+MEMBERS = 3 / 4
+LOOK_EVERY = 4
+"""Shots between two looks for the answers: what a session says after its end is answered at the door."""
 PATIENCE_S = 60.0
 FIRST_ID, NUM_IDS = 100, 30
 """Learner ids of the attackers' members."""
@@ -161,17 +165,17 @@ class Attack:
 
     def batch(self, first: int, count: int) -> None:
         """So many shots from one session, or fewer if it is ended, and its answer to a question after them."""
-        intruder = self.session(is_member=self.dice.random() < 0.5)
+        intruder = self.session(is_member=self.dice.random() < MEMBERS)
         who = "a member" if intruder is self.member else "a stranger"
         world, index = self.world(intruder), first
-        while index < first + count and not (intruder.is_over and index % 10 == 0 and index > first):
+        while index < first + count and not (intruder.is_over and index > first):
             shot = self.shots.make(world, index)
             if shot.cuts:
                 intruder.barrier(self._next())
             self.tally.shot(shot, LEARNER, who)
             intruder.fire(shot)
             index += 1
-            if shot.cuts or index % 10 == 0:
+            if shot.cuts or index % LOOK_EVERY == 0:
                 intruder.poll(0.0)
         intruder.barrier(self._next())
         self.tally.settle()
@@ -218,15 +222,21 @@ class Attack:
         is_member = intruder is self.member
         if is_member:
             # What would end the session at once comes by the wildness alone, or hardly anything else would be heard of it.
-            rejoin = {"protocol_version": PROTOCOL_VERSION, "config": json.dumps(config).encode(), "fingerprint": layout.fingerprint()}
+            rejoin = {
+                "protocol_version": PROTOCOL_VERSION,
+                "config": json.dumps(config).encode(),
+                "fingerprint": layout.fingerprint(),
+                "data": "shard",
+            }
             hints |= {name: (value,) for name, value in rejoin.items()} | {"lineage": (self.job.lineage,), "discarded": ((),)}
+            hints |= dict.fromkeys(("first_gap", "before", "again", "samples"), (0, 1))
         return World(
             envelope=intruder.envelope,
             hints=hints,
             wildness=0.03 if is_member else 0.3,
             sizes=self.sizes,
             flaw=lambda *args: self.flaw(current, *args),
-            rare=(Leave,) if is_member else (),
+            rare=(Leave, Found) if is_member else (),
         )
 
     def flaw(
