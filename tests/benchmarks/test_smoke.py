@@ -52,6 +52,14 @@ def test_memory(tmp_path):
 
 
 @two_cores
+def test_durability(tmp_path):
+    said, rows = run(tmp_path, "durability.py", "--kinds", "payloads", "--params", "1", "--blocks", "3", "--interval", "1")
+    (row,) = rows.values()
+    assert "| payloads, 1 M, 1 s, 3 blocks |" in said and row["snapshots"] >= 5, "one at the founding, one a block, one at the end"
+    assert [block["is_on"] for block in row["blocks"]] == [False, True] * 4 and all(block["delays_s"] for block in row["blocks"][:7])
+
+
+@two_cores
 def test_transport(tmp_path):
     said, rows = run(tmp_path, "transport.py", "--rounds", "1", "--seconds", "0.5", "--mib", "4")
     assert "| up, keys |" in said and len(rows) == 13 and all(row["bytes_per_s"] > 0 for row in rows)
