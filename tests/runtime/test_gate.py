@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 from zmq.utils import z85
 
-from lightning_diloco.runtime.keys import SiteKeys, read_sites, revoke
+from lightning_diloco.runtime.keys import SiteKeys, admit, read_sites, revoke
 from lightning_diloco.runtime.transport import gate as gate_module
 from lightning_diloco.runtime.transport.gate import DOUBT_LOOKS, MAX_PEERS_PER_KEY, Gate
 from tests.runtime.key_helpers import Keys
@@ -85,17 +85,74 @@ def test_without_a_descriptor_left_nobody_is_revoked_and_a_revocation_comes_afte
     assert gate.look() == [PEER] and not gate.admits(PEER, Frame(paris))
 
 
-def test_a_folder_that_cannot_be_read_is_as_it_was(gate, keys, paris):
+@pytest.mark.parametrize("instead", ["loop", "file", "nothing"])
+def test_a_folder_that_cannot_be_read_is_as_it_was(gate, keys, paris, caplog, instead):
     folder = keys.syncer.admitted
     folder.rename(aside := folder.with_name("aside"))
-    folder.symlink_to(folder)
+    if instead == "loop":
+        folder.symlink_to(folder)
+    elif instead == "file":
+        folder.write_text("")
     for _ in range(2 * DOUBT_LOOKS):
         assert gate.look() == [] and gate.admits(PEER, Frame(paris))
-    folder.unlink()
+        assert not gate.has_changed(), "every message would cause a look"
+    assert sum("cannot be read now" in record.getMessage() for record in caplog.records) == 1
+    folder.unlink(missing_ok=True)
     aside.rename(folder)
-    assert gate.look() == [] and gate.admits(PEER, Frame(paris))
+    assert gate.has_changed()
+    assert gate.look() == [] and gate.admits(PEER, Frame(paris)) and not gate.has_changed()
     keys.revoke("paris")
     assert gate.look() == [PEER]
+
+
+def test_a_folder_that_goes_while_it_is_read_is_as_it_was(gate, keys, paris, monkeypatch):
+    keys.site("oslo")
+    folder = keys.syncer.admitted
+
+    def read_too_late(path):
+        folder.rename(folder.with_name("aside"))
+        return read_sites(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gate_module, "read_sites", read_too_late)
+        assert gate.look() == []
+    assert gate.look() == [] and gate.admits(PEER, Frame(paris))
+
+
+def test_what_was_revoked_while_the_folder_was_away_is_revoked_when_it_is_back(gate, keys, paris):
+    folder = keys.syncer.admitted
+    folder.rename(aside := folder.with_name("aside"))
+    assert gate.look() == []
+    (aside / "paris.key").unlink()
+    aside.rename(folder)
+    assert gate.look() == [PEER] and not gate.admits(PEER, Frame(paris))
+
+
+@pytest.mark.parametrize("num_looks", [1, DOUBT_LOOKS, DOUBT_LOOKS + 1])
+def test_a_folder_that_is_copied_back_file_by_file_revokes_nobody_at_once(gate, keys, paris, num_looks):
+    """A look that a message makes comes between any two files."""
+    folder = keys.syncer.admitted
+    folder.rename(aside := folder.with_name("aside"))
+    folder.mkdir(mode=0o700)
+    assert gate.look(is_due=False) == []
+    for _ in range(min(num_looks, DOUBT_LOOKS)):
+        assert gate.look() == [] and gate.admits(PEER, Frame(paris))
+    if num_looks > DOUBT_LOOKS:
+        assert gate.look() == [PEER] and not gate.admits(PEER, Frame(paris))
+        return
+    (folder / "paris.key").write_text((aside / "paris.key").read_text())
+    (folder / "paris.key").chmod(0o644)
+    assert gate.look() == [] and gate.admits(PEER, Frame(paris))
+    keys.revoke("paris")
+    assert gate.look() == [PEER], "the folder is an old one by now, and what it loses is revoked at once"
+
+
+def test_a_folder_that_was_never_there_admits_nobody_and_costs_no_look(keys):
+    oslo = keys.site("oslo", is_admitted=False)
+    gate = Gate(keys.syncer, lambda _: None)
+    assert not gate.admits(PEER, Frame(oslo)) and gate.look() == [] and not gate.has_changed()
+    admit(keys.folder, "oslo", oslo.public.hex())
+    assert gate.has_changed() and gate.look() == [] and gate.admits(PEER, Frame(oslo))
 
 
 def test_a_link_that_leads_nowhere_hides_no_revocation(gate, keys):

@@ -7,9 +7,12 @@ peer, which is the nonce of a process, belongs to the key that it first came wit
 
 The folder of admitted keys is looked at twice a second, and before a message is judged if the folder's own time says that a file came or
 went (one `stat`, about a microsecond). What it loses is revoked, what it gains is let in. A revocation
-cannot be taken back for the learners that it ends, so two things are none: a folder that cannot be read is as it was, and a file that
-cannot be taken (half written, say) counts as before for `DOUBT_LOOKS` more looks. As long as the folder has never been read nobody is
-let in, and nobody is told that his key is unknown: a learner takes that for a revocation when it lasts (`runtime.link_care`).
+cannot be taken back for the learners that it ends, so three things are none. A folder that cannot be read is as it was, and so is one
+that had files and is gone: nobody revokes by that, but a volume is unmounted, or the folder is moved away. A file that cannot be taken
+(half written, say) counts as before for `DOUBT_LOOKS` more looks, and so does one that is missing where another folder stands in the place
+of the one that was there: it may be on its way, file by file. As long as the folder has never been read nobody is let in, and nobody is
+told that his key is unknown: a learner takes that for a revocation when it lasts (`runtime.link_care`). One that is not there at the start
+admits nobody.
 
 A connection that is refused tells its key to the authenticator if it has one; those without, or with another syncer's in mind, fail before
 and are seen by `handshakes` only. All are counted, and told in the log at most every `COMPLAIN_S`, by reason; the counts are told at the
@@ -42,7 +45,7 @@ _LOGGER = logging.getLogger(__name__)
 MAX_PEERS_PER_KEY: Final = 256
 """Processes of one site whose key is remembered; the one that was heard least recently is forgotten first."""
 DOUBT_LOOKS: Final = 3
-"""So many looks in a row a file may be one that cannot be taken, before what it held is revoked."""
+"""So many looks in a row a file may be one that cannot be taken, or missing in a folder that is new, before what it held is revoked."""
 _HANDSHAKE_MS: Final = 5000
 """Whoever connects and says nothing holds a descriptor for so long (ZeroMQ's own 30 s let strangers hold more than a process has)."""
 _DOMAIN: Final = "lightning-diloco"
@@ -62,6 +65,7 @@ class Gate:
         self._keys, self._count = keys, count
         self._seen: _Signature | None = None
         self._folder_ns = 0
+        self._place: tuple[int, int] | None = None
         self._sites: dict[str, str] = {}
         self._doubts: dict[str, int] = {}
         # Keys are in Z85 here, as ZeroMQ attaches them: judging a message takes a look-up and no decoding.
@@ -201,16 +205,33 @@ class Gate:
 
     def _read(self, *, is_due: bool = True) -> None:
         """Read the folder, if anything in it may have changed."""
-        self._folder_ns = _time_of(self._keys.admitted) or 0
+        folder = self._keys.admitted
+        self._folder_ns = _time_of(folder) or 0
         try:
             # Before the keys: what changes after this is seen by the next look.
-            seen = _signature(self._keys.admitted)
+            seen = _signature(folder)
             if seen == self._seen and not self._doubts:
                 return
-            found = read_sites(self._keys.admitted)
+            found = read_sites(folder)
+            # After them: had the folder gone meanwhile, its files would look as if they had been removed.
+            place = _place_of(folder)
         except OSError as error:
-            self._complain("unknown", f"{self._keys.admitted} cannot be read now ({error}); who is admitted stays so")
-            return
+            if self._seen or not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                self._complain("unknown", f"{folder} cannot be read now ({error}); who is admitted stays so")
+                return
+            seen, found, place = (), {}, None
+        if self._place in (None, place):
+            missing: dict[str, ConfigurationError] = {}
+        else:
+            why = f"{folder} is another folder than before, which has no such file: put it there, or leave it, and the site is revoked."
+            missing = {name: ConfigurationError(why) for name in self._sites if name not in found}
+        self._take(found | missing, is_due=is_due)
+        self._seen = seen
+        if not missing:
+            self._place = place
+
+    def _take(self, found: Mapping[str, bytes | ConfigurationError], *, is_due: bool) -> None:
+        """Admit those whose files can be taken, and for some looks those whose files could be before."""
         sites: dict[str, str] = {}
         doubts: dict[str, int] = {}
         for name, key in found.items():
@@ -222,7 +243,7 @@ class Gate:
                     sites[name] = self._sites[name]
             else:
                 sites[name] = z85.encode(key).decode("ascii")
-        self._seen, self._sites, self._doubts = seen, sites, doubts
+        self._sites, self._doubts = sites, doubts
         self._admitted = {key: name for name, key in sites.items()}
 
     def _revive(self) -> None:
@@ -270,13 +291,21 @@ def _hex(key: str) -> str:
 
 
 def _time_of(folder: os.PathLike[str]) -> int | None:
-    """When a file last came or went, in ns; 0 of a folder that is not there, None if it cannot be told now."""
+    """When a file last came or went, in ns; None if it cannot be told now."""
     try:
         return os.stat(folder).st_mtime_ns
-    except (FileNotFoundError, NotADirectoryError):
-        return 0
     except OSError:
         return None
+
+
+def _place_of(folder: os.PathLike[str]) -> tuple[int, int]:
+    """Which folder it is, whatever its name leads to now: device and inode.
+
+    Raises:
+        OSError: it cannot be told now.
+    """
+    about = os.stat(folder)
+    return about.st_dev, about.st_ino
 
 
 def _signature(folder: os.PathLike[str]) -> _Signature:
@@ -285,11 +314,8 @@ def _signature(folder: os.PathLike[str]) -> _Signature:
     Raises:
         OSError: it cannot be told now.
     """
-    try:
-        with os.scandir(folder) as entries:
-            return tuple(sorted((entry.name, *_about(entry)) for entry in entries))
-    except (FileNotFoundError, NotADirectoryError):
-        return ()
+    with os.scandir(folder) as entries:
+        return tuple(sorted((entry.name, *_about(entry)) for entry in entries))
 
 
 def _about(entry: os.DirEntry[str]) -> tuple[int, int, int, int]:
