@@ -7,6 +7,7 @@ it is watched may have been killed and be starting again, so its last table stay
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import time
@@ -95,7 +96,8 @@ def _watch(observer: Observer, status: Status, period_s: float, show: Callable[[
 
 def _show(status: Status, *, is_json: bool, is_live: bool) -> None:
     if is_json:
-        sys.stdout.write(msgspec.json.encode(status).decode() + "\n")
+        # ASCII: msgspec's own JSON leaves control characters above 127 as they are, and a terminal may heed them.
+        sys.stdout.write(json.dumps(msgspec.to_builtins(status), separators=(",", ":")) + "\n")
     elif is_live:
         # Home, then each line cut to the window and cleared to its end, then everything below: no flicker, and nothing wraps.
         size = shutil.get_terminal_size()

@@ -1,13 +1,15 @@
 """A job's status as text: a header, and a row for each learner.
 
 Names, devices and reasons are a peer's own words. On a terminal they must not be able to move the cursor or change colours, so whatever is
-not printable is shown as a question mark.
+not printable is shown as a question mark (`runtime.complaints.printable`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from lightning_diloco.runtime.complaints import printable
 
 if TYPE_CHECKING:
     from lightning_diloco.runtime.observer import LearnerStatus, Status
@@ -41,7 +43,7 @@ def _header(status: Status) -> list[str]:
     since = "" if status.wall_s is None else f" {how_long} {_duration(status.wall_s)}"
     merged, pending, discarded = status.tokens_merged, status.tokens_pending, status.tokens_discarded
     lines = [
-        f"job {_printable(status.job_id)}, epoch {status.epoch}: {status.status}{since}",
+        f"job {printable(status.job_id)}, epoch {status.epoch}: {status.status}{since}",
         f"learners   {status.num_members} joined, {status.num_active} active",
         f"merges     {status.merges:,}, {_number(status.mean_members)} members each; {status.num_fragments} fragments at versions "
         f"{_range(status.version_min, status.version_max)}, {status.open_rounds} rounds open",
@@ -50,7 +52,7 @@ def _header(status: Status) -> list[str]:
         f"so far     uptime {_share(status.uptime)}, goodput {_share(status.goodput)}",
     ]
     if status.refused_join is not None:
-        lines.append(f"turned away {_duration(status.refused_join.age_s)} ago: {_printable(status.refused_join.what)}")
+        lines.append(f"turned away {_duration(status.refused_join.age_s)} ago: {printable(status.refused_join.what)}")
     return lines
 
 
@@ -58,7 +60,7 @@ def _row(x: LearnerStatus) -> tuple[str, ...]:
     return (
         str(x.learner_id),
         str(x.incarnation),
-        _printable(x.device),
+        printable(x.device),
         x.state,
         "-" if x.heard_age_s is None else _duration(x.heard_age_s),
         f"{x.inner_step:,}",
@@ -70,7 +72,7 @@ def _row(x: LearnerStatus) -> tuple[str, ...]:
         "-" if x.tokens_per_s is None else f"{x.tokens_per_s:,.0f}",
         _bytes(x.bytes_up),
         _bytes(x.bytes_down),
-        "" if x.fault is None else f"{_duration(x.fault.age_s)} ago: {_printable(x.fault.what)}",
+        "" if x.fault is None else f"{_duration(x.fault.age_s)} ago: {printable(x.fault.what)}",
     )
 
 
@@ -80,10 +82,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(cell.ljust(w) if name in _LEFT else cell.rjust(w) for cell, w, name in zip(row, widths, _COLUMNS, strict=True)).rstrip()
         for row in rows
     ]
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _range(low: int | None, high: int | None) -> str:

@@ -64,7 +64,7 @@ from lightning_diloco.protocol.messages import (
 from lightning_diloco.protocol.wire import decode_from_syncer, decode_syncer_header, encode
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.client_joining import Joining
-from lightning_diloco.runtime.complaints import Complaints
+from lightning_diloco.runtime.complaints import MAX_SENTENCE, Complaints, printable
 from lightning_diloco.runtime.figures import StepTimes
 from lightning_diloco.runtime.global_state import FoundingState
 from lightning_diloco.runtime.learner_store import Encode, LearnerStore, Receive
@@ -336,13 +336,13 @@ class ClientLoop:
             self.settled.set()
         elif isinstance(action, RefuseJoin):
             kind = LearnerIdInUseError if action.reason == ID_IN_USE else JoinRefusedError
-            self.fatal = kind(f"{action.reason}: {action.detail}")
+            self.fatal = kind(printable(f"{action.reason}: {action.detail}", MAX_SENTENCE))
             self.settled.set()
         elif isinstance(action, Fence):
-            self.fatal = FencedError(action.detail)
+            self.fatal = FencedError(printable(action.detail, MAX_SENTENCE))
             self.settled.set()
         elif isinstance(action, StopTraining):
-            self.stop_reason = action.reason
+            self.stop_reason = printable(action.reason)
         elif isinstance(action, LeaveAgain):
             self.leave_again = action.reason
         elif isinstance(action, LeftDone):

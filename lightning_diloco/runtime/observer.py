@@ -22,6 +22,7 @@ from lightning_diloco.errors import ConfigurationError, RemoteProtocolError, Syn
 from lightning_diloco.protocol.messages import PROTOCOL_VERSION, Envelope, Status, StatusRefused, StatusRequest
 from lightning_diloco.protocol.observer_messages import LearnerStatus
 from lightning_diloco.protocol.wire import decode_to_observer, encode
+from lightning_diloco.runtime.complaints import MAX_SENTENCE, printable
 from lightning_diloco.runtime.keys import SiteKeys
 from lightning_diloco.runtime.transport import NONCE_BYTES, SYNCER, ControlReceived, LearnerTransport
 from lightning_diloco.runtime.unanswered import explain
@@ -147,7 +148,7 @@ class Observer:
                     self._was_told = True
                     return answer
                 if answer is not None and not (self._was_told and answer.reason == "token"):
-                    raise ConfigurationError(answer.detail)
+                    raise ConfigurationError(printable(answer.detail, MAX_SENTENCE))
             if time.monotonic() >= end_s:
                 return None
 

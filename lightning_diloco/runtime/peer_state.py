@@ -33,6 +33,7 @@ from lightning_diloco.outer import Layout, buffer_of, global_id
 from lightning_diloco.outer.spec import Fragment
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.messages import Message, PeerState, PeerStateRequest, PeerStateWanted
+from lightning_diloco.runtime.complaints import printable
 from lightning_diloco.runtime.rejoin import InnerState, unpack
 
 __all__ = ["PeerStates", "max_state_bytes"]
@@ -132,7 +133,7 @@ class PeerStates:
                 state = unpack(payload)
                 self._check(state)
             except RemoteProtocolError as error:
-                _log.warning("A peer's inner optimizer state of fragment %d is not used: %s", header.fragment_id, error)
+                _log.warning("A peer's inner optimizer state of fragment %d is not used: %s", header.fragment_id, printable(str(error)))
                 state = None
         if state is None:
             self._answered(is_useful=False)

@@ -46,6 +46,7 @@ from lightning_diloco.protocol.publisher import Current
 from lightning_diloco.protocol.records import EndRecord, MergeRecord, ProgressRecord, PublishRecord, Record, TapeLine
 from lightning_diloco.protocol.wire import decode_learner_header, encode
 from lightning_diloco.runtime.checksum import crc32
+from lightning_diloco.runtime.complaints import printable
 from lightning_diloco.runtime.durability import SnapshotKeeper
 from lightning_diloco.runtime.final_model import keep_final_model
 from lightning_diloco.runtime.founding import Founded, keep_founding
@@ -304,7 +305,7 @@ class Performer:
 
     def refuse(self, session: str, reason: str, sentence: str) -> None:
         """Tell a process that it may not go on, and end its session."""
-        _log.warning("Session %s was refused: %s", session[:8], sentence)
+        _log.warning("Session %s was refused: %s", session[:8], printable(sentence))
         self.say(session, JoinRefused(reason=reason, detail=sentence[:2000]), 0)
         self._on_refused(session)
 

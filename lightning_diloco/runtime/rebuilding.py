@@ -50,7 +50,7 @@ from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, Job
 from lightning_diloco.protocol.recovery import MAX_NUMBER
 from lightning_diloco.protocol.wire import decode_from_learner, decode_learner_header, encode
 from lightning_diloco.runtime.checksum import crc32
-from lightning_diloco.runtime.complaints import Complaints
+from lightning_diloco.runtime.complaints import MAX_SENTENCE, Complaints, printable
 from lightning_diloco.runtime.snapshot import Founding, Identity, SnapshotStore
 from lightning_diloco.runtime.store import MAX_LAYOUT_BYTES
 from lightning_diloco.runtime.tape import TAPE_NAME, TapeWriter
@@ -218,8 +218,10 @@ class Rebuilding:
             return "its token is not this job's"
         numbers = [hello.tokens, hello.inner_step, hello.joined_at_step, envelope.epoch, envelope.incarnation]
         numbers += [x for v in hello.versions for x in (v.epoch, v.n)]
-        is_possible = (hello.learner_id or 0) < MAX_IDS and max(numbers) <= MAX_NUMBER
-        return "" if is_possible else "it shows an id, versions or totals that no learner can have"
+        # The names of the job would stand in its log, and in its run directory for good.
+        is_named = (envelope.job_id + envelope.lineage).isprintable()
+        is_possible = (hello.learner_id or 0) < MAX_IDS and max(numbers) <= MAX_NUMBER and is_named
+        return "" if is_possible else "it shows an id, names, versions or totals that no learner can have"
 
     def _ask(self, now_s: float) -> None:
         """Everyone for a description; of those who have given one, one for the static state (before that its size is not known here)."""
@@ -282,7 +284,7 @@ class Rebuilding:
         layout, config = first.layout, read_config(first.hello.config)
         assert layout is not None
         if isinstance(config, str):
-            raise ConfigurationError(f"--rebuild: {config} Install the same release everywhere.")
+            raise ConfigurationError(f"--rebuild: {printable(config, MAX_SENTENCE)} Install the same release everywhere.")
         static = torch.empty(0, dtype=torch.uint8) if self._static is None else torch.frombuffer(self._static, dtype=torch.uint8)
         epoch = max(max(w.envelope.epoch, *(v.epoch for v in w.hello.versions)) for w in self._witnesses.values())
         job_id, lineage = first.envelope.job_id, first.envelope.lineage

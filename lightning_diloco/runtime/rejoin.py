@@ -44,6 +44,7 @@ from lightning_diloco.errors import RemoteProtocolError
 from lightning_diloco.outer.memory import raw
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.runtime.checksum import crc32
+from lightning_diloco.runtime.complaints import printable
 from lightning_diloco.runtime.tensor_file import parts_of, read_metadata, read_tensors, write_tensors
 from lightning_diloco.runtime.threads import never_interrupt_others
 
@@ -280,7 +281,7 @@ def _read_twice(path: Path, fragment_id: int, read: Callable[[], _T]) -> _T | No
             return found
         except (OSError, ValueError, msgspec.DecodeError, RemoteProtocolError) as error:
             if is_last:
-                _log.warning("%s is not used: %s", path, error)
+                _log.warning("%s is not used: %s", path, printable(str(error)))
     return None
 
 

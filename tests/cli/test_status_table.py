@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from lightning_diloco.cli.status import _show
 from lightning_diloco.cli.status_table import status_text
 from lightning_diloco.protocol.observer_messages import Fault, LearnerStatus, Status
 
@@ -105,5 +106,9 @@ def test_learners_that_are_not_told_of_are_counted():
     assert status_text(msgspec.structs.replace(STATUS, num_learners=302)).endswith("\n... and 300 more learners\n")
 
 
-def test_json_is_the_message_and_reads_back():
-    assert msgspec.json.decode(msgspec.json.encode(STATUS), type=Status) == STATUS
+def test_json_is_the_message_and_reads_back_and_cannot_move_the_cursor(capsys):
+    evil = msgspec.structs.replace(STATUS, job_id="\x1b[2J\n\x9b2J\x7f\u202e")
+    for status in (STATUS, evil):
+        _show(status, is_json=True, is_live=False)
+        said = capsys.readouterr().out
+        assert said.isascii() and said[:-1].isprintable() and msgspec.json.decode(said, type=Status) == status

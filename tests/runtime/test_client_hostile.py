@@ -11,7 +11,7 @@ import torch
 
 from lightning_diloco.outer import buffer_of
 from lightning_diloco.protocol.identity import Version
-from lightning_diloco.protocol.messages import NotHeld, Publication, Recall, ShardAddress, Welcome
+from lightning_diloco.protocol.messages import Fenced, JoinRefused, NotHeld, Publication, Recall, ShardAddress, Stop, Welcome
 from lightning_diloco.protocol.wire import encode
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
@@ -75,6 +75,32 @@ def test_a_welcome_of_another_syncer_leads_payloads_nowhere_else(joined, envelop
     joined.say(Welcome(role="resumed", learner_id=0, incarnation=9, shards=shards("tcp://127.0.0.1:1")), **envelope)
     joined.settle()
     assert joined.bulk == joined.syncer.bulk_endpoint and joined.client._machine.state.envelope == JOB
+
+
+EVIL = "x\nERROR forged\x1b[2J\x9b"
+
+
+def test_the_words_of_a_syncer_cannot_forge_a_line_of_the_log_or_of_an_error(joined, caplog):
+    bad = msgspec.msgpack.encode((msgspec.to_builtins(JOB), {"type": "Stop", "reason": "x", EVIL: 1}))
+    joined.syncer.send_control(joined.syncer.peer, bad)
+    joined.say(Stop(reason=EVIL))
+    joined.settle()
+    assert joined.client.stop_reason == "x?ERROR forged?[2J?"
+    (said,) = [record.getMessage() for record in caplog.records if "A message of the syncer was dropped" in record.getMessage()]
+    assert said.isprintable() and "?ERROR forged?[2J?" in said
+
+
+@pytest.mark.parametrize("message", [JoinRefused(reason=EVIL, detail=2000 * "\n"), Fenced(detail=EVIL + 1900 * "\n")])
+def test_the_sentence_of_an_end_cannot_forge_a_line(message):
+    joined = Joined()
+    try:
+        joined.say(message)
+        until(lambda: joined.client.fenced is not None)
+        said = str(joined.client.fenced)
+        assert said.startswith("x?ERROR forged?[2J?") and said.isprintable() and len(said) > 1900, "none of it is cut"
+    finally:
+        joined.client.close()
+        joined.syncer.close()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

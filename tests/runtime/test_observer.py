@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from lightning_diloco.errors import ConfigurationError, RemoteProtocolError, SyncerUnavailableError
-from lightning_diloco.protocol.messages import Envelope, Ping
+from lightning_diloco.protocol.messages import Envelope, Ping, StatusRefused
 from lightning_diloco.protocol.wire import decode_to_observer, encode
 from lightning_diloco.runtime.observer import Observer, find_syncer
 from lightning_diloco.runtime.service import SyncerService
@@ -120,6 +120,22 @@ def test_a_syncer_with_keys_tells_those_that_it_admits(tmp_path):
     finally:
         service.finish("stopped")
         assert service.join(30.0)
+
+
+def test_the_sentence_of_a_syncer_that_does_not_tell_cannot_move_a_cursor():
+    liar = SyncerTransport("tcp://127.0.0.1:0", accept=lambda *_: False)
+    liar.bind()
+    try:
+        with Observer(liar.control_endpoint) as observer:
+            asking = Background(lambda: observer.ask(20.0))
+            peers: list[bytes] = []
+            until(lambda: peers.extend(e.peer for e in liar.poll(0.05)) or bool(peers))
+            liar.send_control(peers[0], encode(NOBODY, StatusRefused(reason="token", detail="No.\n\x1b[2J\x9b")))
+            with pytest.raises(ConfigurationError) as raised:
+                asking.result()
+            assert str(raised.value) == "No.??[2J?"
+    finally:
+        liar.close()
 
 
 def test_a_syncer_that_lies_is_not_believed():

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -133,6 +134,10 @@ def test_one_witness_is_enough_and_strangers_change_nothing(question):
         say_hello(stranger, learner_id=10**6)
         say_hello(stranger, tokens=2**60)
         say_hello(stranger, versions=(Version(2**60, 1),))
+        stranger.envelope = msgspec.structs.replace(OURS, job_id="job\n\x1b[2J")
+        say_hello(stranger)
+        stranger.say(Ping(number=5))
+        assert stranger.hear(Pong, number=5)
         assert question.rebuilding._witnesses == {}
         with witness(question, module) as peer:
             asked = peer.hear(Describe)

@@ -7,6 +7,7 @@ import json
 import random
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -61,6 +62,15 @@ def is_well(job: Job) -> None:
     assert client.fenced is None
     client.leave("limit")
     assert job.service.error is None
+
+
+def test_what_is_no_message_cannot_forge_a_line_of_the_log(job, peer, caplog):
+    for word in ("x\nERROR forged\x1b[2J\x9b", "z" * 900_000):
+        job.service._complaints._next_s = 0.0
+        peer.say_bytes(msgspec.msgpack.encode((("job", "line", 0, 0), {"type": "Ping", "number": 1, word: 2})))
+        until(lambda word=word: any(word[:1] in r.getMessage() and "unknown field" in r.getMessage() for r in caplog.records), 10)
+    said = [record.getMessage() for record in caplog.records]
+    assert all(line.isprintable() and len(line) < 1000 for line in said) and sum("unknown field" in line for line in said) == 2
 
 
 # ---- one contribution, word by word -----------------------------------------------------------------------------------------
