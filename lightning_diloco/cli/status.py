@@ -109,7 +109,10 @@ def _show(status: Status, *, is_json: bool, is_live: bool) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1e6:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text}: give seconds above 0 and below a million, for example 2")
     return value
