@@ -88,7 +88,7 @@ class StatusRefused(Message, frozen=True, kw_only=True):
 
 
 class Status(Message, frozen=True, kw_only=True):
-    """The job at this moment. Figures are those of `summary.json`, of the same names, half a second old at most.
+    """The job at this moment. Figures are those of `summary.json`, of the same names, as of the last reading of the tape.
 
     Args:
         status: waiting (for its founder), recovering (a syncer that started again collects what learners hold), running; finished,

@@ -1,9 +1,9 @@
 """The figures of a job while it runs, for whoever asks: `summary.json`, `lightning-diloco status`, the metrics endpoint.
 
-All three read the same fold over the same tape, so they cannot disagree. Reading happens on the asker's thread, from the file: the
-syncer's loop neither waits for it nor does any of it. A reading that has just been made is given again, and the next one is made no
-sooner than `REST` times what that one took: whoever asks without a pause costs a twentieth of one core (and of the interpreter lock) at
-most.
+All three read the same fold over the same tape, so they differ only by the moment at which they have read it. Reading happens on the
+asker's thread, from the file: the syncer's loop neither waits for it nor does any of it. A reading that has just been made is given
+again, and the next one is made no sooner than `REST` times what that one took: whoever asks without a pause costs a twentieth of one core
+(and of the interpreter lock) at most.
 
 After the end `settle` says what the last summary was; from then on that is what everybody gets.
 """
@@ -23,7 +23,7 @@ from lightning_diloco.runtime.tape import TAPE_NAME, TapeTail
 __all__ = ["PORTION_BYTES", "LiveSummary", "Reading"]
 
 FRESH_S: Final = 0.25
-"""A reading so young is given again; the tape reaches the file every half second."""
+"""A reading so young is given again; a line of the tape reaches the file within `FLUSH_PERIOD_S` and a sleep of the syncer's loop."""
 REST: Final = 20.0
 """Time between two readings, in multiples of what the first one took."""
 PORTION_BYTES: Final = 8 << 20
