@@ -6,9 +6,10 @@
     snapshots/00000012/         manifest.json, and a safetensors file for each fragment: theta, momentum, shadow
 
 Fragments are independent, so a set of files, each of which is one fragment at one version, is a consistent cut (DESIGN.md section 7). A
-snapshot is written into a folder beside, made durable, and renamed: it is there whole or not at all. A fragment that has not changed since
-the last snapshot is a hard link to its file. The last two are kept. The manifest has size and CRC-32 of every file; what does not fit them
-is damaged, and the snapshot before is used. When a job has ended the last one is enough.
+snapshot is written into a folder beside, made durable, and renamed: it is there whole or not at all. The last two are kept. The manifest
+has size and CRC-32 of every file; what does not fit them is damaged, and the snapshot before is used. So the two share no file: a fragment
+that has not changed is a hard link to its file in the snapshot before the last one, which goes, and is written once more if it is not
+there. When a job has ended the last one is enough.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +99,7 @@ class SnapshotStore:
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / FOLDER
-        self._written: dict[int, tuple[Version, Path, dict[str, Any]]] = {}
+        self._written: deque[dict[int, tuple[Version, Path, dict[str, Any]]]] = deque(maxlen=_KEPT)
 
     # ---- what is written once -----------------------------------------------------------------------------------------------
 
@@ -198,7 +200,7 @@ class SnapshotStore:
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        self._written = written
+        self._written.append(written)
         self.prune(_KEPT)
         return path
 
@@ -208,8 +210,12 @@ class SnapshotStore:
             shutil.rmtree(old, ignore_errors=True)
 
     def _link(self, fragment_id: int, found: FragmentSnapshot, path: Path) -> dict[str, Any] | None:
-        """Use the file of the last snapshot if it holds this version; None if it does not, or cannot be linked to."""
-        version, before, entry = self._written.get(fragment_id, (None, path, {}))
+        """Use the file of the snapshot that goes if it holds this version; None if it does not, or cannot be linked to.
+
+        Not that of the last one, which stays: damage to a file that both have would be damage to both.
+        """
+        going = self._written[0] if len(self._written) == _KEPT else {}
+        version, before, entry = going.get(fragment_id, (None, path, {}))
         if version != found.version:
             return None
         try:

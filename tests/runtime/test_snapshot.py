@@ -58,13 +58,33 @@ def test_what_a_fragment_was_before_a_restart_is_kept_with_it(origin, tmp_path):
     assert found is not None and found.origin == origin and same(found, fragment(4, epoch=3))
 
 
-def test_the_last_two_are_kept_and_what_did_not_change_is_not_written_again(tmp_path):
-    store = SnapshotStore(tmp_path)
-    paths = [store.write(asks(*versions)) for versions in ((1, 1), (2, 1), (3, 1))]
-    assert [path.exists() for path in paths] == [False, True, True]
-    unchanged, changed = (paths[2] / f"fragment_{i:04d}.safetensors" for i in (1, 0))
-    assert unchanged.stat().st_nlink == 2 and changed.stat().st_nlink == 1
+def test_the_last_two_are_kept_and_what_did_not_change_is_written_twice_at_most(tmp_path, monkeypatch):
+    store, real, written = SnapshotStore(tmp_path), snapshot.write_tensors, []
+
+    def write_tensors(path, *arguments, **options):
+        written.append(path.name[:13])
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(snapshot, "write_tensors", write_tensors)
+    paths = [store.write(asks(n, 1)) for n in range(1, 6)]
+    assert [path.exists() for path in paths] == [False, False, False, True, True]
+    assert (written.count("fragment_0000"), written.count("fragment_0001")) == (5, 2)
     assert same(SnapshotStore(tmp_path).read(TWO)[1], fragment(1))
+
+
+@pytest.mark.parametrize("num_snapshots", [2, 3, 4])
+@pytest.mark.parametrize("fragment_id", [0, 1])
+def test_damage_to_a_fragment_that_did_not_change_leaves_the_snapshot_before_whole(tmp_path, num_snapshots, fragment_id, caplog):
+    store = SnapshotStore(tmp_path)
+    paths = [store.write(asks(n, 1)) for n in range(1, num_snapshots + 1)]
+    with (paths[-1] / f"fragment_{fragment_id:04d}.safetensors").open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-5, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))  # in place: whoever else has this file has the damage
+    first, second = SnapshotStore(tmp_path).read(TWO)
+    assert same(first, fragment(num_snapshots - 1)) and same(second, fragment(1))
+    assert caplog.text.count("The snapshot before it is used.") == 1
 
 
 def test_a_fragment_of_the_same_number_and_another_epoch_is_written(tmp_path):
