@@ -229,8 +229,6 @@ class SyncerService:
             self._performer.keeper.close(writes=self._performer.ended is not None)
             self._performer.payloads.close()
             self._tape.close()
-            if self._tape.error is not None:
-                _log.error("The tape could not be written: %s", self._tape.error)
             self._transport.close()
             self._lock.close()
 

@@ -4,9 +4,12 @@
 on `flush` and `close`. Each flush is one write at the end of the file, so a crash leaves at most one half-written last line; a later
 writer cuts it off before it goes on. Lines since the last flush are lost with a killed process (SIGTERM: the caller closes).
 
-**Disk errors never end a run.** The first one is kept as `TapeWriter.error`, for the caller to log loudly once. Lines that could not be
-written are kept and tried again at the next flush, from the byte where the disk stopped, so a disk that recovers leaves no hole. When more
-than `MAX_PENDING_BYTES` wait, the writer gives up: the tape ends there and stays readable.
+**Disk errors never end a run.** The log says when the disk begins to refuse lines, when it has taken all that waited, and when lines are
+lost; the first error is kept as `TapeWriter.error`. Lines that could not be written are kept and tried again at the next flush, from the
+byte where the disk stopped, so a disk that recovers leaves no hole. When more than `MAX_PENDING_BYTES` wait, the writer gives up: the tape
+ends there for good and stays readable. A later writer goes on with it.
+
+**Who may read it.** Its owner (mode 0600): it names the sessions, and who knows one can take its connections (docs/transport.md).
 
 **Reading.** A last line without its newline is not there yet. Any other line that is no record, or out of order, is an error with its
 number: a tape is evidence and is not guessed at.
@@ -16,6 +19,7 @@ A writer belongs to one thread.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -27,6 +31,7 @@ import msgspec
 
 from lightning_diloco.errors import DiLoCoError
 from lightning_diloco.protocol.records import Record, RunRecord, TapeLine, decode_line, encode_line
+from lightning_diloco.runtime.complaints import COMPLAIN_S
 
 __all__ = [
     "FLUSH_PERIOD_S",
@@ -47,6 +52,8 @@ FLUSH_PERIOD_S: Final = 0.5
 MAX_PENDING_BYTES: Final = 16 << 20
 """Bytes that wait for a disk that fails, before the tape is given up."""
 _END_BLOCK_BYTES: Final = 1 << 16
+
+_log = logging.getLogger(__name__)
 
 
 class TapeError(DiLoCoError):
@@ -73,8 +80,11 @@ class TapeWriter:
         self._now = now
         self._pending = bytearray()
         self._is_given_up = False
+        self._is_told = False
+        """Whether the log has said that the disk refuses lines, and not yet that it takes them again."""
+        self._tell_at_s = -math.inf
         # Unbuffered, so that a failed flush tells how many bytes reached the file.
-        self._fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             last = _cut_half_line(self._fd, path)
         except TapeError:
@@ -113,19 +123,43 @@ class TapeWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Hand what is buffered to the kernel; a disk error is kept as `error`."""
+        """Hand what is buffered to the kernel; a disk error is logged and kept as `error`."""
         self._flushed_s = self._now()
-        if self._fd is None:
+        if self._fd is None or self._is_given_up:
             return
         try:
             while self._pending:
                 written = os.write(self._fd, self._pending)
                 del self._pending[:written]
         except OSError as error:
-            self.error = self.error or error
-            if len(self._pending) > MAX_PENDING_BYTES:
-                self._is_given_up = True
-                self._pending.clear()
+            self._refused(error)
+        else:
+            if self._is_told:
+                self._is_told = False
+                _log.warning("%s: the disk takes the tape again. All lines that waited are written.", self.path)
+
+    def _refused(self, error: OSError) -> None:
+        self.error = self.error or error
+        if len(self._pending) > MAX_PENDING_BYTES:
+            self._is_given_up = True
+            self._pending.clear()
+            _log.error(
+                "%s: more than %d bytes wait for the disk, which refuses them (%s). The tape ends here for good: the job goes on, and what "
+                "it does from now on is in no account. Free the disk: a syncer that is started again goes on with the tape.",
+                self.path,
+                MAX_PENDING_BYTES,
+                error,
+            )
+        elif not self._is_told and self._flushed_s >= self._tell_at_s:
+            # A disk that takes a little now and then would fill the log; an outage that goes on is told at a later flush.
+            self._is_told, self._tell_at_s = True, self._flushed_s + COMPLAIN_S
+            _log.error(
+                "%s: the tape cannot be written: %s. The job goes on, and lines wait in memory, up to %d bytes; then the tape ends for "
+                "good. Free the disk.",
+                self.path,
+                error,
+                MAX_PENDING_BYTES,
+            )
 
     def close(self) -> None:
         """Flush, make the tape durable and close it; idempotent, never raises for the disk."""
@@ -136,6 +170,9 @@ class TapeWriter:
             os.fsync(self._fd)
         except OSError as error:
             self.error = self.error or error
+            _log.error("%s: the disk does not say that the tape is durable: %s.", self.path, error)
+        if self._pending:
+            _log.error("%s: the disk has not taken the last %d bytes of the tape. They are in no account.", self.path, len(self._pending))
         self._discard_fd()
 
     def _discard_fd(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from lightning_diloco.protocol.identity import Version
 from lightning_diloco.protocol.records import ContributionRecord, EndRecord, LeaveRecord, RunRecord
 from lightning_diloco.runtime import tape as tape_module
+from lightning_diloco.runtime.complaints import COMPLAIN_S
 from lightning_diloco.runtime.tape import FLUSH_PERIOD_S, TapeError, TapeTail, TapeWriter, append_run_record, read_tape
 
 ROOT = str(Path(__file__).parents[2])
@@ -159,6 +161,68 @@ def test_a_killed_writer_leaves_what_was_flushed(path: Path):
     assert [line.record.learner_id for line in read_tape(path)] == list(range(100))
 
 
+def refuse(fd: int, data: bytes) -> int:
+    """Stands in for `os.write` of a full disk."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_others_cannot_read_the_sessions_on_a_tape(path: Path):
+    before = os.umask(0)
+    try:
+        TapeWriter(path, Clock()).close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_disk_that_refuses_lines_is_logged_at_once_and_once_and_so_is_its_recovery(path: Path, monkeypatch, caplog):
+    clock = Clock()
+    writer = TapeWriter(path, clock)
+    for outage in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(tape_module.os, "write", refuse)
+            for i in range(50):
+                writer.write(leave(i))
+                writer.flush()
+                assert caplog.text.count("the tape cannot be written: [Errno 28] No space left") == outage
+        for _ in range(2):
+            writer.flush()
+        assert caplog.text.count("the disk takes the tape again") == outage and len(read_tape(path)) == 50 * outage
+        clock.now_s += COMPLAIN_S
+    writer.close()
+    assert len(caplog.records) == 4 and all(str(path) in r.getMessage() for r in caplog.records)
+
+
+def test_a_disk_that_flaps_does_not_fill_the_log_and_an_outage_that_lasts_is_told(path: Path, monkeypatch, caplog):
+    clock = Clock()
+    writer = TapeWriter(path, clock)
+
+    def fail_for(num_flushes: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(tape_module.os, "write", refuse)
+            for _ in range(num_flushes):
+                writer.write(leave(0))
+                writer.flush()
+                clock.now_s += FLUSH_PERIOD_S
+
+    for _ in range(10):
+        fail_for(1)
+        writer.flush()
+    assert len(caplog.records) == 2
+    fail_for(int(COMPLAIN_S / FLUSH_PERIOD_S))
+    assert len(caplog.records) == 3, "it lasts"
+    writer.close()
+    assert "takes the tape again" in caplog.records[3].getMessage()
+
+
+def test_lines_that_the_disk_has_not_taken_at_the_end_are_said_to_be_lost(path: Path, monkeypatch, caplog):
+    writer = TapeWriter(path, Clock())
+    writer.write(leave(0))
+    monkeypatch.setattr(tape_module.os, "write", refuse)
+    writer.close()
+    assert "the disk has not taken the last" in caplog.text and "in no account" in caplog.text
+
+
 def test_full_disk_is_kept_as_an_error_and_the_tape_goes_on_when_there_is_room(path: Path, monkeypatch: pytest.MonkeyPatch):
     writer = TapeWriter(path, Clock())
     real_write, room = os.write, [30]
@@ -187,24 +251,22 @@ def test_full_disk_is_kept_as_an_error_and_the_tape_goes_on_when_there_is_room(p
     writer.close()
 
 
-def test_disk_that_stays_full_does_not_fill_the_memory(path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_disk_that_stays_full_does_not_fill_the_memory_and_the_log_says_where_the_tape_ends(path: Path, monkeypatch, caplog):
     writer = TapeWriter(path, Clock())
     writer.write(leave(0))
     writer.flush()
-
-    def write(fd: int, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     monkeypatch.setattr(tape_module, "MAX_PENDING_BYTES", 1000)
     with monkeypatch.context() as patch:
-        patch.setattr(tape_module.os, "write", write)
+        patch.setattr(tape_module.os, "write", refuse)
         for i in range(1, 100):
             writer.write(leave(i))
             writer.flush()
     assert len(writer._pending) == 0
+    assert caplog.text.count("The tape ends here for good") == 1
     writer.write(leave(100))
     writer.close()
     assert [line.record for line in read_tape(path)] == [leave(0)]  # it ends where it was given up, and can be read
+    assert len(caplog.records) == 2, "the disk takes nothing of it again"
 
 
 def test_disk_error_while_closing_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch):
