@@ -32,12 +32,17 @@ class Founded:
 
 
 def keep_founding(store: SyncerStore, snapshots: SnapshotStore, payloads: PayloadKeeper) -> Founded:
-    """Put a complete founding on the disk; a disk that fails is logged, and the job begins all the same."""
+    """Put a complete founding on the disk; a disk that fails is logged, tried again before each snapshot, and the job begins."""
     founding = Founding(config=store.config, fingerprint=store.layout.fingerprint(), layout=store.layout, static=store.static)
     try:
         snapshots.write_founding(founding)
     except OSError as error:
-        _log.error("The founding could not be written to %s: %s. The run cannot be resumed.", snapshots.folder.parent, error)
+        _log.error(
+            "The founding could not be written to %s: %s. It is tried again before each snapshot; until it is there the run cannot be "
+            "resumed. Free the disk.",
+            snapshots.folder.parent,
+            error,
+        )
     return Founded(store.crcs(), store.founding_bytes, payloads.put_founding(founding_entries(store)))
 
 

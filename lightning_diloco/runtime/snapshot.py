@@ -1,8 +1,8 @@
 """Snapshots of a syncer: what it needs to go on with its job, on disk.
 
     snapshots/identity.json     job, lineage, the epoch of the newest start; replaced at every start, before anything is served
-    snapshots/founding.json     configuration, layout and fingerprint of the founding; written once
-    snapshots/static.bin        its static state; written once
+    snapshots/founding.json     configuration, layout and fingerprint of the founding; written once, before the first snapshot
+    snapshots/static.bin        its static state; written once, before founding.json
     snapshots/00000012/         manifest.json, and a safetensors file for each fragment: theta, momentum, shadow
 
 Fragments are independent, so a set of files, each of which is one fragment at one version, is a consistent cut (DESIGN.md section 7). A
@@ -100,6 +100,7 @@ class SnapshotStore:
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / FOLDER
         self._written: deque[dict[int, tuple[Version, Path, dict[str, Any]]]] = deque(maxlen=_KEPT)
+        self._owed: Founding | None = None
 
     # ---- what is written once -----------------------------------------------------------------------------------------------
 
@@ -126,11 +127,12 @@ class SnapshotStore:
             raise SnapshotError(f"{self.folder / _IDENTITY}: {error}. The file is damaged, and the job cannot be gone on with.") from error
 
     def write_founding(self, founding: Founding) -> None:
-        """Keep what a founding said, durably; once.
+        """Keep what a founding said, durably; once. What the disk refuses is tried again before each snapshot.
 
         Raises:
             OSError: the disk failed.
         """
+        self._owed = founding
         self.folder.mkdir(exist_ok=True)
         static = {"static_bytes": founding.static.numel(), "static_crc": crc32(founding.static)}
         temporary = self.folder / f".{_STATIC}"
@@ -143,6 +145,7 @@ class SnapshotStore:
         layout = base64.b64encode(founding.layout.to_bytes()).decode()
         told = {"config": founding.config.as_dict(), "fingerprint": founding.fingerprint, "layout": layout}
         _write_json(self.folder / _FOUNDING, {"schema": _SCHEMA, **told, **static})
+        self._owed = None
 
     def read_founding(self) -> Founding | None:
         """What the founding said; None if the job has not been founded.
@@ -181,6 +184,10 @@ class SnapshotStore:
         Raises:
             OSError: the disk failed; what was there before is still there.
         """
+        if self._owed is not None:
+            # Without its founding no snapshot is of any use.
+            self.write_founding(self._owed)
+            _log.warning("%s: the founding is written now. The run can be resumed.", self.folder)
         number = max((int(path.name) for path in self._folders()), default=0) + 1
         temporary = self.folder / f".{number:08d}"
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_diloco.cli.main import main
 from lightning_diloco.errors import ConfigurationError
+from lightning_diloco.runtime import snapshot
 from lightning_diloco.runtime.opening import open_job
 from lightning_diloco.runtime.snapshot import SnapshotStore
-from tests.runtime.job_helpers import running_job, whole_life
+from tests.runtime.job_helpers import CONFIG, running_job, whole_life
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +62,25 @@ def test_a_directory_of_a_job_is_not_taken_for_a_new_one(ended, tmp_path):
     (run_dir / "tape.jsonl").unlink()
     with pytest.raises(ConfigurationError, match="holds an earlier job"):
         open_job(run_dir, SnapshotStore(run_dir), resume=False)
+
+
+@pytest.mark.parametrize("name", [".static.bin", "founding.tmp"])
+def test_a_founding_that_the_disk_refused_is_written_before_the_first_snapshot(name, tmp_path, monkeypatch, caplog):
+    real, refusals, early = snapshot.write_file, [3], list[Path]()
+
+    def write_file(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name == name and refusals[0]:
+            refusals[0] -= 1
+            early.extend(path.parent.glob("[0-9]*"))
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, *arguments, **options)
+
+    monkeypatch.setattr(snapshot, "write_file", write_file)
+    with running_job(tmp_path, config=replace(CONFIG, snapshot_interval_s=0.02)) as job:
+        whole_life(job.client(0), 60)
+        job.finish()
+    assert refusals == [0] and not early, "no snapshot without its founding"
+    assert "until it is there the run cannot be resumed" in caplog.text
+    assert caplog.text.count("the founding is written now") == 1
+    opening = open_job(tmp_path, SnapshotStore(tmp_path), resume=True)
+    assert opening.resumption is not None and all(f is not None for f in opening.fragments)
