@@ -15,7 +15,6 @@ from pathlib import Path
 from lightning_diloco.errors import ConfigurationError, LocalProtocolError
 from lightning_diloco.protocol.history import History
 from lightning_diloco.protocol.publisher import Current
-from lightning_diloco.protocol.records import TapeLine
 from lightning_diloco.protocol.recovery import Resumption
 from lightning_diloco.runtime.checksum import crc32
 from lightning_diloco.runtime.snapshot import Founding, FragmentSnapshot, Identity, SnapshotError, SnapshotStore
@@ -71,37 +70,37 @@ def _go_on(run_dir: Path, snapshots: SnapshotStore, part: tuple[int, int]) -> Op
     identity = snapshots.read_identity()
     if identity is None:
         raise ConfigurationError(f"--resume: {run_dir} holds no job. Give the run directory of an earlier syncer, or leave --resume out.")
-    tape = run_dir / TAPE_NAME
-    lines = read_tape(tape) if tape.exists() else []
-    # The wall clock counts the time in between; should it have been set back, the tape's own last second is the least.
-    elapsed_s = max(time.time() - identity.started_unix_s, lines[-1].t_s if lines else 0.0)
-    founding = snapshots.read_founding()
+    since_s = time.time() - identity.started_unix_s
+    tape, founding = run_dir / TAPE_NAME, snapshots.read_founding()
     if founding is not None:
         _refuse_another_part(run_dir, founding, part)
-    history = _read_history(lines, founding, snapshots)
-    job = history[0].job
+    fragments = tuple(snapshots.read(founding.layout.fragment_sizes)) if founding is not None else ()
+    history, last_s = _fold(tape, fragments)
+    # The wall clock counts the time in between; should it have been set back, the tape's own last second is the least.
+    elapsed_s = max(since_s, last_s)
+    job = history.job
     if job is not None and (founding is None or len(job.fragments) != len(founding.layout.fragments)):
         raise SnapshotError(f"{tape} tells of a founding that {snapshots.folder} does not hold. Start a new job in a new directory.")
-    if job is None and any(f is not None for f in history[1]):
+    if job is None and any(f is not None for f in fragments):
         raise SnapshotError(f"{snapshots.folder} holds a job, but {tape}, which tells its accounts, is gone or empty. Put the tape back.")
-    epoch = 1 + max(identity.epoch, history[0].epoch)
+    epoch = 1 + max(identity.epoch, history.epoch)
     identity = replace(identity, epoch=epoch)
     if founding is None or job is None:
         return Opening(identity=identity, elapsed_s=elapsed_s)
     resumption = Resumption(
-        history=history[0],
+        history=history,
         config=founding.config,
         fingerprint=founding.fingerprint,
         static_crc=crc32(founding.static),
         static_bytes=founding.static.numel(),
         currents=tuple(
             None if f is None else Current.alone(info, founding.config.wire_dtype, f.version, f.crc, f.merged_through)
-            for f, info in zip(history[1], history[0].fragments, strict=True)
+            for f, info in zip(fragments, history.fragments, strict=True)
         ),
         # A snapshot of an epoch that the tape does not tell of: its syncer ended before it could write the restart down.
-        origins=tuple(f.origin if f is not None and f.version.epoch > history[0].epoch else None for f in history[1]),
+        origins=tuple(f.origin if f is not None and f.version.epoch > history.epoch else None for f in fragments),
     )
-    return Opening(identity=identity, elapsed_s=elapsed_s, founding=founding, fragments=history[1], resumption=resumption)
+    return Opening(identity=identity, elapsed_s=elapsed_s, founding=founding, fragments=fragments, resumption=resumption)
 
 
 def _refuse_another_part(run_dir: Path, founding: Founding, part: tuple[int, int]) -> None:
@@ -116,11 +115,10 @@ def _refuse_another_part(run_dir: Path, founding: Founding, part: tuple[int, int
         )
 
 
-def _read_history(
-    lines: list[TapeLine], founding: Founding | None, snapshots: SnapshotStore
-) -> tuple[History, tuple[FragmentSnapshot | None, ...]]:
-    fragments = tuple(snapshots.read(founding.layout.fragment_sizes)) if founding is not None else ()
-    history = History(tuple(None if f is None else f.version for f in fragments))
-    for line in lines:
+def _fold(tape: Path, fragments: tuple[FragmentSnapshot | None, ...]) -> tuple[History, float]:
+    """What the tape tells, and the second of its last line; line by line, for a tape grows as long as its job runs."""
+    history, last_s = History(tuple(None if f is None else f.version for f in fragments)), 0.0
+    for line in read_tape(tape) if tape.exists() else ():
         history.feed(line.record)
-    return history, fragments
+        last_s = line.t_s
+    return history, last_s

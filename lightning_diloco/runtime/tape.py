@@ -52,6 +52,8 @@ FLUSH_PERIOD_S: Final = 0.5
 MAX_PENDING_BYTES: Final = 16 << 20
 """Bytes that wait for a disk that fails, before the tape is given up."""
 _END_BLOCK_BYTES: Final = 1 << 16
+_PORTION_BYTES: Final = 1 << 20
+"""A whole tape is read in portions: its records take several times the room of its bytes."""
 
 _log = logging.getLogger(__name__)
 
@@ -238,18 +240,18 @@ class TapeTail:
         return line
 
 
-def read_tape(path: Path) -> list[TapeLine]:
-    """All complete lines of a tape; a half-written last line is left out.
+def read_tape(path: Path) -> Iterator[TapeLine]:
+    """All complete lines of a tape one after the other, in little memory; a half-written last line is left out.
 
     Raises:
-        TapeError: the file is missing, or a line is no record or not in order.
+        TapeError: the file is missing, or a line is no record or not the next one.
+        OSError: the file cannot be read.
     """
     if not path.exists():
         raise TapeError(f"{path}: no tape here. Give the path of a run directory's {TAPE_NAME}.")
     tail = TapeTail(path)
-    lines = tail.read_new()
-    tail.read_new()  # raises if it stopped at a damaged line
-    return lines
+    while lines := tail.read_new(_PORTION_BYTES):
+        yield from lines
 
 
 def walk_tape(path: Path) -> Iterator[TapeLine]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 
 from lightning_diloco.cli.main import main
 from lightning_diloco.errors import ConfigurationError
-from lightning_diloco.runtime import snapshot
+from lightning_diloco.protocol.records import RoundCancelRecord
+from lightning_diloco.runtime import snapshot, tape
 from lightning_diloco.runtime.opening import open_job
 from lightning_diloco.runtime.snapshot import SnapshotStore
+from lightning_diloco.runtime.tape import TAPE_NAME, TapeWriter
 from tests.runtime.job_helpers import CONFIG, running_job, whole_life
 
 
@@ -55,6 +58,25 @@ def test_a_job_that_lacks_a_file_is_not_founded_again(ended, tmp_path, name, wor
         open_job(run_dir, SnapshotStore(run_dir), resume=True)
     assert main(["syncer", "--resume", str(run_dir)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_long_tape_is_folded_line_by_line(ended, tmp_path, monkeypatch):
+    run_dir = copy_of(ended, tmp_path)
+    before = open_job(run_dir, SnapshotStore(run_dir), resume=True)
+    writer = TapeWriter(run_dir / TAPE_NAME, now=lambda: 1e9, t0_s=0.0)
+    for i in range(20_000):
+        writer.write(RoundCancelRecord(fragment_id=0, round_id=i, contributions=0, quorum=1))
+    writer.close()
+    monkeypatch.setattr(tape, "_PORTION_BYTES", 1 << 14)
+    tracemalloc.start()
+    try:
+        opening = open_job(run_dir, SnapshotStore(run_dir), resume=True)
+        assert tracemalloc.get_traced_memory()[1] < (run_dir / TAPE_NAME).stat().st_size / 4
+    finally:
+        tracemalloc.stop()
+    assert opening.elapsed_s == 1e9, "the second of the last line"
+    assert opening.resumption is not None and before.resumption is not None
+    assert opening.resumption.history.last_seq == before.resumption.history.last_seq
 
 
 def test_a_directory_of_a_job_is_not_taken_for_a_new_one(ended, tmp_path):

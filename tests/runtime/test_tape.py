@@ -8,15 +8,16 @@ import signal
 import stat
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from lightning_diloco.protocol.identity import Version
-from lightning_diloco.protocol.records import ContributionRecord, EndRecord, LeaveRecord, RunRecord
+from lightning_diloco.protocol.records import ContributionRecord, EndRecord, LeaveRecord, RunRecord, TapeLine
 from lightning_diloco.runtime import tape as tape_module
 from lightning_diloco.runtime.complaints import COMPLAIN_S
-from lightning_diloco.runtime.tape import FLUSH_PERIOD_S, TapeError, TapeTail, TapeWriter, append_run_record, read_tape
+from lightning_diloco.runtime.tape import FLUSH_PERIOD_S, TapeError, TapeTail, TapeWriter, append_run_record
 
 ROOT = str(Path(__file__).parents[2])
 CONTRIBUTION = ContributionRecord(
@@ -48,6 +49,10 @@ class Clock:
 
 def leave(learner_id: int) -> LeaveRecord:
     return LeaveRecord(learner_id=learner_id, incarnation=0, reason="limit")
+
+
+def read_tape(path: Path) -> list[TapeLine]:
+    return list(tape_module.read_tape(path))
 
 
 @pytest.fixture
@@ -305,6 +310,27 @@ def test_tape_whose_last_line_is_no_record_is_not_continued(path: Path):
     path.write_bytes(b"hello\n")
     with pytest.raises(TapeError, match="the last line is not a record"):
         TapeWriter(path)
+
+
+def test_a_tape_of_many_portions_is_read_whole_and_in_little_memory(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tape_module, "_PORTION_BYTES", 1000)
+    writer = TapeWriter(path, Clock())
+    for i in range(2000):
+        writer.write(leave(i))
+    writer.close()
+    assert [line.seq for line in read_tape(path)] == list(range(2000))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in tape_module.read_tape(path)) == 2000
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 4
+    finally:
+        tracemalloc.stop()
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    assert len(read_tape(path)) == 1999, "a half-written last line is left out"
+    path.write_bytes(data.replace(b'"seq":1500,', b'"seq":1501,'))
+    with pytest.raises(TapeError, match="line 1501: seq is 1501 and should be 1500"):
+        read_tape(path)
 
 
 def test_missing_tape_is_a_sentence(path: Path):
