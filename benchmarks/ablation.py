@@ -29,7 +29,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipe_rows import ROOT, Rows, mean, table
+from benchmarks.recipe_rows import ROOT, Rows, mean, table
 
 LEARNERS, BATCH_SIZE, CONTEXT, STEPS, RATE = 4, 64, 32, 800, 2.4e-2
 UNTIL_OTHERS_END = f"+strategy.token_budget={int((LEARNERS - 0.5) * STEPS * BATCH_SIZE * CONTEXT)}"

@@ -15,7 +15,6 @@ With `--json` a result is appended to the file under its settings, and settings 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -34,6 +33,7 @@ from emulate_arguments import read
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
+from benchmarks.row_file import read_rows, write_rows
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.outer import FragmentState, FragmentView, MergeAccumulator, last_step, momentum_at, outer_step, plan_layout
 from recipes.byte_model import warmup_cosine
@@ -355,25 +355,23 @@ def main() -> int:
         if name not in kinds:
             parser.error(f"{name!r} is no setting: there are {', '.join(kinds)}.")
         rows = [{**row, name: part} for row in rows for part in read(parser, name, kinds[name], value)]
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
         settings = Settings(**row)
         if settings.method == "ddp" and settings.inner in ("shared", "estimate"):
             parser.error(f"inner={settings.inner} is about learners; method=ddp has none.")
         name = " ".join(f"{k}={v}" for k, v in asdict(settings).items() if v != getattr(Settings, k) or k in NAMED)
-        known = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+        known = read_rows(arguments.json, {}) if arguments.json else {}
         if name not in known:
             start_s = time.monotonic()
             result = Run(settings).train()
             result["seconds"] = round(time.monotonic() - start_s, 1)
             result = {k: v if math.isfinite(v) else None for k, v in result.items()}
             if arguments.json:
-                known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-                known[name] = result
-                arguments.json.write_text(json.dumps(known, indent=1) + "\n")
-            else:
-                known[name] = result
+                # Again: another process may have added rows meanwhile.
+                known = read_rows(arguments.json, {})
+            known[name] = result
+            if arguments.json:
+                write_rows(arguments.json, known)
         print(name, {k: "not finite" if v is None else round(v, 4) for k, v in known[name].items()}, flush=True)
     return 0
 

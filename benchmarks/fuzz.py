@@ -15,7 +15,6 @@ same steps without a syncer, bit for bit; resident memory at the end at most 20 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.row_file import write_rows
 from tests.fuzzing.learner_target import attack_learner
 from tests.fuzzing.syncer_target import attack_syncer
 from tests.fuzzing.tally import Tally
@@ -51,9 +51,8 @@ def main() -> int:
             print(f"{arguments.messages // len(targets):,} messages to the {name} ...", flush=True)
             tallies.append(attacks[name](arguments.messages // len(targets), arguments.seed, Path(folder)))
         show(tallies[-1])
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     found = {"seed": arguments.seed, "torch": torch.__version__, "targets": [tally.as_dict() for tally in tallies]}
-    arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_rows(arguments.json, found)
     print(f"Written to {arguments.json}.")
     return 1 if any(tally.faults for tally in tallies) else 0
 

@@ -23,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.row_file import read_rows, write_rows  # noqa: E402
+
 CLASS = "compares the strategy's class or options, or that of its launcher"
 LAST = "counts validations or workers: the final global model is validated once more"
 CALLER = "asks the calling process for what only learners have (a sampler, mocked calls)"
@@ -59,14 +63,14 @@ def main() -> int:
     root = arguments.tests / "tests_pytorch"
     if not root.is_dir():
         parser.error(f"{root} is no folder: give the folder `tests` of Lightning's repository.")
-    known: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    known: dict[str, Any] = read_rows(arguments.json, {})
     files = sorted(p.relative_to(arguments.tests).as_posix() for p in root.rglob("test_*.py"))
     files = [f for f in files if not arguments.only or any(word in f for word in arguments.only)]
     for file in files:
         for mode in ("plain", arguments.mode):
             if file not in known.setdefault(mode, {}):
                 known[mode][file] = run(arguments.tests, file, mode, arguments.timeout)
-                arguments.json.write_text(json.dumps(known, indent=1))
+                write_rows(arguments.json, known)
     return compare(known, arguments.mode, files)
 
 

@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.row_file import read_rows, write_rows  # noqa: E402
 
 
 def main() -> int:
@@ -31,13 +34,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "main_job.json", metavar="FILE", help="rows so far")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed on to the recipe")
     args = parser.parse_args()
-    rows: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
+    rows: dict[str, Any] = read_rows(args.json, {})
     for seed in range(args.repeat):
         name = " ".join([f"seed={seed}", *args.overrides])
         if name not in rows:
             rows[name] = run_once([f"seed={seed}", *args.overrides])
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+            write_rows(args.json, rows)
     return report(rows)
 
 

@@ -39,7 +39,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from stall import MODELS, QUIET, ROOT, job
+from benchmarks.row_file import read_rows, write_rows
+from benchmarks.stall import MODELS, QUIET, ROOT, job
 
 STEPS = 144
 """Of blocks that a founding needed some are kept for `RECENT` loans more, one loan a step and pool: they are over in the second half."""
@@ -57,12 +58,11 @@ def main() -> int:
     if arguments.process:
         train(arguments.process[0], Path(arguments.process[1]), arguments.params[0])
         return 0
-    rows: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    rows: dict[str, Any] = read_rows(arguments.json, {})
     for size in arguments.params:
         if str(size) not in rows:
             rows[str(size)] = measure(size)
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+            write_rows(arguments.json, rows)
     return report([rows[str(size)] for size in arguments.params])
 
 

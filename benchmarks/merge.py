@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.recipe_rows import table  # noqa: E402
+from benchmarks.row_file import read_rows, write_rows  # noqa: E402
 
 MAX_FACTOR, MAX_DISTANCE, MEMORY_MARGIN = 2.0, 0.1, 0.1
 FORMULA_MB = 40
@@ -70,14 +71,13 @@ def main() -> int:
     if arguments.process:
         arguments.process.write_text(json.dumps(measure(arguments)))
         return 0
-    rows: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    rows: dict[str, Any] = read_rows(arguments.json, {})
     names = {mb: [name_of(arguments, mb, m) for m in arguments.learners] for mb in arguments.mb}
     for mb in arguments.mb:
         if any(name not in rows for name in names[mb]):
             print(f"... {mb} MB", flush=True)
             rows |= run(arguments, mb)
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+            write_rows(arguments.json, rows)
     return report([[rows[name] for name in names[mb]] for mb in arguments.mb])
 
 

@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.recipe_rows import table  # noqa: E402
+from benchmarks.row_file import read_rows, write_rows  # noqa: E402
 
 SPEEDS = (0.5, 0.5, 0.25, 0.125)
 OFFSET_S, PER_SAMPLE_S, BATCH, CONTEXT = 0.010, 0.005, 8, 32
@@ -72,7 +73,7 @@ def main() -> int:
     if arguments.process:
         train(arguments.process)
         return 0
-    known: dict[str, dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    known: dict[str, dict[str, Any]] = read_rows(arguments.json, {})
     for limit in [f"tokens={arguments.tokens}", *([f"seconds={arguments.seconds:g}"] if arguments.seconds else [])]:
         for seed in arguments.seeds:
             for row in arguments.only:
@@ -81,8 +82,7 @@ def main() -> int:
                     print(f"... {name}", flush=True)
                     known[name] = run(row, seed, limit)
                     print(f"    {known[name]}", flush=True)
-                    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                    arguments.json.write_text(json.dumps(known, indent=1) + "\n")
+                    write_rows(arguments.json, known)
     return report(known, arguments)
 
 

@@ -20,7 +20,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from recipe_rows import ROOT, Rows, mean, table
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.recipe_rows import ROOT, Rows, mean, table
 
 AIMS = {"2x800": 0.0, "4x800": 0.02, "8x800": 0.05, "2x2400": 0.0, "4x2400": 0.01}
 """Learners x inner steps, with the largest relative difference that is aimed at."""

@@ -15,6 +15,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from benchmarks.row_file import read_rows, write_rows
+
 __all__ = ["Rows", "mean", "table"]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,10 +31,7 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as error:
-            raise SystemExit(f"{path} is no file of rows ({error}). Mend or delete it, or give another one with --json.") from None
+        self.known: dict[str, dict[str, Any]] = read_rows(path, {})
 
     def get(self, *overrides: str, script: list[str] | None = None, runs: bool = True) -> dict[str, Any] | None:
         """The row of these overrides; run now if it is not there and `runs` says so, by ``recipes/train.py`` or another script.
@@ -43,7 +42,7 @@ class Rows:
         if name not in self.known and runs:
             print(f"... {name}", flush=True)
             self.known[name] = _run(script or [str(ROOT / "recipes" / "train.py")], overrides)
-            self._write()
+            write_rows(self.path, self.known)
             print(f"    {self.known[name]}", flush=True)
         return self.known.get(name)
 
@@ -72,14 +71,8 @@ class Rows:
             row = _figures(path.parents[2])
             if row is not None and "val_loss" not in self.known.get(key, {}):
                 self.known[key], count = row, count + 1
-        self._write()
+        write_rows(self.path, self.known)
         return count
-
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_name(self.path.name + ".new")
-        new.write_text(json.dumps(self.known, indent=1) + "\n")
-        new.replace(self.path)  # whoever is killed here leaves the rows that were there
 
 
 def _run(script: list[str], overrides: tuple[str, ...]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.recipe_rows import table  # noqa: E402
+from benchmarks.row_file import read_rows, write_rows  # noqa: E402
 from benchmarks.wan.jobs import processor_s  # noqa: E402
 from benchmarks.wan.report import ANSWER_S, p99  # noqa: E402
 
@@ -65,14 +66,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that processes end with this one
     if len(os.sched_getaffinity(0)) < 2:
         parser.error("two cores are needed: one for the syncer, one for the learners.")
-    rows: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    rows: dict[str, Any] = read_rows(arguments.json, {})
     names = {f"{arguments.learners} learners, quorum {arguments.quorum}, {ms} ms, {arguments.seconds:g} s": ms for ms in arguments.step_ms}
     for name, ms in names.items():
         if name not in rows:
             print(f"... {name}", flush=True)
             rows[name] = run(arguments, ms)
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(rows) + "\n")
+            write_rows(arguments.json, rows, indent=None)
     return report([rows[name] for name in names])
 
 

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.mixed import make_data, make_module, make_steps  # noqa: E402
 from benchmarks.recipe_rows import table  # noqa: E402
+from benchmarks.row_file import write_rows  # noqa: E402
 
 SPEED = 0.5
 EVERY_S = 5.0
@@ -58,8 +59,7 @@ def main() -> int:
     if arguments.seconds < 40:
         parser.error(f"--seconds {arguments.seconds:g}: at least 40.")
     jobs = {name: run(name == "with", arguments) for name in ("without", "with")}
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(jobs, indent=1) + "\n")
+    write_rows(arguments.json, jobs)
     return report(jobs, arguments.seconds)
 
 

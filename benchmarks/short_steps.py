@@ -9,14 +9,15 @@ Each cell is N jobs of 600 steps per learner (`--repeat`, default 4), the same s
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lightning.pytorch as pl
 import torch
@@ -24,6 +25,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.row_file import read_rows, write_rows
 from lightning_diloco import DecoupledDiLoCoStrategy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,13 +94,12 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=4, metavar="N", help="jobs per cell (default 4)")
     parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "short_steps.json", metavar="FILE", help="rows so far")
     args = parser.parse_args()
-    rows: dict[str, list[dict[str, Any]]] = json.loads(args.json.read_text()) if args.json.exists() else {}
+    rows: dict[str, list[dict[str, Any]]] = read_rows(args.json, {})
     for sleep_s, options in CELLS:
         name = f"{1e3 * sleep_s:g} ms, " + (" ".join(f"{k}={v}" for k, v in options.items()) or "defaults")
         while len(rows.setdefault(name, [])) < args.repeat:
             rows[name].append(run_once(sleep_s, options))
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+            write_rows(args.json, rows)
     print("| sleep, options | median step | least participation | mean members of 3 | validation loss of each job |\n|---|---|---|---|---|")
     for name, jobs in rows.items():
         mean = {key: sum(job[key] for job in jobs) / len(jobs) for key in ("step_median_ms", "min_participation", "mean_members")}

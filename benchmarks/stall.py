@@ -37,9 +37,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.row_file import read_rows, write_rows  # noqa: E402
+
 BLOCK_STEPS = 20
 SKIPPED_STEPS = 2
 WARM_UP_STEPS = 3 * BLOCK_STEPS
@@ -78,13 +80,12 @@ def main() -> int:
     if arguments.learner:
         learn(arguments.learner[0], Path(arguments.learner[1]), arguments.params[0], arguments.blocks, arguments.times)
         return 0
-    rows: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    rows: dict[str, Any] = read_rows(arguments.json, {})
     for size in arguments.params:
         name = f"{size} M, {arguments.times * MODELS[size]['batch']} windows, {arguments.blocks} blocks"
         if name not in rows:
             rows[name] = run(size, arguments.blocks, arguments.times)
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+            write_rows(arguments.json, rows)
     return report(rows)
 
 

@@ -22,7 +22,6 @@ The exit code is 1 if a gap is above its limit.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -37,6 +36,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.row_file import write_rows  # noqa: E402
 from benchmarks.storm.cluster import Cluster, Job  # noqa: E402
 from benchmarks.storm.faults import is_serving  # noqa: E402
 from benchmarks.storm.steps import longest_gap_s  # noqa: E402
@@ -67,8 +67,7 @@ def main() -> int:
         )
         rows = run(Cluster(job), arguments.kills)
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(arguments.json, rows)
     return report(rows)
 
 

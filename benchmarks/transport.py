@@ -41,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.merge import Clock  # noqa: E402
 from benchmarks.recipe_rows import table  # noqa: E402
+from benchmarks.row_file import read_rows, write_rows  # noqa: E402
 
 KINDS = ("up", "down", "both")
 WARM_UP_S = 1.0
@@ -66,8 +67,8 @@ def main() -> int:
     if len(os.sched_getaffinity(0)) < 2:
         parser.error("two cores are needed, one for each end.")
     options = {"seconds": arguments.seconds, "mib": arguments.mib, "reference": reference()}
-    rows: list[dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
-    if any(row["options"] != options for row in rows):
+    rows: list[dict[str, Any]] = read_rows(arguments.json, [])
+    if any(row.get("options") != options for row in rows):
         parser.error(f"{arguments.json} holds measurements of other options than {options}. Give another file.")
     kinds = [*KINDS, *([] if arguments.no_keys else [f"{kind}, keys" for kind in KINDS])]
     # The stream stands first and last, so that every other kind has one on both sides.
@@ -75,8 +76,7 @@ def main() -> int:
     for kind in order[len(rows) :]:
         rows.append({"options": options, "kind": kind, **measure(kind, arguments)})
         print(f"... {kind}: {rows[-1]['bytes_per_s'] / 1e9:.2f} GB/s", flush=True)
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(rows) + "\n")
+        write_rows(arguments.json, rows, indent=None)
     return report(rows, kinds)
 
 

@@ -36,7 +36,6 @@ The exit code is 1 if an aim is missed. Jobs that the JSON file holds are not ru
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import signal
 import sys
@@ -49,6 +48,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.row_file import read_rows, write_rows  # noqa: E402
 from benchmarks.wan.jobs import Job, Setting  # noqa: E402
 from benchmarks.wan.net import Net, is_possible  # noqa: E402
 from benchmarks.wan.report import ANSWER_S, ddp_bytes, our_bytes, p99, ratio, single  # noqa: E402
@@ -130,9 +130,9 @@ class Bench:
         known = {
             name: getattr(arguments, name) for name in ("part", "learners", "steps", "batch", "ratio", "learning_rate", "delay_ms", "keys")
         }
-        self._rows: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"options": known, "jobs": {}}
-        if self._rows["options"] != known:
-            raise SystemExit(f"{arguments.json} holds jobs of {self._rows['options']}. Give another file with --json.")
+        self._rows: dict[str, Any] = read_rows(arguments.json, {}) or {"options": known, "jobs": {}}
+        if self._rows.get("options") != known:
+            raise SystemExit(f"{arguments.json} holds jobs of {self._rows.get('options')}. Give another file with --json.")
         self.jobs: dict[str, dict[str, Any]] = self._rows["jobs"]
 
     @property
@@ -150,8 +150,7 @@ class Bench:
             self.jobs[name] = Job(setting=self.setting, method=method, **options).run()
             row = self.jobs[name]
             print(f"    {row['tokens_per_s']:.0f} tokens/s, a step of {row['step_s']:.3f} s, loss {row['val_loss']}", flush=True)
-            self.arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            self.arguments.json.write_text(json.dumps(self._rows, indent=1) + "\n")
+            write_rows(self.arguments.json, self._rows)
         return self.jobs[name]
 
     def alone(self, number: int | str) -> dict[str, Any]:
