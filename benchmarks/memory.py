@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.row_file import read_rows, write_rows
 from benchmarks.stall import MODELS, QUIET, ROOT, job
+from benchmarks.syncer_process import running_syncer
 
 STEPS = 144
 """Of blocks that a founding needed some are kept for `RECENT` loans more, one loan a step and pool: they are over in the second half."""
@@ -72,22 +73,15 @@ def measure(size: int) -> dict[str, float]:
         plain = trained(folder, "none", size)
         for mark in ("half", "trained", "row.json"):
             Path(folder, mark).unlink()
-        command = [sys.executable, "-m", "lightning_diloco", "syncer", "--run-dir", f"{folder}/run"]
-        with open(f"{folder}/out", "w+") as out:
-            syncer = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL, cwd=ROOT)
-            learner = None
+        with running_syncer(Path(folder, "run")) as (syncer, endpoint):
+            learner = subprocess.Popen(child(folder, endpoint, size), cwd=folder, stdout=subprocess.DEVNULL)
             try:
-                learner = subprocess.Popen(
-                    child(folder, endpoint(Path(folder, "out"), syncer), size), cwd=folder, stdout=subprocess.DEVNULL
-                )
                 syncer_figures = watch(learner, syncer, Path(folder))
                 if learner.wait(120):
                     raise SystemExit(f"The learner failed with exit code {learner.returncode}.")
             finally:
-                for process in (learner, syncer):
-                    if process is not None:
-                        process.kill()
-                        process.wait()
+                learner.kill()
+                learner.wait()
         row = json.loads(Path(folder, "row.json").read_text())
     keys = {f"plain_{k}": plain[k] for k in ("training", "highest")} | {f"learner_{k}": row[k] for k in ("training", "highest")}
     return {"num_params": row["num_params"], "share": row["share"], **keys, **syncer_figures}
@@ -103,16 +97,6 @@ def trained(folder: str, address: str, size: int) -> dict[str, Any]:
     subprocess.run(child(folder, address, size), check=True, cwd=folder, stdout=subprocess.DEVNULL)
     row: dict[str, Any] = json.loads(Path(folder, "row.json").read_text())
     return row
-
-
-def endpoint(said: Path, syncer: subprocess.Popen[bytes]) -> str:
-    """The address that the syncer prints."""
-    while syncer.poll() is None:
-        found = re.search(r"tcp://[\d.:]+", said.read_text())
-        if found is not None:
-            return found.group()
-        time.sleep(0.1)
-    raise SystemExit("The syncer ended before it said its address.")
 
 
 def watch(learner: subprocess.Popen[bytes], syncer: subprocess.Popen[bytes], folder: Path) -> dict[str, float]:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -40,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.recipe_rows import table  # noqa: E402
 from benchmarks.row_file import read_rows, write_rows  # noqa: E402
+from benchmarks.syncer_process import running_syncer  # noqa: E402
 from benchmarks.wan.jobs import processor_s  # noqa: E402
 from benchmarks.wan.report import ANSWER_S, p99  # noqa: E402
 
@@ -80,28 +80,23 @@ def run(arguments: argparse.Namespace, step_ms: int) -> dict[str, Any]:
     """One length of a step."""
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="lightning_diloco_scale_") as folder:
-        run_dir, children = Path(folder) / "run", []
-        command = ["taskset", "-c", str(cores[1]), sys.executable, "-m", "lightning_diloco", "syncer", "--run-dir", str(run_dir)]
-        syncer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        try:
-            assert syncer.stdout is not None
-            found = re.search(r"tcp://[\d.:]+", syncer.stdout.readline())
-            if found is None:
-                raise SystemExit("The syncer did not say its address.")
-            share = -(-arguments.learners // arguments.processes)
-            for first in range(0, arguments.learners, share):
-                told = [found.group(), str(first), str(min(share, arguments.learners - first)), str(Path(folder) / f"row_{first}.json")]
-                learner = ["taskset", "-c", str(cores[0]), sys.executable, __file__, "--process", *told]
-                learner += ["--learners", str(arguments.learners), "--quorum", str(arguments.quorum), "--step-ms", str(step_ms)]
-                learner += ["--processes", str(arguments.processes), "--seconds", str(arguments.seconds)]
-                children.append(subprocess.Popen(learner, cwd=folder))
-            spent_s = watch(syncer, children, Path(folder), arguments.seconds)
-            rows = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("row_*.json"))]
-            summary = json.loads((run_dir / "summary.json").read_text())
-        finally:
-            for child in (*children, syncer):
-                child.kill()
-                child.wait()
+        run_dir, children = Path(folder) / "run", list[subprocess.Popen[bytes]]()
+        with running_syncer(run_dir, core=cores[1]) as (syncer, endpoint):
+            try:
+                share = -(-arguments.learners // arguments.processes)
+                for first in range(0, arguments.learners, share):
+                    told = [endpoint, str(first), str(min(share, arguments.learners - first)), str(Path(folder) / f"row_{first}.json")]
+                    learner = ["taskset", "-c", str(cores[0]), sys.executable, __file__, "--process", *told]
+                    learner += ["--learners", str(arguments.learners), "--quorum", str(arguments.quorum), "--step-ms", str(step_ms)]
+                    learner += ["--processes", str(arguments.processes), "--seconds", str(arguments.seconds)]
+                    children.append(subprocess.Popen(learner, cwd=folder))
+                spent_s = watch(syncer, children, Path(folder), arguments.seconds)
+            finally:
+                for child in children:
+                    child.kill()
+                    child.wait()
+        rows = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("row_*.json"))]
+        summary = json.loads((run_dir / "summary.json").read_text())
     return {
         "step_s": step_ms / 1e3,
         "rounds_per_s": statistics.mean(rate for row in rows for rate in row["rounds_per_s"]),
@@ -114,7 +109,7 @@ def run(arguments: argparse.Namespace, step_ms: int) -> dict[str, Any]:
     }
 
 
-def watch(syncer: subprocess.Popen[str], children: list[subprocess.Popen[bytes]], folder: Path, seconds: float) -> float:
+def watch(syncer: subprocess.Popen[bytes], children: list[subprocess.Popen[bytes]], folder: Path, seconds: float) -> float:
     """Until all have ended; returns the syncer's processor time of the time that counts."""
     begin_s, before_s, spent_s = None, 0.0, 0.0
     while syncer.poll() is None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -37,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.mixed import make_data, make_module, make_steps  # noqa: E402
 from benchmarks.recipe_rows import table  # noqa: E402
 from benchmarks.row_file import write_rows  # noqa: E402
+from benchmarks.syncer_process import running_syncer  # noqa: E402
 
 SPEED = 0.5
 EVERY_S = 5.0
@@ -70,31 +70,31 @@ def run(has_guests: bool, arguments: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(prefix="lightning_diloco_scavenging_") as name:
         folder = Path(name)
-        syncer, endpoint = _start_syncer(folder / "run")
-        learners = [_start(folder, endpoint, i, arguments) for i in range(2)]
-        guests: list[subprocess.Popen[bytes]] = []
-        begin_s, changes, looks = _first_step(folder, syncer), [], []
-        try:
-            while (at_s := time.monotonic() - begin_s) < arguments.seconds:
-                if has_guests and not guests and at_s > arguments.seconds / 4:
-                    guests = [_start(folder, endpoint, i, arguments) for i in (2, 3)]
-                    changes.append(("join", time.monotonic()))
-                if guests and len(changes) == 1 and at_s > 3 * arguments.seconds / 4:
-                    changes.append(("leave", time.monotonic()))
-                    for guest in guests:
-                        guest.send_signal(signal.SIGTERM)
-                try:
-                    export_model(folder / "run", folder / f"look_{len(looks):03d}.safetensors")
-                    looks.append(at_s)
-                except ConfigurationError:
-                    pass  # no snapshot yet
-                time.sleep(EVERY_S)
-            (folder / "end").touch()
-            for process in [*learners, *guests, syncer]:
-                process.wait(60.0)
-        finally:
-            for process in [*learners, *guests, syncer]:
-                process.kill()
+        with running_syncer(folder / "run") as (syncer, endpoint):
+            learners = [_start(folder, endpoint, i, arguments) for i in range(2)]
+            guests: list[subprocess.Popen[bytes]] = []
+            begin_s, changes, looks = _first_step(folder, syncer), [], []
+            try:
+                while (at_s := time.monotonic() - begin_s) < arguments.seconds:
+                    if has_guests and not guests and at_s > arguments.seconds / 4:
+                        guests = [_start(folder, endpoint, i, arguments) for i in (2, 3)]
+                        changes.append(("join", time.monotonic()))
+                    if guests and len(changes) == 1 and at_s > 3 * arguments.seconds / 4:
+                        changes.append(("leave", time.monotonic()))
+                        for guest in guests:
+                            guest.send_signal(signal.SIGTERM)
+                    try:
+                        export_model(folder / "run", folder / f"look_{len(looks):03d}.safetensors")
+                        looks.append(at_s)
+                    except ConfigurationError:
+                        pass  # no snapshot yet
+                    time.sleep(EVERY_S)
+                (folder / "end").touch()
+                for process in [*learners, *guests, syncer]:
+                    process.wait(60.0)
+            finally:
+                for process in [*learners, *guests]:
+                    process.kill()
         from benchmarks.storm.learner import validate
 
         losses = [validate(folder / f"look_{i:03d}.safetensors") for i in range(len(looks))]
@@ -107,16 +107,6 @@ def run(has_guests: bool, arguments: argparse.Namespace) -> dict[str, Any]:
             "tokens_merged": summary["tokens_merged"],
             "mean_members": summary["mean_members"],
         }
-
-
-def _start_syncer(run_dir: Path) -> tuple[subprocess.Popen[bytes], str]:
-    command = [sys.executable, "-m", "lightning_diloco", "syncer", "--run-dir", str(run_dir)]
-    syncer = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
-    assert syncer.stdout is not None
-    for line in syncer.stdout:
-        if found := re.search(rb"tcp://[\d.:]+", line):
-            return syncer, found.group().decode()
-    raise SystemExit("The syncer did not say its address.")
 
 
 def _start(folder: Path, endpoint: str, learner_id: int, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:

@@ -26,7 +26,6 @@ import argparse
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.row_file import read_rows, write_rows  # noqa: E402
+from benchmarks.syncer_process import running_syncer  # noqa: E402
 
 BLOCK_STEPS = 20
 SKIPPED_STEPS = 2
@@ -95,24 +95,13 @@ def run(size: int, blocks: int, times: int) -> dict[str, Any]:
     if len(cores) < 2:
         raise SystemExit("Two cores are needed: one for the learner, one for the syncer.")
     with tempfile.TemporaryDirectory(prefix="lightning_diloco_stall_") as folder:
-        command = [sys.executable, "-m", "lightning_diloco", "syncer", "--run-dir", f"{folder}/run"]
-        syncer = subprocess.Popen(
-            ["taskset", "-c", str(cores[1]), *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
-        )
-        try:
-            assert syncer.stdout is not None
-            found = re.search(r"tcp://[\d.:]+", syncer.stdout.readline())
-            if found is None:
-                raise SystemExit("The syncer did not say its address.")
-            out = Path(folder) / "row.json"
-            learner = ["taskset", "-c", str(cores[0]), sys.executable, __file__, "--learner", found.group(), str(out)]
+        out = Path(folder) / "row.json"
+        with running_syncer(Path(folder) / "run", core=cores[1]) as (syncer, endpoint):
+            learner = ["taskset", "-c", str(cores[0]), sys.executable, __file__, "--learner", endpoint, str(out)]
             options = ["--params", str(size), "--blocks", str(blocks), "--times", str(times)]
             subprocess.run([*learner, *options], check=True, cwd=folder, stdout=subprocess.DEVNULL)
             syncer.wait(60)
-            row: dict[str, Any] = json.loads(out.read_text())
-        finally:
-            syncer.kill()
-            syncer.wait()
+        row: dict[str, Any] = json.loads(out.read_text())
         row["merges"] = sum('"event":"merge"' in line for line in (Path(folder) / "run" / "tape.jsonl").read_text().splitlines())
     return row
 
