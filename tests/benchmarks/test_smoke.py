@@ -45,6 +45,7 @@ def test_stall(tmp_path):
     said, rows = run(tmp_path, "stall.py", "--params", "1", "--blocks", "3")
     (row,) = rows.values()
     assert "| 1 M, 16 windows, 3 blocks (854,272) |" in said and row["merges"] > 24 and len(row["step_by_block_s"]) == 7
+    assert "NOT JUDGED, fewer than 5 ratios on / off: 1 M, 16 windows, 3 blocks\n" in said and "MISSED" not in said
     assert row["parts_s"]["inner state aside"] > 0.0 and row["bytes_per_boundary"] > 0
 
 
