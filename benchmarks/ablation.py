@@ -112,6 +112,8 @@ def main() -> int:
             tokens = f"{mean([row['tokens'] for row in done]) / 1e6:.2f}" if done else "-"
             lines.append([title, f"{mean(losses):.4f}" if losses else "-", ", ".join(f"{loss:.4f}" for loss in losses), tokens])
         print(f"\n{name}\n\n{table(['setting', 'validation loss', 'by seed', 'million tokens'], lines)}")
+    for sentence in rows.failed():
+        print(sentence)
     return 0 if is_complete else 1
 
 

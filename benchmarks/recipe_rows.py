@@ -32,19 +32,32 @@ class Rows:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.known: dict[str, dict[str, Any]] = read_rows(path, {})
+        self._asked: dict[str, None] = {}
 
     def get(self, *overrides: str, script: list[str] | None = None, runs: bool = True) -> dict[str, Any] | None:
         """The row of these overrides; run now if it is not there and `runs` says so, by ``recipes/train.py`` or another script.
 
-        A run that fails is kept with its last lines under ``error`` and has no ``val_loss``; delete the row to try again.
+        A run that fails is kept with its last lines under ``error`` and has no ``val_loss``: it may fail again after minutes, and whoever
+        starts the benchmark again for the rows behind it does not wait for that. `failed` says what to do.
         """
         name = " ".join(overrides)
+        self._asked[name] = None
         if name not in self.known and runs:
             print(f"... {name}", flush=True)
             self.known[name] = _run(script or [str(ROOT / "recipes" / "train.py")], overrides)
             write_rows(self.path, self.known)
             print(f"    {self.known[name]}", flush=True)
         return self.known.get(name)
+
+    def failed(self) -> list[str]:
+        """A sentence about each row that was asked for and whose run has failed: its name, why, what to do."""
+        remedy = f"Delete this row from {self.path} to run it again, or give another file with --json."
+        errors = {name: self.known.get(name, {}).get("error") for name in self._asked}
+        return [
+            f"FAILED: {name}\n    {(error.strip().splitlines() or ['it said nothing'])[-1]}\n    {remedy}"
+            for name, error in errors.items()
+            if error is not None
+        ]
 
     def take(self, folder: Path, recipe: str, *names: str) -> int:
         """Take the runs of a sweep (``recipes/train.py -m``) as rows, named by these values of their configuration.
