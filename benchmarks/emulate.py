@@ -6,8 +6,8 @@
 
 Model, data and inner optimizer are those of the recipe `quality`; merges, outer steps and adoption are the functions of
 `lightning_diloco.outer` that the syncer and the learners call. What is perfect is the schedule: every learner contributes to every merge of
-a fragment at the same inner step, and gets the result `delay` steps later. `method=ddp` is one model on the batches of all learners, which
-is what data parallel training computes. `lr` is in multiples of 3e-3.
+a fragment at the same inner step, and gets the result `delay` steps later; with 0 before its next step. `method=ddp` is one model on the
+batches of all learners, which is what data parallel training computes. `lr` is in multiples of 3e-3.
 
 With `--json` a result is appended to the file under its settings, and settings that the file holds are not run again.
 """
@@ -279,6 +279,8 @@ class Outer:
         self.states[p] = state
         self.opened[p] = done
         self.on_way[p] = (done + s.delay, contributions)
+        if s.delay == 0:  # before the next step; what is on its way is looked at before a round opens
+            self._adopt(p)
 
     def _momentum(self, merge: int, done: int) -> float:
         if "rise" in self.ideas:

@@ -2,7 +2,8 @@
 
 Not a benchmark itself: `emulate.py` uses it. With M learners, g a learner's gradient, G the mean of all, m and v the usual moments:
 
-    shared      v follows G^2 instead of g^2: the denominator that data parallel training has; all learners step together
+    shared      v follows G^2 instead of g^2: the denominator that data parallel training has; all learners step together.
+                Merged after every step it is data parallel training, but for the clipping, which stays each learner's own
     estimate    v / M + (1 - 1/M) s, with s = (m^2 - c v) / (1 - c), at least 0: what v of G should be if g is a signal and noise of M times
                 the variance; c = (1 - beta1) / (1 + beta1) is what m keeps of the noise
 """
