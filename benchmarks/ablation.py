@@ -1,6 +1,6 @@
 """What each setting is worth: one table a setting, on the real runtime, against the defaults.
 
-    .venv/bin/python benchmarks/ablation.py [--only TABLE ...] [--rows TEXT] [--seeds N] [--json FILE] [--report]
+    .venv/bin/python benchmarks/ablation.py [--only TABLE ...] [--rows TEXT] [--seeds N] [--json FILE] [--from DIR] [--report]
 
 Recipe `quality` (K = M) with four learners and 800 inner steps each, at the inner learning rate that is best for `ddp` there (for ours,
 three rates cannot be told apart); each row changes what its name says. The figure is the validation loss of the final global model, by
@@ -12,8 +12,10 @@ others are half through (as `summary.json` says, which is up to 5 s old), or it 
 run directory holds or without. Those in which it is slow or late end when all have trained 3.5 times the tokens of one, which is when the
 others are through: nobody trains on alone.
 
-Rows that the JSON file holds are not run again. The exit code is 1 if one is missing or has failed. ``--one`` is how a row of ``events``
-is run in a process of its own.
+Rows that the JSON file holds are not run again. ``python recipes/train.py -m recipe=ablation ...`` makes the rows of a table as a sweep,
+but for those in which something happens (`recipes/conf/recipe/ablation.yaml` has the commands); ``--from`` takes them, for as many seeds
+as ``--seeds`` says, by what their options come to, and runs nothing. The exit code is 1 if a row is missing or has failed. ``--one`` is how
+a row of ``events`` is run in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.recipe_rows import ROOT, Rows, mean, table
+from benchmarks.recipe_rows import ROOT, Rows, add_sweeps, mean, table, take_sweeps
 
 LEARNERS, BATCH_SIZE, CONTEXT, STEPS, RATE = 4, 64, 32, 800, 2.4e-2
 UNTIL_OTHERS_END = f"+strategy.token_budget={int((LEARNERS - 0.5) * STEPS * BATCH_SIZE * CONTEXT)}"
@@ -90,6 +93,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default 1)")
     parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "ablation.json", metavar="FILE", help="rows so far")
     parser.add_argument("--report", action="store_true", help="print what is there and run nothing")
+    add_sweeps(parser)
     parser.add_argument("--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -100,12 +104,13 @@ def main() -> int:
     if not any(arguments.rows in title for name in arguments.only for title in TABLES[name]):
         parser.error(f"--rows {arguments.rows!r}: no row of {', '.join(arguments.only)} contains that.")
     rows, is_complete = Rows(arguments.json), True
+    take_sweeps(rows, arguments.sweeps, wanted(range(arguments.seeds)))
     for name in arguments.only:
         lines = []
         for title, overrides in TABLES[name].items():
             if arguments.rows not in title:
                 continue
-            found = [run(rows, overrides, seed, runs=not arguments.report) for seed in range(arguments.seeds)]
+            found = [run(rows, overrides, seed, runs=not (arguments.report or arguments.sweeps)) for seed in range(arguments.seeds)]
             done = [row for row in found if row is not None and "val_loss" in row]
             losses = [row["val_loss"] for row in done]
             is_complete = is_complete and len(losses) == arguments.seeds
@@ -119,7 +124,13 @@ def main() -> int:
 
 def run(rows: Rows, overrides: list[str], seed: int, *, runs: bool) -> dict[str, Any] | None:
     """One row; the same job has one row, whatever tables it is in."""
-    base = [
+    script = [__file__, "--one"] if has_event(overrides) else None
+    return rows.get(*base(seed), *overrides, script=script, runs=runs)
+
+
+def base(seed: int) -> list[str]:
+    """The overrides that all rows have."""
+    return [
         "recipe=quality",
         f"data.batch_size={BATCH_SIZE}",
         f"trainer.devices={LEARNERS}",
@@ -127,8 +138,17 @@ def run(rows: Rows, overrides: list[str], seed: int, *, runs: bool) -> dict[str,
         f"model.learning_rate={RATE:g}",
         f"seed={seed}",
     ]
-    script = [__file__, "--one"] if any(o.startswith("event=") for o in overrides) else None
-    return rows.get(*base, *overrides, script=script, runs=runs)
+
+
+def has_event(overrides: list[str]) -> bool:
+    """Whether something happens to a learner, which no recipe does."""
+    return any(override.startswith("event=") for override in overrides)
+
+
+def wanted(seeds: Iterable[int]) -> list[list[str]]:
+    """The overrides of every row that a sweep can make."""
+    settings = [overrides for rows in TABLES.values() for overrides in rows.values() if not has_event(overrides)]
+    return [[*base(seed), *overrides] for seed in seeds for overrides in settings]
 
 
 def train_with_event(overrides: list[str]) -> None:

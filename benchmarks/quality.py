@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.recipe_rows import ROOT, Rows, mean, table
+from benchmarks.recipe_rows import ROOT, Rows, add_sweeps, mean, table, take_sweeps
 
 AIMS = {"2x800": 0.0, "4x800": 0.02, "8x800": 0.05, "2x2400": 0.0, "4x2400": 0.01}
 """Learners x inner steps, with the largest relative difference that is aimed at."""
@@ -59,15 +59,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(CELLS), default=list(AIMS), metavar="CELL", help=", ".join(CELLS))
     parser.add_argument("--json", type=Path, default=ROOT / "outputs" / "quality.json", metavar="FILE", help="rows so far")
     parser.add_argument("--report", action="store_true", help="print what is there and run nothing")
-    parser.add_argument(
-        "--from", dest="sweeps", type=Path, nargs="*", default=[], metavar="DIR", help="take the runs of a sweep as rows; run nothing"
-    )
+    add_sweeps(parser)
     arguments = parser.parse_args()
     rows = Rows(arguments.json)
-    for folder in arguments.sweeps:
-        if not folder.is_dir():
-            parser.error(f"--from {folder}: there is no such folder; recipes/train.py -m prints where its runs are.")
-        print(f"{folder}: {rows.take(folder, 'quality', *NAMES)} new rows")
+    wanted = [overrides(cell, method, rate, seed) for cell in CELLS for method in METHODS for rate in RATES for seed in SEEDS]
+    take_sweeps(rows, arguments.sweeps, wanted)
     lines, missed = [], []
     for cell in arguments.only:
         line, is_reached = figure(rows, cell, runs=not (arguments.report or arguments.sweeps))

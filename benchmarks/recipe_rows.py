@@ -5,11 +5,14 @@ Not a benchmark itself: `quality.py` and `ablation.py` use it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.row_file import read_rows, write_rows
 
-__all__ = ["Rows", "mean", "table"]
+__all__ = ["Rows", "add_sweeps", "mean", "table", "take_sweeps"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,33 +62,79 @@ class Rows:
             if error is not None
         ]
 
-    def take(self, folder: Path, recipe: str, *names: str) -> int:
-        """Take the runs of a sweep (``recipes/train.py -m``) as rows, named by these values of their configuration.
+    def take(self, folder: Path, wanted: Iterable[Sequence[str]]) -> tuple[int, int]:
+        """Take the runs of a sweep (``recipes/train.py -m``) as rows.
 
-        What else the command line has changed stands behind them, in its order. Runs of other recipes are left out.
+        A run is the row whose options come to the same, however they were given: by another recipe, in another order, written out or left
+        to the default. A row whose run has failed is replaced.
 
         Args:
             folder: of the sweep; all run directories below it count.
-            recipe: whose runs are taken.
-            names: dotted, in the order of the overrides of a row.
+            wanted: the overrides of every row that a run may be.
 
         Returns:
-            How many rows are new.
+            How many rows are new, and how many runs are none of these rows or did not end well.
         """
-        count = 0
+        options = [(_options(_with(overrides)), " ".join(overrides)) for overrides in wanted]
+        num_new = num_others = 0
         for path in sorted(folder.rglob("logs/hydra/config.yaml")):
-            changed = [str(item) for item in OmegaConf.load(path.with_name("overrides.yaml"))]
-            if f"recipe={recipe}" not in changed:
-                continue
-            cfg = OmegaConf.load(path)
-            values = [(name, OmegaConf.select(cfg, name)) for name in names]
-            more = [item for item in changed if item.partition("=")[0] not in ("recipe", *names)]
-            key = " ".join([f"recipe={recipe}", *(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in values), *more])
-            row = _figures(path.parents[2])
-            if row is not None and "val_loss" not in self.known.get(key, {}):
-                self.known[key], count = row, count + 1
+            found, row = _options(OmegaConf.load(path)), _figures(path.parents[2])
+            name = next((name for asked, name in options if asked == found), None)
+            if name is None or row is None:
+                num_others += 1
+            elif "val_loss" not in self.known.get(name, {}):
+                self.known[name], num_new = row, num_new + 1
         write_rows(self.path, self.known)
-        return count
+        return num_new, num_others
+
+
+def add_sweeps(parser: argparse.ArgumentParser) -> None:
+    """The option ``--from``; its folders are `sweeps`."""
+    help_text = "take the runs of a sweep (recipes/train.py -m) as rows; run nothing"
+    parser.add_argument("--from", dest="sweeps", type=_sweep, nargs="+", default=[], metavar="DIR", help=help_text)
+
+
+def take_sweeps(rows: Rows, folders: Sequence[Path], wanted: Sequence[Sequence[str]]) -> None:
+    """Take the runs of these folders, and say how many."""
+    for folder in folders:
+        num_new, num_others = rows.take(folder, wanted)
+        print(f"{folder}: {num_new} new rows; {num_others} runs are none of this benchmark or did not end well")
+
+
+def _sweep(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder; recipes/train.py -m prints where its runs are.")
+    return Path(text)
+
+
+@cache
+def _recipe(name: str) -> Any:
+    from hydra import compose, initialize_config_dir  # here: others take `table` alone
+
+    with initialize_config_dir(str(ROOT / "recipes" / "conf"), version_base="1.3"):
+        cfg = compose("config", [f"recipe={name}"])
+    OmegaConf.set_struct(cfg, False)
+    return cfg
+
+
+def _with(overrides: Sequence[str]) -> Any:
+    """The configuration of a row; not by Hydra, which takes a quarter of a second for each."""
+    recipe, *rest = (override.removeprefix("+") for override in overrides)
+    return OmegaConf.merge(_recipe(recipe.removeprefix("recipe=")), OmegaConf.from_dotlist(rest))
+
+
+def _options(cfg: Any) -> dict[str, Any]:
+    """What a configuration comes to, with the strategy's defaults written out; a plain Trainer has none."""
+    from msgspec import to_builtins
+
+    from lightning_diloco.config import SyncConfig
+
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
+    asked = values.get("strategy", {})
+    is_ours = asked.get("name") == "decoupled_diloco"
+    values["strategy"] = to_builtins(SyncConfig()) | asked if is_ours else {"name": asked.get("name")}
+    # Tuples become lists.
+    return json.loads(json.dumps(values))  # type: ignore[no-any-return]
 
 
 def _run(script: list[str], overrides: tuple[str, ...]) -> dict[str, Any]:

@@ -17,43 +17,87 @@ from omegaconf import OmegaConf
 from lightning_diloco.config import SyncConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("strategy.name", "trainer.devices", "seed")
-ROW = "recipe=quality strategy.name=ddp trainer.devices=2 seed=1"
+TOKENS = 6_553_600
 
 
 @pytest.fixture
-def rows(tmp_path, monkeypatch):
+def benchmarks(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    from recipe_rows import Rows
+    import ablation
+    import quality
 
-    return Rows(tmp_path / "rows.json")
+    return {"ablation": ablation, "quality": quality}
 
 
 def run_directory(folder: Path, overrides: list[str], val_loss: float, status: str = "finished") -> None:
-    values = dict(item.split("=") for item in overrides)
+    """As Hydra and a run leave it."""
     logs = folder / "logs" / "hydra"
     logs.mkdir(parents=True)
-    (logs / "overrides.yaml").write_text(json.dumps(overrides))
-    config = {"strategy": {"name": values.get("strategy.name", "decoupled_diloco")}, "trainer": {"devices": 2}, "seed": int(values["seed"])}
-    (logs / "config.yaml").write_text(json.dumps(config))
-    (folder / "result.json").write_text(json.dumps({"status": status, "val": {"val_loss": val_loss}}))
+    with initialize_config_dir(str(ROOT / "recipes" / "conf"), version_base="1.3"):
+        OmegaConf.save(compose("config", overrides), logs / "config.yaml")
+    (folder / "result.json").write_text(json.dumps({"status": status, "val": {"val_loss": val_loss}, "tokens": TOKENS}))
 
 
-def test_rows_of_the_recipe_are_taken_with_what_was_changed_and_those_of_others_left_out(tmp_path, rows):
-    rows.known = {ROW: {"error": "an earlier try"}}
-    runs = (
-        ["recipe=quality", "strategy.name=ddp", "seed=1"],
-        ["recipe=ablation", "seed=1"],
-        ["recipe=quality", "+strategy.outer_lr=0.5", "seed=1"],
-        ["seed=1"],
-    )
-    for i, overrides in enumerate(runs):
-        run_directory(tmp_path / "sweep" / str(i), overrides, 1.0 + i)
-    run_directory(tmp_path / "sweep" / "failed", ["recipe=quality", "seed=2"], 9.0, status="failed")
-    assert rows.take(tmp_path / "sweep", "quality", *NAMES) == 2
-    other = "recipe=quality strategy.name=decoupled_diloco trainer.devices=2 seed=1 +strategy.outer_lr=0.5"
-    assert json.loads((tmp_path / "rows.json").read_text()) == {ROW: {"val_loss": 1.0}, other: {"val_loss": 3.0}}
-    assert rows.take(tmp_path / "sweep", "quality", *NAMES) == 0
+ABLATION_RUNS = (
+    # What is swept, the text of its row beside what all have, the seed.
+    (["seed=1"], "", 1),
+    (["+strategy.outer_lr=0.7"], "", 0),  # the default, written out
+    (["+strategy={merge:mean,outer_lr:1}"], " +strategy.merge=mean +strategy.outer_lr=1.0", 0),
+    (
+        # In another order than the row's.
+        [
+            "+strategy.outer_momentum=0.8",
+            "+strategy.outer_lr=0.4",
+            "+strategy.outer_momentum_warmup=15",
+            "strategy.num_fragments=8",
+            "strategy.sync_interval_steps=8",
+        ],
+        " strategy.sync_interval_steps=8 strategy.num_fragments=8 +strategy.outer_lr=0.4"
+        " +strategy.outer_momentum_warmup=15 +strategy.outer_momentum=0.8",
+        0,
+    ),
+)
+
+
+def test_the_runs_of_a_sweep_of_ablation_become_its_table(tmp_path, benchmarks, monkeypatch, capsys):
+    path, sweep = tmp_path / "rows.json", tmp_path / "sweep"
+    for i, (swept, _, _) in enumerate(ABLATION_RUNS):
+        run_directory(sweep / str(i), ["recipe=ablation", *swept], 1.0 + i)
+    run_directory(sweep / "other", ["recipe=ablation", "+strategy.outer_lr=0.123"], 9.0)
+    run_directory(sweep / "failed", ["recipe=ablation", "strategy.wire_dtype=int4"], 9.0, status="failed")
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--only", "merge", "--seeds", "2", "--json", str(path), "--from", str(sweep)])
+    assert benchmarks["ablation"].main() == 1, "not complete"
+    said = capsys.readouterr().out
+    assert f"{sweep}: 4 new rows; 2 runs are none of this benchmark or did not end well\n" in said
+    assert "| rda, embeddings and head by the mean (default) | 1.5000 | 2.0000, 1.0000 | 6.55 |" in said
+    assert "| mean, outer_lr 1.0 | 3.0000 | 3.0000 | 6.55 |" in said
+    names = [" ".join(benchmarks["ablation"].base(seed)) + more for _, more, seed in ABLATION_RUNS]
+    assert json.loads(path.read_text()) == {name: {"val_loss": 1.0 + i, "tokens": TOKENS} for i, name in enumerate(names)}
+
+
+def test_the_runs_of_a_sweep_of_quality_are_rows_of_its_cells_and_a_failed_row_is_replaced(tmp_path, benchmarks):
+    quality, sweep = benchmarks["quality"], tmp_path / "sweep"
+    names = [
+        " ".join(quality.overrides("2x800", "ddp", 1.0, 1)),
+        " ".join(quality.overrides("4x800/8", "decoupled_diloco", 2.0, 0)),
+    ]
+    often = ["+strategy.outer_momentum_warmup=15", *quality.OFTEN_OVERRIDES[:-1]]
+    # `ddp` has no use for what is swept beside it.
+    run_directory(sweep / "0", ["recipe=quality", "strategy.name=ddp", "seed=1", *often], 1.0)
+    run_directory(sweep / "1", ["recipe=quality", "trainer.devices=4", "model.learning_rate=2.4e-2", *often], 2.0)
+    run_directory(sweep / "2", ["recipe=digits"], 9.0)
+    rows = quality.Rows(tmp_path / "rows.json")
+    rows.known = {names[0]: {"error": "an earlier try"}}
+    wanted = [name.split(" ") for name in names]
+    assert rows.take(sweep, wanted) == (2, 1) and rows.take(sweep, wanted) == (0, 1)
+    assert json.loads(rows.path.read_text()) == {name: {"val_loss": 1.0 + i, "tokens": TOKENS} for i, name in enumerate(names)}
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path, benchmarks, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--from", str(tmp_path / "gone")])
+    with pytest.raises(SystemExit, match="2"):
+        benchmarks["quality"].main()
+    assert f"{tmp_path / 'gone'}: there is no such folder; recipes/train.py -m prints where" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
