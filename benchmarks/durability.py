@@ -38,7 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.recipe_rows import table  # noqa: E402
-from benchmarks.stall import MODELS, QUIET, job  # noqa: E402
+from benchmarks.row_file import read_rows, write_rows  # noqa: E402
+from benchmarks.stall import MODELS, QUIET, job, on_over_off  # noqa: E402
 
 KINDS = ("disk", "payloads")
 WARM_UP_STEPS, SKIPPED_STEPS, BLOCK_STEPS = 60, 6, 30
@@ -69,13 +70,12 @@ def main() -> int:
         endpoint, out, kind, pid = arguments.learner
         learn(endpoint, Path(out), kind, int(pid), arguments)
         return 0
-    rows: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    rows: dict[str, Any] = read_rows(arguments.json, {})
     for kind in arguments.kinds:
         name = f"{kind}, {arguments.params} M, {arguments.interval:g} s, {arguments.blocks} blocks"
         if name not in rows:
             rows[name] = run(kind, arguments)
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(rows) + "\n")
+            write_rows(arguments.json, rows, indent=None)
     return report(rows)
 
 
@@ -253,15 +253,6 @@ def report(rows: dict[str, Any]) -> int:
     for what in missed:
         print(f"MISSED or not decided: {what}")
     return 1 if missed else 0
-
-
-def on_over_off(steps_s: list[float]) -> list[float]:
-    """Throughput of each block with it over the mean of the two around it.
-
-    Args:
-        steps_s: mean step of every block, off and on in turns, off first and last.
-    """
-    return [(steps_s[i - 1] + steps_s[i + 1]) / 2 / steps_s[i] for i in range(1, len(steps_s) - 1, 2)]
 
 
 def later_range(on: list[list[float]], off: list[list[float]]) -> tuple[float, float]:
