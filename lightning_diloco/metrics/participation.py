@@ -68,15 +68,16 @@ class MergeLog:
 
         Args:
             versions: n of the version gone on from, by fragment id.
-            through: what is merged in it of each learner, by fragment id; None: the record does not say.
+            through: what is merged in it of each learner, by fragment id, and nothing of the others; None: the record does not say.
         """
         for fragment_id, n in versions.items():
             merges = self._merges.get(fragment_id, [])
             while merges and merges[-1].n > n:
                 self._count(fragment_id, merges.pop(), -1)
-        for fragment_id, learners in (through or {}).items():
-            for learner_id, merged in learners.items() if fragment_id in self._fragments else ():
-                self._merged[learner_id, fragment_id] = merged.tokens
+        told = {p: learners for p, learners in (through or {}).items() if p in self._fragments}
+        self._merged = {key: tokens for key, tokens in self._merged.items() if key[1] not in told}
+        for fragment_id, learners in told.items():
+            self._merged |= {(learner_id, fragment_id): merged.tokens for learner_id, merged in learners.items()}
 
     def merged_tokens(self, learner_id: int, fragment_id: int) -> int:
         """Tokens of this learner that are in the present version of this fragment."""

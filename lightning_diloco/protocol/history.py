@@ -56,7 +56,8 @@ class History:
     """A fold over the records of one job.
 
     Args:
-        keep_above: per fragment, the version of the snapshot: only merges above it may have to be undone. Empty: all may.
+        keep_above: per fragment, the version of the snapshot: only merges above it may have to be undone by what comes after the tape.
+            Empty: all may.
     """
 
     def __init__(self, keep_above: tuple[Version | None, ...] = ()) -> None:
@@ -119,13 +120,18 @@ class History:
         return median_low([x.joined_at_step + x.inner_steps for x in self.lives.values()]) if self.lives else self._farthest_step
 
     def restart(self, versions: tuple[Version, ...], through: tuple[dict[int, MergedThrough], ...]) -> None:
-        """The syncer went on from these versions: what was held is lost, what was merged above them is not merged."""
+        """The syncer went on from these versions: what was held is lost, what was merged above them is not merged.
+
+        Args:
+            versions: per fragment.
+            through: what is in them, per fragment; it also undoes merges that `keep_above` left out. Empty: the record does not say.
+        """
         for fragment_id, version in enumerate(versions):
             for members in self._take_above(fragment_id, version.n):
                 for member in members:
                     self.ledger.unmerge(member.learner_id, fragment_id, member.tokens)
-            for learner_id, merged in through[fragment_id].items() if through else ():
-                self.ledger.set_merged(learner_id, fragment_id, merged.tokens)
+            if through:
+                self.ledger.restate(fragment_id, {learner_id: merged.tokens for learner_id, merged in through[fragment_id].items()})
         for (learner_id, fragment_id), held in self._held.items():
             self.ledger.release(learner_id, fragment_id, sum(m.tokens for m in held))
         self._held = {}

@@ -8,7 +8,7 @@ never by adding up what is believed lost (PROTOCOL.md section 11).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from lightning_diloco.errors import LocalProtocolError
 from lightning_diloco.protocol.identity import DiscardReason
@@ -67,10 +67,12 @@ class Ledger:
         """A version with so many tokens of this learner was lost, and the one before it holds again: they are open."""
         self._merged[learner_id, fragment_id] = self.merged(learner_id, fragment_id) - tokens
 
-    def set_merged(self, learner_id: int, fragment_id: int, tokens: int) -> None:
-        """The version that holds says itself how much of this learner is in it."""
-        self._merged[learner_id, fragment_id] = tokens
-        self._ended.setdefault(learner_id, 0)
+    def restate(self, fragment_id: int, merged: Mapping[int, int]) -> None:
+        """The version that holds says itself how much of every learner is in it: nothing of those whom it does not name."""
+        self._merged = {key: tokens for key, tokens in self._merged.items() if key[1] != fragment_id}
+        for learner_id, tokens in merged.items():
+            self._merged[learner_id, fragment_id] = tokens
+            self._ended.setdefault(learner_id, 0)
 
     def release(self, learner_id: int, fragment_id: int, tokens: int) -> None:
         """Accepted contributions were lost before they were merged: they are open again."""

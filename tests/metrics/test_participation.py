@@ -7,6 +7,8 @@ import statistics
 
 from lightning_diloco.metrics.participation import MergeLog
 from lightning_diloco.metrics.sample import SortedSample
+from lightning_diloco.protocol.identity import MergedThrough
+from lightning_diloco.protocol.records import JobRecord, MergeRecord
 from tests.metrics.tape_builder import TapeBuilder
 
 
@@ -50,6 +52,24 @@ def test_restart_of_an_empty_log_takes_nothing_out():
     log = MergeLog()
     log.restart({0: 3})
     assert (log.num_merges, log.mean_members(), log.merged_tokens(0, 0)) == (0, None, 0)
+
+
+def test_what_a_restart_says_of_a_fragment_is_all_that_is_merged_in_it():
+    """A full disk kept the line of the restart before off the tape, and with it that learner 0's merge was undone."""
+    tape = TapeBuilder()
+    tape.job((10, 10))
+    tape.join(0)
+    tape.join(1)
+    tape.merge(0, [tape.contribute(0, 0, 1, 5)], (0,))
+    tape.merge(1, [tape.contribute(0, 1, 1, 5)], (0,))
+    log = MergeLog()
+    for line in tape.lines:
+        if isinstance(line.record, JobRecord):
+            log.found(line.record.fragments)
+        elif isinstance(line.record, MergeRecord):
+            log.merge(line.record)
+    log.restart({0: 1}, {0: {1: MergedThrough(1, 7)}})
+    assert [(log.merged_tokens(0, p), log.merged_tokens(1, p)) for p in (0, 1)] == [(0, 7), (5, 0)], "fragment 1 is another shard's"
 
 
 def test_sample_gives_exact_quantiles_in_any_order_of_arrival():

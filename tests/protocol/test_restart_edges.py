@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_diloco.metrics import SummaryFold
 from lightning_diloco.protocol import events as ev
 from lightning_diloco.protocol.identity import MergedThrough, Version
 from lightning_diloco.protocol.messages import HeldFragment, NotHeld, Ping, Pong, Recall
-from lightning_diloco.protocol.records import JoinRecord, ProgressRecord, RestartRecord
-from tests.protocol.invariants import check_tape
-from tests.protocol.moves import contribute, control, down
+from lightning_diloco.protocol.records import JoinRecord, ProgressRecord, RestartRecord, TapeLine
+from tests.protocol.invariants import check_end, check_tape
+from tests.protocol.moves import bulk_up, contribute, control, down
 from tests.protocol.restarting import RestartingPair
 from tests.protocol.toy import Node
 
@@ -97,6 +98,41 @@ def test_a_hole_in_the_tape_lets_no_seq_be_used_again_and_the_accounts_are_those
     for fragment_id, merged in enumerate(restart.merged_through):
         for learner_id, item in merged.items():
             assert ledger.merged(learner_id, fragment_id) == item.tokens and ledger.pending(learner_id, fragment_id) >= 0
+
+
+@pytest.mark.parametrize("restarts", [1, 2, 3])
+def test_a_merge_that_one_restart_undid_stays_undone_when_the_next_snapshot_is_past_its_number(pair, restarts):
+    """The syncer and the merge's only member end together; nobody merges for that member again."""
+    a, b = pair.found(2)
+    pair.take_snapshot()
+    contribute(pair, a)
+    pair.heartbeat(a)
+    control(pair, a)
+    bulk_up(pair, a)
+    assert [m.learner_id for merge in pair.merges() for m in merge.members] == [a.learner_id]
+    pair.kill(a)
+    pair.crash()
+    pair.take(ev.LearnerLost(learner_id=a.learner_id))
+    for _ in range(restarts - 1):
+        pair.settle_all()
+        pair.advance(6.0)
+        pair.steps([b], 20)
+        pair.take_snapshot()
+        assert min(c.version.n for c, _, _ in pair.snapshot) > 1
+        pair.crash()
+    pair.settle_all()
+    pair.advance(6.0)
+    pair.leave(b)
+    pair.settle()
+    pair.take(ev.Finish(status="finished"))
+    pair.settle()
+    check_end(pair)
+    fold = SummaryFold()
+    for seq, record in enumerate(pair.tape):
+        fold.feed(TapeLine(seq, float(seq), record))
+    summary, true_tokens = fold.result(is_strict=True), sum(tokens for _, tokens in pair.tokens_of.values())
+    assert summary["tokens"] == true_tokens == sum(pair.syncer.job.ledger.tokens(m) for m in (0, 1))
+    assert not [r for r in pair.of(JoinRecord) if r.role == "earlier"], "a life that nobody lived"
 
 
 def test_a_holder_that_falls_silent_is_not_waited_for(pair):
