@@ -24,6 +24,7 @@ __all__ = [
     "Finish",
     "FoundingArrived",
     "HeldArrived",
+    "HeldMoves",
     "JoinRequested",
     "LeaveRequested",
     "LearnerEvent",
@@ -102,6 +103,12 @@ class HeldArrived(_Event, frozen=True, kw_only=True):
     session: str
     header: HeldFragment
     crc_ok: bool
+
+
+class HeldMoves(_Event, frozen=True, kw_only=True):
+    """More of a version that was recalled has come from this session; it is not complete."""
+
+    session: str
 
 
 class PeerStateArrived(_Event, frozen=True, kw_only=True):
@@ -187,6 +194,7 @@ SyncerEvent = (
     | PayloadFailed
     | FoundingArrived
     | HeldArrived
+    | HeldMoves
     | PeerStateArrived
     | PeerStateRelayed
     | Durable

@@ -3,7 +3,7 @@
     stage         what happens                                                                   it ends when
     collecting    members of the tape say hello and show which versions they hold                all have, or `COLLECT_S` is over
     recalling     of each fragment the highest version is fetched, if a learner has a higher     all are here
-                  one than the snapshot
+                  one than the snapshot (`recalling`)
     writing       every fragment has become (new epoch, n) with unchanged bytes; this is made    the snapshot is durable
                   durable
     done          the restart is on the tape; members are welcomed back, newcomers let in
@@ -12,7 +12,8 @@ Nothing is merged and nothing published before `done`, so whatever a learner hol
 syncer held is lost here: live learners keep that work and send it again, that of ended lives is discarded (`rollback`). A job is never
 founded twice: a fragment that nobody has, neither snapshot nor learner, is waited for.
 
-Invariants: the epoch grows; the version chosen is the highest that anybody showed; the ledger's identity holds on the tape at every line.
+Invariants: the epoch grows; the version chosen is the highest that anybody showed and could give; the ledger's identity holds on the tape
+at every line.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from typing import Literal
 from lightning_diloco.config import SyncConfig
 from lightning_diloco.protocol.actions import CloseSession, Ended, MakeDurable, Reply, SyncerAction, Tape
 from lightning_diloco.protocol.admission import Admission
-from lightning_diloco.protocol.events import Durable, HeldArrived, MessageReceived
+from lightning_diloco.protocol.events import Durable, HeldArrived, HeldMoves, MessageReceived
 from lightning_diloco.protocol.history import History, Life
 from lightning_diloco.protocol.identity import MergedThrough, Origin, Version
 from lightning_diloco.protocol.job import Job
 from lightning_diloco.protocol.members import Member
-from lightning_diloco.protocol.messages import HeldFragment, Hello, JoinRefused, Recall
+from lightning_diloco.protocol.messages import HeldFragment, Hello, JoinRefused
 from lightning_diloco.protocol.publisher import Current
+from lightning_diloco.protocol.recalling import Recalling
 from lightning_diloco.protocol.records import CountersRecord, DiscardRecord, JoinRecord, LeaveRecord, RestartRecord
 from lightning_diloco.protocol.rounds import Rounds
 
@@ -40,9 +42,6 @@ Stage = Literal["collecting", "recalling", "writing", "done"]
 
 COLLECT_S = 5.0
 """Members that live have said hello again by then: their transport reconnects within a second, and they speak at every step."""
-GIVE_UP_S = 600.0
-"""A version that was asked for and has not come by then is asked of somebody else, or taken as it was before; sooner, if its holder is
-silent or says that it cannot."""
 MAX_NUMBER = 2**53
 """No version's number and no total of tokens gets above this."""
 
@@ -86,10 +85,7 @@ class Recovery:
         self.stage: Stage = "collecting"
         self._deadline_s = 0.0
         self._has_begun = False
-        self._returned: dict[str, Hello] = {}
-        self._open = set(range(len(resumption.currents)))
-        self._asked: dict[int, tuple[str, Version, float]] = {}
-        self._useless: set[tuple[str, int]] = set()
+        self.recalls = Recalling(job, resumption.currents)
         self._recalled: set[int] = set()
         self._closed: set[int] = set()
         self._finish: Callable[[float], list[SyncerAction]] | None = None
@@ -103,16 +99,9 @@ class Recovery:
         """Whether the syncer does not serve yet."""
         return self.stage != "done"
 
-    @property
-    def missing(self) -> tuple[int, ...]:
-        """Fragments that nobody has shown so far."""
-        return tuple(p for p in sorted(self._open) if self._best(p) is None)
-
     def expects(self, session: str, fragment_id: int, version: Version | None = None) -> bool:
-        """Whether this fragment was asked for of this session, at this version, and has not come."""
-        asked = self._asked.get(fragment_id)
-        is_asked = asked is not None and asked[0] == session and version in (None, asked[1])
-        return is_asked and self.is_running and fragment_id in self._open and (session, fragment_id) not in self._useless
+        """Whether this fragment was asked for of this session, at this version (None: at any), and has not come."""
+        return self.is_running and self.recalls.expects(session, fragment_id, version)
 
     def is_sound(self, header: HeldFragment) -> bool:
         """Whether what is said to be in a version can be."""
@@ -122,7 +111,7 @@ class Recovery:
     def knows(self, session: str) -> bool:
         """Whether this process has said hello since the restart, or is in line."""
         member = self._job.members.of(session)
-        return session in self._returned or (member is not None and member.stage != "joined")
+        return session in self.recalls.hellos or (member is not None and member.stage != "joined")
 
     def _restore(self, known: Resumption) -> None:
         job, history = self._job, self._history
@@ -186,7 +175,7 @@ class Recovery:
         if not self.is_running:
             return actions + self._admission.resume(member, hello, now_s)
         if len(hello.versions) == self._job.num_fragments:
-            self._returned[event.session] = hello
+            self.recalls.returned(event.session, hello, now_s)
         return actions
 
     def _is_possible(self, hello: Hello) -> bool:
@@ -217,15 +206,15 @@ class Recovery:
     def progress(self, now_s: float) -> list[SyncerAction]:
         """Go on as far as it goes."""
         actions: list[SyncerAction] = []
-        if self._finish is not None and self.missing:
+        if self._finish is not None and self.recalls.missing:
             # Nobody will come who could show them: there is no model to end with.
             self._job.is_ended = True
             return [Ended(status="failed", versions=())]
         if self.stage == "collecting" and self._has_collected(now_s):
             self.stage = "recalling"
         if self.stage == "recalling":
-            actions += self._recall(now_s)
-            if not self._open:
+            actions += self.recalls.tick(now_s)
+            if not self.recalls.open:
                 self.stage = "writing"
                 return [*actions, *self._begin_epoch()]
         return actions
@@ -237,58 +226,27 @@ class Recovery:
 
     def next_deadline_s(self) -> float | None:
         """When `progress` has something to do. While fragments are missing that is for a message to say, not for the time."""
-        return self._deadline_s if self.stage == "collecting" and not self.missing else None
+        if self.stage == "collecting":
+            return None if self.recalls.missing else self._deadline_s
+        return self.recalls.next_deadline_s() if self.stage == "recalling" else None
 
     def _has_collected(self, now_s: float) -> bool:
-        if self.missing:
+        if self.recalls.missing:
             return False
-        expected = [m for m in self._job.members.joined() if m.session not in self._returned]
+        expected = [m for m in self._job.members.joined() if m.session not in self.recalls.hellos]
         return not expected or now_s >= self._deadline_s
 
     # ---- recalling ----------------------------------------------------------------------------------------------------------
 
-    def _best(self, fragment_id: int) -> tuple[Version, str] | None:
-        """The highest version of a fragment, and who has it ("": the snapshot)."""
-        snapshot = self._in_snapshot[fragment_id]
-        shown = [
-            (hello.versions[fragment_id], session)
-            for session, hello in self._returned.items()
-            if self._job.members.of(session) is not None and (session, fragment_id) not in self._useless
-        ]
-        best = max((version for version, _ in shown), default=None)
-        if snapshot is not None and (best is None or snapshot.version >= best):
-            return snapshot.version, ""
-        if best is None:
-            return None
-        holders = sorted(session for version, session in shown if version == best)
-        return best, holders[fragment_id % len(holders)]
-
-    def _recall(self, now_s: float) -> list[SyncerAction]:
-        actions: list[SyncerAction] = []
-        for fragment_id in sorted(self._open):
-            found = self._best(fragment_id)
-            if found is None:
-                continue
-            version, session = found
-            if not session:
-                self._open.discard(fragment_id)
-                continue
-            member, asked = self._job.members.of(session), self._asked.get(fragment_id)
-            if asked is not None and asked[:2] == (session, version):
-                is_silent = member is None or member.unheard_s(now_s) > self._job.silent_after_s
-                if is_silent or now_s >= asked[2] + GIVE_UP_S:
-                    self._useless.add((session, fragment_id))
-                continue
-            self._asked[fragment_id] = (session, version, now_s)
-            incarnation = member.incarnation if member is not None else 0
-            recall = Recall(fragment_id=fragment_id, version=version, shards=self._job.options.shards)
-            actions.append(Reply(session=session, message=recall, incarnation=incarnation))
-        return actions
-
     def not_held(self, session: str, fragment_id: int) -> list[SyncerAction]:
         """A learner cannot give what it was asked for."""
         if self.stage == "recalling" and self.expects(session, fragment_id):
-            self._useless.add((session, fragment_id))
+            self.recalls.failed(session, fragment_id, "it cannot be given any more")
+        return []
+
+    def moves(self, event: HeldMoves, now_s: float) -> list[SyncerAction]:
+        """Bytes of a version that was asked for have come."""
+        self.recalls.moved(event.session, now_s)
         return []
 
     def arrived(self, event: HeldArrived, now_s: float) -> list[SyncerAction]:
@@ -297,11 +255,11 @@ class Recovery:
         if self.stage != "recalling" or not self.expects(event.session, header.fragment_id, header.version):
             return []
         if not event.crc_ok or not self.is_sound(header):
-            self._useless.add((event.session, header.fragment_id))
+            self.recalls.failed(event.session, header.fragment_id, "what came is not what it should be")
             return []
         info, wire_dtype = job.fragments[header.fragment_id], job.config.wire_dtype
         job.currents[header.fragment_id] = Current.alone(info, wire_dtype, header.version, header.crc, header.merged_through)
-        self._open.discard(header.fragment_id)
+        self.recalls.arrived(event.session, header.fragment_id, now_s)
         self._recalled.add(header.fragment_id)
         return []
 
@@ -342,7 +300,7 @@ class Recovery:
                 key = (learner_id, fragment_id)
                 job.last_seq[key] = max(item.seq, job.last_seq.get(key, 0))
         actions: list[SyncerAction] = [Tape(record=record), *self._close_accounts(versions, through)]
-        for session, hello in self._returned.items():
+        for session, hello in self.recalls.hellos.items():
             member = job.members.of(session)
             if member is not None:
                 actions += self._admission.resume(member, hello, now_s)

@@ -50,6 +50,7 @@ class Intake:
     ) -> None:
         self._machine, self._performer, self._relay, self._submit, self._handle = machine, performer, relay, submit, handle
         self._decoding: dict[str, int] = {}
+        self._storing: set[tuple[str, int]] = set()
 
     def accepts(self, peer: bytes, header: bytes, total_bytes: int) -> bool | str:
         """Whether memory may be given to a payload that is offered: the transport's `accept`."""
@@ -58,9 +59,14 @@ class Intake:
             return "refused"
         recovery = self._machine.recovery
         if recovery is not None and recovery.is_running:
-            return self._performer.accepts_held(header, total_bytes, lambda held: recovery.expects(session, held.fragment_id, held.version))
+            return self._performer.accepts_held(header, total_bytes, lambda held: self._expects(session, held))
         is_accepted = self._relay.accepts(session, header, total_bytes)
         return self._performer.accepts(session, header, total_bytes) if is_accepted is None else is_accepted
+
+    def _expects(self, session: str, held: HeldFragment) -> bool:
+        """Asked twice, a learner offers a copy when the first one has arrived: what is being looked at is not taken once more."""
+        recovery, is_here = self._machine.recovery, (session, held.fragment_id) in self._storing
+        return not is_here and recovery is not None and recovery.expects(session, held.fragment_id, held.version)
 
     def take(self, session: str, data: bytes, payload: memoryview) -> None:
         """Take a payload that is complete."""
@@ -126,8 +132,9 @@ class Intake:
 
         def then(state: FragmentState | None) -> None:
             """On the loop thread: it is in the store, if it is what was asked for."""
-            # Another copy may have been quicker, or somebody else may have been asked meanwhile.
             self._decoding.pop(session, None)
+            self._storing.discard((session, header.fragment_id))
+            # Another copy, or another learner's, may have been quicker.
             if not recovery.expects(session, header.fragment_id, header.version):
                 return
             # What the rules will not take must not stand in the store under the version that they fall back to.
@@ -137,6 +144,7 @@ class Intake:
             self._handle(HeldArrived(session=session, header=header, crc_ok=state is not None), None)
 
         self._decoding[session] = self._decoding.get(session, 0) + 1
+        self._storing.add((session, header.fragment_id))
         self._submit(lambda: store.recalled(header.fragment_id, payload, header.crc, header.version.n), then)
 
     def _founded(self, session: str, founded: Founded) -> bool:

@@ -25,10 +25,14 @@ class Outbox:
 
     def send(self, header: bytes, payload: memoryview) -> None:
         """Send a payload, now or when the same one that is on its way has ended."""
-        if header in self._on_way.values():
+        if self.is_on_way(header):
             self._again[header] = payload
         else:
             self._on_way[self._transport.send_payload(SYNCER, header, payload)] = header
+
+    def is_on_way(self, header: bytes) -> bool:
+        """Whether the payload with this header is sent, or waits to be, at this moment."""
+        return header in self._on_way.values()
 
     def ended(self, transfer_id: int) -> None:
         """The transport is done with this one, delivered or not."""

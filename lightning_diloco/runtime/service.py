@@ -44,7 +44,7 @@ from lightning_diloco.protocol.messages import Found, FromLearner, Heartbeat, He
 from lightning_diloco.protocol.records import TapeLine
 from lightning_diloco.protocol.syncer import SyncerMachine
 from lightning_diloco.protocol.wire import decode_from_learner
-from lightning_diloco.runtime.complaints import COMPLAIN_S, Complaints
+from lightning_diloco.runtime.complaints import Complaints
 from lightning_diloco.runtime.counters import counters_folder, read_totals
 from lightning_diloco.runtime.disk import disk_errors
 from lightning_diloco.runtime.intake import MIN_DECODING, Intake
@@ -53,6 +53,7 @@ from lightning_diloco.runtime.observers import Observers
 from lightning_diloco.runtime.opening import open_job
 from lightning_diloco.runtime.performer import Performer
 from lightning_diloco.runtime.rebuilding import Rebuilding, refuse_a_folder_in_use
+from lightning_diloco.runtime.recovery_watch import RecoveryWatch
 from lightning_diloco.runtime.relay import PeerStateRelay
 from lightning_diloco.runtime.rundir import lock_run_dir
 from lightning_diloco.runtime.service_options import ServiceOptions
@@ -107,7 +108,6 @@ class SyncerService:
         self._rebuilding: Rebuilding | None = None
         self._results: deque[Callable[[], None]] = deque()
         self._failures: dict[str, int] = {}
-        self._complain_at_s = 0.0
         self._complaints = Complaints(_log)
         self._commands: deque[SyncerEvent] = deque()
         self._numerics = ThreadPoolExecutor(max_workers=1, thread_name_prefix="diloco-numerics")
@@ -168,6 +168,7 @@ class SyncerService:
         self._machine = SyncerMachine(self._performer.job_options(), opening.resumption)
         self._relay = PeerStateRelay(self._machine, self._transport, store=lambda: self._performer.store, handle=self._handle)
         self._intake = Intake(self._machine, self._performer, self._relay, submit=self._submit, handle=self._handle)
+        self._watch = RecoveryWatch(self._machine, self._transport, self._handle)
         self._door = ShardDoor(options, self._performer.say)
         token = options.observer_token
         self._observers = Observers(self._machine, self._tape, self._transport, self._live, token, self._on_loop)
@@ -243,7 +244,7 @@ class SyncerService:
             self._handle(Tick())
             self._performer.keeper.tick(time.monotonic())
             self._observers.tick(time.monotonic())
-            self._complain_of_missing(time.monotonic())
+            self._watch.tick(time.monotonic())
             self._tape.flush_if_due(time.monotonic())
         self.status = self._performer.ended.status
         self._observers.end(self.status)
@@ -272,13 +273,6 @@ class SyncerService:
         self._performer.perform(actions, measured)
         self._observers.note(actions)
         self._relay.perform(actions)
-
-    def _complain_of_missing(self, now_s: float) -> None:
-        """A job that goes on may need a learner that has not come back: say which fragments nobody has."""
-        recovery = self._machine.recovery
-        if recovery is not None and recovery.is_running and recovery.missing and now_s >= self._complain_at_s:
-            self._complain_at_s = now_s + COMPLAIN_S
-            _log.warning("Fragments %s are in no snapshot: waiting for a learner that holds them.", list(recovery.missing)[:20])
 
     def _on_loop(self, work: Callable[[], None]) -> None:
         """Run something on the loop thread, soon; from any thread."""

@@ -40,12 +40,13 @@ class RawPeer:
         config: SyncConfig,
         context: Any = None,
         transport: type[LearnerTransport] = LearnerTransport,
+        nonce: bytes | None = None,
     ) -> None:
         self.layout = plan_layout(
             module, num_fragments=config.num_fragments, merge=config.merge, mean_patterns=config.mean_patterns, include_frozen=False
         )
         self.config = config
-        self.nonce = secrets.token_bytes(16)
+        self.nonce = secrets.token_bytes(16) if nonce is None else nonce
         self.envelope = Envelope("", "", 0, 0)
         self.transport = transport(endpoint, nonce=self.nonce, accept=lambda *_: True, context=context)
         self.transport.connect()

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_diloco.outer import static_bytes
 from lightning_diloco.protocol.messages import Ping, Pong
-from lightning_diloco.runtime import service
+from lightning_diloco.runtime.complaints import COMPLAIN_S
 from tests.runtime.job_helpers import CONFIG, make_module, running_job, sum_up, train, whole_life
 from tests.runtime.job_raw_peer import RawPeer
 from tests.tape_checker import load_tape
@@ -63,7 +63,7 @@ def test_a_peer_that_sends_garbage_does_not_fill_the_log(tmp_path, caplog, monke
         with caplog.at_level(logging.WARNING):
             send(1)
             assert logged() == 1
-            job.service._complaints._next_s -= service.COMPLAIN_S
+            job.service._complaints._next_s -= COMPLAIN_S
             send(2)
             assert logged() == 2, "and after a while it is said again"
         train(job.clients[0], 5)

@@ -199,6 +199,10 @@ class Transport(ABC):
                 self._tell_end(peer, Ended(transfer_id, "forgotten"))
         self._incoming.forget(peer)
 
+    def incoming_progress(self, peer: bytes) -> tuple[int, int] | None:
+        """(transfer id, chunks held without a gap) of the payload that is coming from this peer; None: nothing is."""
+        return self._incoming.progress(peer)
+
     def wake(self) -> None:
         """Make `poll` return at once; callable from any thread, never blocks, does nothing while the transport is not open."""
         waker = self._waker
@@ -294,12 +298,8 @@ class Transport(ABC):
     def _timer_s(self) -> float:
         """Seconds until a payload must be looked at although nothing arrives."""
         now_s = self._now()
-        waits = [_EXPIRY_CHECK_S]
-        for outgoing in self._outgoing.values():
-            deadline_s = outgoing.deadline_s()
-            if deadline_s is not None:
-                waits.append(max(0.0, deadline_s - now_s))
-        return min(waits)
+        due_s = [outgoing.deadline_s() for outgoing in self._outgoing.values()]
+        return min([_EXPIRY_CHECK_S, *(max(0.0, t - now_s) for t in due_s if t is not None)])
 
     def _reply(self, peer: bytes, frame: ReplyFrame) -> None:
         parts = self._address(peer, [FRAME_KIND + encode_frame(frame)], is_bulk=False)

@@ -56,6 +56,15 @@ class IncomingPeers:
         """Bytes allocated for payloads in assembly, all peers together."""
         return sum(incoming.buffer_bytes for incoming in self._present.values())
 
+    def progress(self, peer: bytes) -> tuple[int, int] | None:
+        """(transfer id, chunks held without a gap) of this peer's payload in assembly, or None.
+
+        Args:
+            peer: who sends it.
+        """
+        incoming = self._present.get(peer)
+        return None if incoming is None else incoming.progress
+
     @property
     def num_peers(self) -> int:
         """Peers that occupy memory, the forgotten ones included."""

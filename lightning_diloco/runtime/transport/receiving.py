@@ -156,6 +156,11 @@ class IncomingTransfers:
         return self._newest_id < 0
 
     @property
+    def progress(self) -> tuple[int, int] | None:
+        """(transfer id, chunks held without a gap) of the payload in assembly, or None."""
+        return None if self._assembly is None else (self._assembly.begin.transfer_id, self._assembly.prefix)
+
+    @property
     def buffer_bytes(self) -> int:
         """Bytes allocated for the payload in assembly."""
         return 0 if self._assembly is None else len(self._assembly.buffer)
