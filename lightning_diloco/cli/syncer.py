@@ -23,6 +23,7 @@ from lightning_diloco.cli.shards import refuse_shards, run_shards
 from lightning_diloco.errors import CannotListenError, ConfigurationError
 from lightning_diloco.runtime.addresses import bulk_after, is_loopback, split
 from lightning_diloco.runtime.disk import disk_errors, lose_output_of_a_full_disk, unlink_quietly
+from lightning_diloco.runtime.life_signs import begin_signs, give_sign
 from lightning_diloco.runtime.shard_process import CANNOT_LISTEN
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def _serve(args: argparse.Namespace, keys: SyncerKeys | None) -> int:
     _make_dir(args.run_dir)
     name = f"shard {hello['shard']}" if args.as_shard else "syncer"
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format=f"%(asctime)s {name}: %(message)s")
+    _begin_signs(hello)
     # Late imports: `--help` and wrong use need no torch.
     import torch
 
@@ -155,6 +157,20 @@ def _serve(args: argparse.Namespace, keys: SyncerKeys | None) -> int:
     except Exception:  # the service has logged it
         return 1
     return 0
+
+
+def _begin_signs(hello: dict[str, Any]) -> None:
+    """Give signs of life where the supervisor looks for them: in the folder that it names, or in the one on another disk."""
+    if "signs_path" not in hello:
+        return
+    path = Path(hello["signs_path"])
+    for folder in (path.parent, *([Path(hello["spare_dir"])] if "spare_dir" in hello else [])):
+        with contextlib.suppress(OSError):
+            begin_signs(folder / path.name)
+            # The first one says that there will be more.
+            give_sign()
+            return
+    _log.warning("%s: its disk takes no file. Should this syncer hang, nobody will notice. Free the disk.", path)
 
 
 def _heed_signals(stop: Callable[[], object], *, is_shard: bool) -> None:

@@ -1,7 +1,8 @@
-"""Signs of life of this process's training thread, for a supervisor in another one: a counter in a mapped file of eight bytes.
+"""Signs of life of the thread that this process is there for, for a supervisor in another one: a counter in a mapped file of eight bytes.
 
-There is one training thread in a process, so the counter is the process's own: whoever works or waits on that thread gives signs, wherever
-it stands in the code. A sign is one 8-byte store: no system call, no lock. A process that nobody watches has no file, and gives none.
+In a learner that is the training thread, in a syncer the loop. There is one of them in a process that is watched, so the counter is the
+process's own: whoever works or waits on that thread gives signs, wherever it stands in the code. A sign is one 8-byte store: no system
+call, no lock. A process that nobody watches has no file, and gives none.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def begin_signs(path: Path) -> None:
 
 
 def give_sign() -> None:
-    """The training thread lives: it begins something, ends something, or waits for something that is right to wait for."""
+    """The thread lives: it begins something, ends something, or waits for something that is right to wait for."""
     if _words is not None:
         _words[0] += 1
 

@@ -48,6 +48,7 @@ from lightning_diloco.runtime.complaints import Complaints
 from lightning_diloco.runtime.counters import counters_folder, read_totals
 from lightning_diloco.runtime.disk import disk_errors
 from lightning_diloco.runtime.intake import MIN_DECODING, Intake
+from lightning_diloco.runtime.life_signs import give_sign
 from lightning_diloco.runtime.live_summary import LiveSummary
 from lightning_diloco.runtime.observers import Observers
 from lightning_diloco.runtime.opening import open_job
@@ -235,6 +236,7 @@ class SyncerService:
 
     def _loop(self) -> None:
         while self._performer.ended is None:
+            give_sign()
             for event in self._transport.poll(self._sleep_s()):
                 self._take(event)
             while self._results:

@@ -1,9 +1,10 @@
-"""Whether a learner's process hangs for good, as its supervisor sees it from outside.
+"""Whether a process hangs for good, a learner's or the syncer's, as its supervisor sees it from outside.
 
-A learner hangs if for `hang_timeout_s` both are true:
+It hangs if for `hang_timeout_s` both are true:
 
-* its training thread has given no sign of life (`runtime.life_signs`): no batch of any stage was begun or computed, and it is not in a
-  wait of ours (for the syncer, for the founder of the job, for its last contributions);
+* its main thread has given no sign of life (`runtime.life_signs`). A learner: no batch of any stage was begun or computed, and it is not in
+  a wait of ours (for the syncer, for the founder of the job, for its last contributions). A syncer: its loop has not begun a turn, of
+  which there are four in a second with nothing to do;
 * neither that thread nor any process below it (loader workers, compilers) has used the CPU for a hundredth of that time.
 
 The second rule is what keeps long work from being taken for a hang: the first batch, compilation, a validation with an end of its own,
@@ -12,7 +13,7 @@ deadlocks, loaders whose workers stand still, file systems that do not answer, s
 so long for a pool of threads of its own process. The price: a learner that computes for ever is not found.
 
 Background threads of the process do not count: the one that speaks with the syncer is at work however dead the training is. Time in which
-the supervisor itself stood still does not count either: whatever has stopped it may have stopped the learner too.
+the supervisor itself stood still does not count either: whatever has stopped it may have stopped the other one too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["HangWatch", "cpu_s"]
 _CPU_SHARE = 0.01
 """Polling (a loader's five seconds, a loop that sleeps for 50 ms) uses a few parts in ten thousand of a core."""
 _LOOKS = 20
-"""In a timeout; a look at a silent learner reads all of ``/proc``, a few milliseconds."""
+"""In a timeout; a look at a silent process reads all of ``/proc``, a few milliseconds."""
 _LONGEST_PERIOD_S = 10.0
 
 
@@ -41,7 +42,7 @@ class _Process:
 
 
 class HangWatch:
-    """Watches one life of a learner.
+    """Watches one process.
 
     Args:
         pid: of its process.

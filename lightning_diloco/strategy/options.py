@@ -56,7 +56,8 @@ class ProcessOptions:
     max_restarts: int = 3
     """How often the supervisor starts one learner again after a signal, or memory that ran out, has ended it."""
     hang_timeout_s: float | None = 1800.0
-    """The supervisor kills a learner that hangs for so long, and starts it again (None: never); see `strategy.hang_watch`."""
+    """The supervisor kills a learner that hangs for so long, and starts it again; the syncer too, after 300 s at most (None: neither). See
+    `strategy.hang_watch`."""
     run_dir: Path | None = None
     """Directory of the run; None: ``outputs/DATE_TIME`` under the working directory."""
     token_counter: Callable[[Any], int] | None = None
@@ -74,7 +75,7 @@ class ProcessOptions:
         value = self.hang_timeout_s
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < math.inf):
             raise ConfigurationError(
-                f"hang_timeout_s={value!r}: must be a finite number of seconds, at least 1; pass None to wait for a hung learner for ever."
+                f"hang_timeout_s={value!r}: must be a finite number of seconds, at least 1; pass None to wait for a hung process for ever."
             )
         if self.token_counter is not None and not callable(self.token_counter):
             raise ConfigurationError(f"token_counter={self.token_counter!r}: must be a function of a batch that returns its tokens.")

@@ -70,7 +70,8 @@ class DecoupledDiLoCoStrategy(OutOfMemoryGuard):
         inner_lr_rule: how the inner learning rate follows the samples of a step: ``none``, ``sqrt`` or ``linear``.
         data: ``shard``: each learner trains on its part. ``lease``: the syncer hands out samples, and fast learners take more.
         max_restarts: how often a learner that a signal has ended, or memory that ran out, is started again.
-        hang_timeout_s: a learner that hangs for so many seconds is killed and started again (None: never).
+        hang_timeout_s: a learner that hangs for so many seconds is killed and started again; the syncer too, after 300 s at most (None:
+            neither).
         run_dir: where the run's files go (None: ``outputs/DATE_TIME`` under the working directory).
         token_counter: tokens of a batch (None: see `lightning_diloco.strategy.counting`).
         accelerator: as for every strategy.

@@ -10,8 +10,8 @@ The rules:
 * another exception in a learner ends the job: restarting would raise it again. The others are asked to leave, and the exception is raised
   here;
 * Ctrl-C and SIGTERM of this process end the job as well: learners leave in order, the run's files say `stopped`;
-* a syncer that a signal has ended is started again as often, and goes on with the job (`syncer_child`); one whose disk takes nothing is
-  tried again until it does; another end of it ends the job.
+* a syncer that a signal has ended is started again as often, and goes on with the job (`syncer_child`); one that hangs is killed first;
+  one whose disk takes nothing is tried again until it does; another end of it ends the job.
 
 However the loop ends, every child is asked, then killed with its process group. If this process itself is killed, the children see
 their life lines close (`lightning_diloco.strategy.life_line`).
@@ -66,7 +66,7 @@ class JobPlan:
     payload_path: Path
     max_restarts: int
     hang_timeout_s: float | None
-    """None: nobody looks whether a learner hangs."""
+    """None: nobody looks whether a learner or the syncer hangs."""
     on_tick: Callable[[dict[str, int]], None]
     """Called in every turn of the loop with the restarts so far."""
     spare_dir: Path | None = None
@@ -113,7 +113,7 @@ class Supervisor:
         hello = {"token": self._token, "takeover_token": self._takeover_token, "num_slots": plan.num_learners}
         if plan.spare_dir is not None:
             hello["spare_dir"] = str(plan.spare_dir)
-        self._syncer = SyncerChild(plan.run_dir, hello, self._environment, plan.max_restarts)
+        self._syncer = SyncerChild(plan.run_dir, hello, self._environment, plan.max_restarts, plan.launch_dir, plan.hang_timeout_s)
         self._signals = _Signals()
         self.restarts = {"learners": 0, "syncer": 0}
         """How often a process was started again."""

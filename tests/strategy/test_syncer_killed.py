@@ -1,4 +1,4 @@
-"""`fit` with two learners and a syncer that is killed: the learners go on, another syncer takes the job over, the fit ends as ever."""
+"""`fit` with two learners and a syncer that is killed, or hangs: learners go on, another one takes the job over, the fit ends as ever."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from lightning_diloco import DecoupledDiLoCoStrategy
 from lightning_diloco.errors import SyncerUnavailableError
+from lightning_diloco.runtime.life_signs import give_sign
 from lightning_diloco.runtime.replay import replay_run
 from tests.strategy.kit import TinyModel, equal, global_parameters, latest, loader, parameters_of, quiet
 from tests.tape_checker import check_run, load_tape
@@ -23,18 +24,19 @@ KILLED_AT, MEET_AT = 60, 600
 
 
 class SyncerKiller(TinyModel):
-    """Learner 0 kills the syncer at a step of its own, and has not trained all its steps before another one serves."""
+    """Learner 0 sends the syncer a signal at a step of its own; no learner has trained all its steps before another syncer serves."""
 
-    def __init__(self, always: bool = False) -> None:
+    def __init__(self, always: bool = False, signum: signal.Signals = signal.SIGKILL) -> None:
         super().__init__(step_s=0.01)
-        self.always = always
+        self.always, self.signum = always, signum
 
     def training_step(self, batch, batch_idx):
         place = self.trainer.strategy.assignment
         if place.learner_id == 0 and (batch_idx == KILLED_AT or (self.always and batch_idx > KILLED_AT and batch_idx % 20 == 0)):
-            os.kill(self._pid(place), signal.SIGKILL)
+            os.kill(self._pid(place), self.signum)
         end_s = time.monotonic() + 60
-        while place.learner_id == 0 and batch_idx == MEET_AT and "restart" not in self._events(place) and time.monotonic() < end_s:
+        while batch_idx == MEET_AT and "restart" not in self._events(place) and time.monotonic() < end_s:
+            give_sign()
             time.sleep(0.1)
         return super().training_step(batch, batch_idx)
 
@@ -46,12 +48,14 @@ class SyncerKiller(TinyModel):
 
 
 @pytest.mark.slow
-def test_a_syncer_that_is_killed_is_started_again_and_the_fit_goes_on(tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
+def test_a_syncer_that_is_killed_is_started_again_and_the_fit_goes_on(tmp_path, caplog, monkeypatch, signum):
     monkeypatch.chdir(tmp_path)
-    strategy = DecoupledDiLoCoStrategy(**FAST)
-    model = SyncerKiller()
+    strategy = DecoupledDiLoCoStrategy(**FAST, hang_timeout_s=5)
+    model = SyncerKiller(signum=signum)
     Trainer(**quiet(devices=2, max_steps=900, strategy=strategy)).fit(model, loader(8192))
     summary, run_dir = strategy.summary, latest(tmp_path)
+    assert ("the syncer hangs: its loop has not turned" in caplog.text) == (signum == signal.SIGSTOP)
     assert "the syncer was ended by SIGKILL; restart 1 of at most 3" in caplog.text
     assert summary["status"] == "finished" and summary["restarts"] == {"learners": 0, "syncer": 1}
     assert [learner["inner_steps"] for learner in summary["learners"]] == [900, 900]
