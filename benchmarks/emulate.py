@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class Settings:
     ``restart``: elements of the momentum buffer that disagree with g begin again as g.
     ``direct:A``: the outer step is A g + lr mu b', where Nesterov's has A = lr.
     ``fine``: the length of every element of the merge is the mean of the learners' (RDA by element).
+    ``follow``: the momentum buffer shrinks as merges do, by the length of this one over that of the one before, if that is below 1.
+    ``stretch:F``: intervals are as long in steps that count as their inner rate, F times as long at most: short where the rate is high.
     ``noise:F``: every element is stretched by what its noise shortens it at a learner's batch; moments over merges with weight F.
     """
     inner: str = "adamw"
@@ -132,13 +135,16 @@ class Run:
         muon = torch.optim.Muon(matrices, lr=self.peak_lr, weight_decay=hp.weight_decay, adjust_lr_fn="match_rms_adamw")
         return [adamw, muon]
 
+    def inner_rate(self, step: int) -> float:
+        """The learning rate of an inner step."""
+        hp = self.cfg.model
+        return self.peak_lr * warmup_cosine(step, warmup_steps=hp.warmup_steps, max_steps=self.s.steps, floor=hp.final_lr_share)
+
     def inner_step(self, index: int, step: int) -> None:
         """One optimizer step of one learner on its own batch."""
         model, optimizers = self.models[index], self.optimizers[index]
-        hp = self.cfg.model
-        share = warmup_cosine(step, warmup_steps=hp.warmup_steps, max_steps=self.s.steps, floor=hp.final_lr_share)
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = self.peak_lr * share
+            group["lr"] = self.inner_rate(step)
         first = (step * len(self.models) + index) * self.batch
         rows = self.order[torch.arange(first, first + self.batch) % len(self.order)]
         batch = torch.stack([self.windows[int(i)] for i in rows]).long()
@@ -186,6 +192,10 @@ class Outer:
         self.moments: dict[int, tuple[int, Tensor]] = {}
         self.pending: dict[tuple[int, int], tuple[int, Tensor]] = {}
         self.num_fragments = len(start)
+        self.lengths: dict[int, float] = {}
+        self.due: dict[int, float] = {}
+        rates = [run.inner_rate(step) for step in range(self.s.steps)]
+        self.rated = list(accumulate((rate * len(rates) / sum(rates) for rate in rates), initial=0.0))
 
     def _copy(self, learner: int, fragment: int) -> Tensor:
         flat = torch.empty(self.layout.fragments[fragment].num_params)
@@ -195,7 +205,6 @@ class Outer:
     def train(self) -> dict[str, float]:
         """All steps, then the last merges."""
         s = self.s
-        offsets = [p * s.interval // self.num_fragments for p in range(self.num_fragments)]
         for step in range(s.steps):
             for index in range(s.learners):
                 self.run.inner_step(index, step)
@@ -206,25 +215,32 @@ class Outer:
             for p in [p for p, (at, _) in self.on_way.items() if at <= done]:
                 self._adopt(p)
             for p in range(self.num_fragments):
-                if done % s.interval == offsets[p] % s.interval and done < s.steps and p not in self.on_way and done > self.opened[p]:
+                if done < s.steps and p not in self.on_way and done > self.opened[p] and self._is_due(p, done):
                     self._open(p, done)
         for p in list(self.on_way):
             self._adopt(p)
         found = {"published": self._validate([state.theta for state in self.states])}
         if self.average:
             found["average"] = self._validate([self.average[p] for p in range(self.num_fragments)])
-        last: dict[str, list[Tensor]] = {"val_loss": [], "plain_mean": [], "mean": [], "mean_back": [], "mean_lr": []}
+        last: dict[str, list[Tensor]] = {"val_loss": [], "mean": []}
         for p, state in enumerate(self.states):
             contributions = [self.bases[p] - self._ahead(m, p) for m in range(s.learners)]
             share = min(1.0, (s.steps - self.opened[p]) / s.interval)
             mean = sum(contributions[1:], contributions[0]) / s.learners
             last["val_loss"].append(last_step(state, self._merge(p, contributions), lr=s.outer_lr, share=share).theta)
             last["mean"].append(last_step(state, mean, lr=1.0, share=share).theta)
-            # The step by the plain mean, the way ahead by the outer rate that made it.
-            last["mean_back"].append(last_step(state, mean / s.outer_lr, lr=s.outer_lr, share=share).theta)
-            last["mean_lr"].append(last_step(state, mean, lr=s.outer_lr, share=share).theta)
-            last["plain_mean"].append(last_step(state, mean, lr=1.0, share=1.0).theta)
         return {**found, **{name: self._validate(flats) for name, flats in last.items()}}
+
+    def _is_due(self, p: int, done: int) -> bool:
+        s, offset = self.s, p * self.s.interval // self.num_fragments
+        if "stretch" not in self.ideas:
+            return done % s.interval == offset % s.interval
+        # In steps that count as their inner rate, over its mean.
+        due = self.due.setdefault(p, offset or s.interval)
+        if self.rated[done] < due and done - self.opened[p] < self.ideas["stretch"] * s.interval:
+            return False
+        self.due[p] = max(due, self.rated[done] - s.interval) + s.interval
+        return True
 
     def _merge(self, p: int, contributions: list[Tensor]) -> Tensor:
         accumulator = MergeAccumulator(self.layout.fragments[p])
@@ -269,6 +285,10 @@ class Outer:
         g = self._merge(p, contributions)
         if "restart" in self.ideas:
             state = replace(state, momentum=torch.where(state.momentum * g > 0, state.momentum, 0.0))
+        if "follow" in self.ideas:
+            length = float(g.norm())
+            state = replace(state, momentum=state.momentum * min(1.0, length / self.lengths.get(p, length)))
+            self.lengths[p] = length
         before = state.theta
         state = outer_step(state, g, lr=s.outer_lr, momentum=momentum)
         if "cautious" in self.ideas:
@@ -368,10 +388,8 @@ def main() -> int:
             result = Run(settings).train()
             result["seconds"] = round(time.monotonic() - start_s, 1)
             result = {k: v if math.isfinite(v) else None for k, v in result.items()}
-            if arguments.json:
-                # Again: another process may have added rows meanwhile.
-                known = read_rows(arguments.json, {})
-            known[name] = result
+            # Again: another process may have added rows meanwhile.
+            known = {**(read_rows(arguments.json, {}) if arguments.json else {}), name: result}
             if arguments.json:
                 write_rows(arguments.json, known)
         print(name, {k: "not finite" if v is None else round(v, 4) for k, v in known[name].items()}, flush=True)

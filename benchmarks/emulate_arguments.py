@@ -13,7 +13,7 @@ CHOICES = {
     "adopt": ("rebase", "overwrite"),
     "inner": ("adamw", "muon", "shared", "estimate"),
 }
-IDEAS = ("cool", "rise", "average", "smooth", "agree", "cautious", "restart", "direct", "fine", "noise")
+IDEAS = ("cool", "rise", "average", "smooth", "agree", "cautious", "restart", "direct", "fine", "noise", "follow", "stretch")
 
 
 def read(parser: argparse.ArgumentParser, name: str, kind: type, text: str) -> list[Any]:
