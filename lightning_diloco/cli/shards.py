@@ -89,7 +89,7 @@ def run_shards(args: argparse.Namespace, num_shards: int, keys: SyncerKeys | Non
     Returns:
         The exit code.
     """
-    from lightning_diloco.runtime.rundir import lock_run_dir
+    from lightning_diloco.runtime.rundir import link_latest, lock_run_dir
     from lightning_diloco.runtime.sharded_syncer import ShardedSyncer
 
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(asctime)s syncer: %(message)s")
@@ -117,6 +117,7 @@ def run_shards(args: argparse.Namespace, num_shards: int, keys: SyncerKeys | Non
                 signal.signal(number, lambda *_: threading.Thread(target=stop, daemon=True).start())
             with disk_errors(args.run_dir):
                 _announce(args, syncer, keys, "" if metrics is None else metrics.url)
+            link_latest(args.run_dir)
             return 1 if syncer.run() == "failed" else 0
         finally:
             if metrics is not None:

@@ -116,6 +116,7 @@ def _serve(args: argparse.Namespace, keys: SyncerKeys | None) -> int:
     import torch
 
     from lightning_diloco.runtime.alone import LoneSyncer
+    from lightning_diloco.runtime.rundir import link_latest
     from lightning_diloco.runtime.service import ServiceOptions, SyncerService
 
     torch.set_num_threads(_num_threads())
@@ -150,6 +151,8 @@ def _serve(args: argparse.Namespace, keys: SyncerKeys | None) -> int:
         raise
     if has_parent:
         threading.Thread(target=_obey, args=(service, lines), name="diloco-supervisor", daemon=True).start()
+    else:
+        link_latest(args.run_dir)
     if lone is not None:
         return 1 if lone.run() == "failed" else 0
     try:

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ from lightning_diloco.errors import ConfigurationError
 from lightning_diloco.runtime.rundir import lock_run_dir
 from lightning_diloco.runtime.shard_process import CANNOT_LISTEN
 from lightning_diloco.runtime.shards import write_num_shards
+from tests.runtime.job_helpers import until
 
 COMMANDS = ["syncer", "status", "keygen", "replay", "export", "simulate", "plan", "report"]
 
@@ -171,6 +173,21 @@ def test_a_job_without_shards_gets_none_later(tmp_path, capsys):
 def test_a_run_directory_of_another_syncer_is_refused(tmp_path, capsys):
     with lock_run_dir(tmp_path):
         assert "another syncer holds this run directory" in refuse(capsys, "syncer", "--run-dir", str(tmp_path))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("options", [[], ["--shards", "2"]], ids=["one", "shards"])
+def test_a_syncer_in_a_folder_of_outputs_is_the_latest_run(tmp_path, options):
+    command = [sys.executable, "-m", "lightning_diloco", "syncer", "--run-dir", "outputs/mine", *options]
+    process = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        until(lambda: (tmp_path / "outputs" / "latest").is_symlink() or process.poll() is not None, 60)
+        assert (tmp_path / "outputs" / "latest").readlink() == Path("mine")
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_folder_without_a_job_cannot_be_resumed(tmp_path, capsys):
