@@ -109,7 +109,7 @@ def recompute(tape: list[Event]) -> dict[str, Any]:
         "job_id": job.get("job_id"),
         "config": job.get("config", {}),
         "versions": job.get("versions", {}),
-        "startup_s": run["startup_s"] if run else t0,
+        "startup_s": next((e["startup_s"] for e in reversed(of(tape, "run")) if e["startup_s"] is not None), t0),
         "wall_s": None if t0 is None else t1 - t0,
         "merges": len(merges),
         "mean_members": statistics.fmean(len({m["learner_id"] for m in e["members"]}) for e in merges) if merges else None,

@@ -117,6 +117,18 @@ def test_a_learner_that_has_just_joined_has_no_shares():
     assert (learner["participation"], learner["step_median_s"], learner["stall_p99_s"], learner["batch_size"]) == (None, None, None, 0)
 
 
+def test_a_run_that_saw_no_first_join_leaves_its_time_to_the_one_before_or_to_the_tape():
+    tape = TapeBuilder()
+    tape.job()
+    tape.now_s = 5.0
+    tape.join(0)
+    tape.run("stopped", startup_s=None)
+    assert tape.summary()["startup_s"] == 5.0
+    tape.run("stopped", startup_s=6.5)
+    tape.run("finished", startup_s=None)
+    assert (tape.summary()["startup_s"], tape.summary()["status"]) == (6.5, "finished")
+
+
 def test_running_job_is_measured_to_the_last_line_or_to_now():
     tape = TapeBuilder()
     tape.job()
