@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from lightning_diloco.errors import SyncerUnavailableError
 if TYPE_CHECKING:
     from lightning_diloco.runtime.observer import Observer, Status
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser", "interrupts", "run"]
 
 PERIOD_S = 2.0
 """Between two tables on a terminal, where nothing else is said."""
@@ -68,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         _show(status, is_json=args.json, is_live=is_live)
         if watch_s is not None:
             try:
-                status = _watch(observer, status, watch_s, lambda status: _show(status, is_json=args.json, is_live=is_live))
+                with interrupts() as came:
+                    status = _watch(observer, status, watch_s, lambda status: _show(status, is_json=args.json, is_live=is_live), came)
             except KeyboardInterrupt:  # the ordinary way to stop watching
                 return 0
     if not args.json and status.status in ENDED:
@@ -76,10 +79,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _watch(observer: Observer, status: Status, period_s: float, show: Callable[[Status], None]) -> Status:
-    """Show the newest status every `period_s` until the job ends; returns the last one."""
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Ctrl-C raises KeyboardInterrupt as ever, and is put down: Python throws away what is raised while it destroys an object."""
+    came: list[int] = []
+
+    def heed(number: int, frame: object) -> None:
+        """What the interpreter does, and a note of it."""
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, heed)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _watch(observer: Observer, status: Status, period_s: float, show: Callable[[Status], None], came: list[int]) -> Status:
+    """Show the newest status every `period_s` until the job ends, or an interrupt came; returns the last one."""
     heard_s = time.monotonic()
-    while status.status not in ENDED:
+    while status.status not in ENDED and not came:
         try:
             # It tells the end of its job unasked.
             status = observer.listen(period_s) or observer.ask(max(period_s, MIN_PATIENCE_S))

@@ -22,6 +22,7 @@ import pytest
 import zmq
 
 from lightning_diloco.cli.main import main
+from lightning_diloco.cli.status import interrupts
 from lightning_diloco.protocol.observer_messages import Status
 from lightning_diloco.runtime.client import ClientOptions, LearnerClient
 from lightning_diloco.runtime.rundir import lock_run_dir
@@ -286,6 +287,27 @@ def test_on_a_terminal_the_table_is_drawn_anew_until_ctrl_c(tmp_path):
             assert watching.wait(20) == 0 and watching.stderr.read() == ""
         os.close(ours)
     assert seen.startswith(b"\x1b[Hjob ") and seen.count(b"\x1b[J") >= 2
+
+
+class Interrupted:
+    """Destroyed while a signal arrives."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        for _ in range(10):  # the handler runs between two instructions
+            pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_throws_away_is_known_of_all_the_same():
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts() as came:
+        assert came == []
+        Interrupted()
+        assert came == [signal.SIGINT], "and nothing was raised here"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # ---- wrong use ------------------------------------------------------------------------------------------------------------------
