@@ -11,6 +11,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 EVERY_STEP = {"interval": 1, "fragments": 1, "delay": 0, "merge": "mean", "outer_lr": 1.0, "outer_momentum": 0.0}
 STEPS = 10
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ def test_a_run_directory_of_another_syncer_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("options", [[], ["--shards", "2"]], ids=["one", "shards"])
+@pytest.mark.parametrize("options", [[], pytest.param(["--shards", "2"], marks=pytest.mark.slow)], ids=["one", "shards"])
 def test_a_syncer_in_a_folder_of_outputs_is_the_latest_run(tmp_path, options):
     command = [sys.executable, "-m", "lightning_diloco", "syncer", "--run-dir", "outputs/mine", *options]
     process = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
