@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -156,9 +157,11 @@ def _figures(run_dir: Path) -> dict[str, Any] | None:
     if path is None:
         return None
     summary = json.loads(path.read_text())
-    if summary["status"] != "finished" or not summary.get("val"):
+    loss = (summary.get("val") or {}).get("val_loss")
+    # A run that diverged has none: null in `summary.json`, NaN with `ddp`.
+    if summary["status"] != "finished" or loss is None or not math.isfinite(loss):
         return None
-    row: dict[str, Any] = {"val_loss": summary["val"]["val_loss"]}
+    row: dict[str, Any] = {"val_loss": loss}
     for name in ("wall_s", "tokens", "merges", "mean_members", "bytes_up", "steps_lost"):
         if name in summary:
             row[name] = summary[name]

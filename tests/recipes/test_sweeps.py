@@ -29,7 +29,7 @@ def benchmarks(monkeypatch):
     return {"ablation": ablation, "quality": quality}
 
 
-def run_directory(folder: Path, overrides: list[str], val_loss: float, status: str = "finished") -> None:
+def run_directory(folder: Path, overrides: list[str], val_loss: float | None, status: str = "finished") -> None:
     """As Hydra and a run leave it."""
     logs = folder / "logs" / "hydra"
     logs.mkdir(parents=True)
@@ -65,10 +65,12 @@ def test_the_runs_of_a_sweep_of_ablation_become_its_table(tmp_path, benchmarks, 
         run_directory(sweep / str(i), ["recipe=ablation", *swept], 1.0 + i)
     run_directory(sweep / "other", ["recipe=ablation", "+strategy.outer_lr=0.123"], 9.0)
     run_directory(sweep / "failed", ["recipe=ablation", "strategy.wire_dtype=int4"], 9.0, status="failed")
+    for seed, diverged in enumerate((None, float("nan"))):
+        run_directory(sweep / f"diverged_{seed}", ["recipe=ablation", "strategy.wire_dtype=int4", f"seed={seed}"], diverged)
     monkeypatch.setattr(sys, "argv", ["ablation.py", "--only", "merge", "--seeds", "2", "--json", str(path), "--from", str(sweep)])
     assert benchmarks["ablation"].main() == 1, "not complete"
     said = capsys.readouterr().out
-    assert f"{sweep}: 4 new rows; 2 runs are none of this benchmark or did not end well\n" in said
+    assert f"{sweep}: 4 new rows; 4 runs are none of this benchmark or did not end well\n" in said
     assert "| rda, embeddings and head by the mean (default) | 1.5000 | 2.0000, 1.0000 | 6.55 |" in said
     assert "| mean, outer_lr 1.0 | 3.0000 | 3.0000 | 6.55 |" in said
     names = [" ".join(benchmarks["ablation"].base(seed)) + more for _, more, seed in ABLATION_RUNS]
